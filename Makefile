@@ -1,0 +1,40 @@
+# `make compare` and `make test` do all their own set-up: Python >= 3.10 and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: compare test test-all lint types format install clean
+
+# torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev]'
+	touch $(STAMP)
+
+install: $(STAMP)
+
+compare: $(STAMP)
+	$(BIN)/normuon compare $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest -m "not slow" --doctest-modules $(ARGS)
+
+test-all: lint types
+	$(BIN)/python -m pytest --doctest-modules $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build

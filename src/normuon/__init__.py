@@ -1,0 +1,1 @@
+"""NorMuon: orthogonalised momentum with one adaptive scale per neuron."""

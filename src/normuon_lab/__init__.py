@@ -1,0 +1,1 @@
+"""The pretraining lab: what trains and compares optimizers."""
