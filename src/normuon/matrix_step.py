@@ -1,0 +1,284 @@
+"""One step of the `normuon` and `muon` algorithms: Algorithm 1 in order, over batches of matrices.
+
+This file knows which tensors a step reads and writes, and which matrices share a batch. The
+numerics are `rule.py`'s and `orthogonalize/`'s; which state exists is `state.py`'s.
+Shapes as in `rule.py`; b is the number of matrices that one parameter brings to a batch of B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normuon import rule
+from normuon.matrix_view import MatrixBlock, MatrixView, flattens_in_place
+from normuon.options import MatrixOptions
+from normuon.orthogonalize import is_faster_batched, orthogonalize, resolve_ns_dtype
+
+
+@dataclass(slots=True)
+class MatrixParam:
+    """A parameter with a gradient, and its state, as one step sees them.
+
+    Args:
+        param: the weights, written to.
+        grad: their gradient, never written to.
+        view: how both become matrices.
+        momentum: ``momentum_buffer``, of the parameter's shape; written to.
+        second_moment: ``second_momentum_buffer``, one entry per neuron; None for `muon`.
+        skipped_steps: one int32 count per matrix, block after block; None unless
+            ``skip_nonfinite``.
+    """
+
+    param: Tensor
+    grad: Tensor
+    view: MatrixView
+    momentum: Tensor
+    second_moment: Tensor | None
+    skipped_steps: Tensor | None
+
+
+@dataclass(slots=True)
+class MatrixRun:
+    """Equal matrices of one parameter, one after another; the unit that batches are made of."""
+
+    param_BMN: Tensor
+    grad_BMN: Tensor
+    momentum_BMN: Tensor
+    v_BV: Tensor | None
+    skipped_steps_B: Tensor | None
+
+    def __len__(self) -> int:
+        return self.param_BMN.shape[0]
+
+    def narrow(self, start: int, length: int) -> MatrixRun:
+        """The matrices ``start`` to ``start + length``, as views."""
+        if length == len(self):
+            return self
+        v_BV, skipped_steps_B = self.v_BV, self.skipped_steps_B
+        return MatrixRun(
+            self.param_BMN.narrow(0, start, length),
+            self.grad_BMN.narrow(0, start, length),
+            self.momentum_BMN.narrow(0, start, length),
+            None if v_BV is None else v_BV.narrow(0, start, length),
+            None if skipped_steps_B is None else skipped_steps_B.narrow(0, start, length),
+        )
+
+
+@dataclass(slots=True)
+class CopyBack:
+    """Matrices that had to be copied out of a tensor, and the view of it they go back into."""
+
+    native: Tensor
+    matrices: Tensor
+
+    def write_(self) -> None:
+        self.native.copy_(self.matrices.reshape(self.native.shape))
+
+
+def step_matrices_(
+    params: Sequence[MatrixParam],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    options: MatrixOptions,
+) -> None:
+    """Lines 2 to 7 of Algorithm 1 for every matrix of these parameters.
+
+    Equal matrices go through together where that is faster, never more of them at once than fit in
+    ``max_scratch_bytes`` (but always one).
+    """
+    equal_runs: dict[tuple[object, ...], list[MatrixRun]] = {}
+    copies: list[CopyBack] = []
+    for entry in params:
+        dtypes = (entry.param.dtype, entry.momentum.dtype, entry.param.device)
+        for part, run in _runs_of(entry, options, copies):
+            equal_runs.setdefault((part.m, part.n, *dtypes), []).append(run)
+    for runs in equal_runs.values():
+        for batch in _batches(runs, _matrices_per_batch(runs[0], options)):
+            _step_batch_(batch, lr=lr, weight_decay=weight_decay, options=options)
+    for copy in copies:
+        copy.write_()
+
+
+def _runs_of(
+    entry: MatrixParam, options: MatrixOptions, copies: list[CopyBack]
+) -> Iterator[tuple[MatrixBlock, MatrixRun]]:
+    view, shape = entry.view, entry.param.shape
+    parts = view.parts(shape)
+    moments: Sequence[Tensor | None] = [None] * len(parts)
+    if entry.second_moment is not None:
+        moments = view.native_second_moments(
+            entry.second_moment, shape, neuron_axis=options.neuron_axis
+        )
+    skipped: Sequence[Tensor | None] = [None] * len(parts)
+    if entry.skipped_steps is not None:
+        skipped = torch.split(entry.skipped_steps, [part.batch for part in parts])
+    for part, moment, skipped_steps_B in zip(parts, moments, skipped, strict=True):
+        sizes = (part.batch, part.m, part.n)
+        param_BMN = _writable(view.native(entry.param, part), sizes, view, part, copies)
+        grad_BMN = view.matrices(entry.grad, part)
+        momentum_BMN = _writable(view.native(entry.momentum, part), sizes, view, part, copies)
+        v_BV = None if moment is None else _writable(moment, (part.batch, -1), view, part, copies)
+        yield part, MatrixRun(param_BMN, grad_BMN, momentum_BMN, v_BV, skipped_steps_B)
+
+
+def _writable(
+    native: Tensor,
+    sizes: tuple[int, ...],
+    view: MatrixView,
+    part: MatrixBlock,
+    copies: list[CopyBack],
+) -> Tensor:
+    matrices = native.reshape(sizes)
+    in_place = native.is_contiguous() or flattens_in_place(
+        native, batch_dims=view.batch_dims, heads=part.heads
+    )
+    if not in_place:
+        copies.append(CopyBack(native, matrices))
+    return matrices
+
+
+def _matrices_per_batch(run: MatrixRun, options: MatrixOptions) -> int:
+    _, m, n = run.param_BMN.shape
+    device = run.param_BMN.device
+    ns_dtype = resolve_ns_dtype(options.ns_dtype, param_dtype=run.param_BMN.dtype, device=device)
+    if not is_faster_batched(m, n, dtype=ns_dtype, device_type=device.type):
+        return 1
+    needed = scratch_bytes(m, n, ns_dtype=ns_dtype, param_dtype=run.param_BMN.dtype)
+    return max(1, options.max_scratch_bytes // max(1, needed))
+
+
+def scratch_bytes(m: int, n: int, *, ns_dtype: torch.dtype, param_dtype: torch.dtype) -> int:
+    """Most scratch that one m x n matrix needs at any moment of a step, in bytes.
+
+    The larger of the two peaks: while the direction is normalised (itself, its stacked copy and the
+    scaled copy, in at least float32, and the result), and while Newton-Schulz multiplies (its
+    input, two iterates and two s x s products in ``ns_dtype``, beside the direction).
+
+    Example:
+        >>> scratch_bytes(4, 8, ns_dtype=torch.float32, param_dtype=torch.float32)
+        768
+    """
+    wide = torch.promote_types(param_dtype, torch.float32).itemsize
+    elements, short = m * n, min(m, n)
+    normalizing = (3 * wide + ns_dtype.itemsize) * elements
+    multiplying = wide * elements + ns_dtype.itemsize * (3 * elements + 4 * short * short)
+    return max(normalizing, multiplying)
+
+
+def _batches(runs: Sequence[MatrixRun], limit: int) -> Iterator[list[MatrixRun]]:
+    """Cuts runs of equal matrices into batches of at most ``limit`` matrices, in order."""
+    batch: list[MatrixRun] = []
+    room = limit
+    for run in runs:
+        start = 0
+        while start < len(run):
+            taken = min(room, len(run) - start)
+            batch.append(run.narrow(start, taken))
+            start += taken
+            room -= taken
+            if room == 0:
+                yield batch
+                batch, room = [], limit
+    if batch:
+        yield batch
+
+
+def _step_batch_(
+    batch: Sequence[MatrixRun],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    options: MatrixOptions,
+) -> None:
+    param_BMN = batch[0].param_BMN
+    ns_dtype = resolve_ns_dtype(
+        options.ns_dtype, param_dtype=param_BMN.dtype, device=param_BMN.device
+    )
+    finite = [_finite_matrices(run) for run in batch] if options.skip_nonfinite else None
+    # Line 3. The direction is freed as soon as it is orthogonalised: scratch is bounded.
+    o_BMN = orthogonalize(
+        _advance_momentum_(batch, finite, options),
+        coefficients=options.coefficients,
+        dtype=ns_dtype,
+        orthogonalizer=options.orthogonalizer,
+    )
+    work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
+    factor_B11 = _step_factor_(batch, o_BMN, finite, lr=lr, options=options)
+    step_BMN = o_BMN.to(work_dtype).mul_(factor_B11.to(work_dtype))
+    decay = lr * weight_decay
+    start = 0
+    for index, run in enumerate(batch):
+        rule.apply_step_(
+            run.param_BMN,
+            step_BMN.narrow(0, start, len(run)),
+            decay=decay if finite is None else decay * finite[index],
+            cautious=options.cautious_weight_decay,
+        )
+        start += len(run)
+
+
+def _finite_matrices(run: MatrixRun) -> Tensor:
+    """``[b, 1, 1]`` booleans: whether each matrix's gradient is finite throughout."""
+    largest_B11: Tensor = torch.linalg.vector_norm(
+        run.grad_BMN, ord=float("inf"), dim=(-2, -1), keepdim=True
+    )
+    finite_B11 = torch.isfinite(largest_B11)
+    if run.skipped_steps_B is not None:
+        run.skipped_steps_B.add_(~finite_B11[:, 0, 0])
+    return finite_B11
+
+
+def _advance_momentum_(
+    batch: Sequence[MatrixRun], finite: list[Tensor] | None, options: MatrixOptions
+) -> Tensor:
+    """Line 2 for each matrix; returns what line 3 takes, ``[B, M, N]`` (not to be written to)."""
+    directions = []
+    for index, run in enumerate(batch):
+        grad_BMN = -run.grad_BMN if options.maximize else run.grad_BMN
+        if finite is not None:
+            # lerp(M, M) is M bit by bit, so a skipped matrix keeps its momentum untouched.
+            grad_BMN = torch.where(finite[index], grad_BMN.to(run.momentum_BMN), run.momentum_BMN)
+        rule.update_momentum_(run.momentum_BMN, grad_BMN, momentum_beta=options.momentum)
+        directions.append(
+            rule.nesterov_direction(run.momentum_BMN, grad_BMN, momentum_beta=options.momentum)
+            if options.nesterov
+            else run.momentum_BMN
+        )
+    return directions[0] if len(directions) == 1 else torch.cat(directions)
+
+
+def _step_factor_(
+    batch: Sequence[MatrixRun],
+    o_BMN: Tensor,
+    finite: list[Tensor] | None,
+    *,
+    lr: float | Tensor,
+    options: MatrixOptions,
+) -> Tensor:
+    """Lines 4 to 6: advances v and returns what O is multiplied by, broadcastable to it."""
+    _, m, n = o_BMN.shape
+    finite_B11 = None if finite is None else torch.cat(list(finite))
+    if not options.normalizes_neurons:
+        scale = rule.muon_step_scale(m=m, n=n, adjust_lr_fn=options.adjust_lr_fn)
+        factor_B11 = torch.as_tensor(lr * scale, device=o_BMN.device)
+    else:
+        dim = rule.neuron_dim(m, n, options.neuron_axis)
+        mean_square_BV = rule.mean_square_per_neuron(o_BMN, dim=dim)
+        moments = [run.v_BV for run in batch if run.v_BV is not None]
+        old_v_BV = torch.cat(moments)
+        v_BV = rule.update_second_moment(old_v_BV, mean_square_BV, beta2=options.beta2)
+        if finite_B11 is not None:
+            v_BV = torch.where(finite_B11[..., 0], v_BV, old_v_BV)
+        for moment, new in zip(moments, torch.split(v_BV, [len(v) for v in moments]), strict=True):
+            moment.copy_(new)
+        scale_BV = rule.neuron_scale(v_BV, eps=options.eps)
+        scale_B = rule.step_scale(
+            mean_square_BV, scale_BV, m=m, n=n, adjust_lr_fn=options.adjust_lr_fn
+        )
+        factor_B11 = (scale_BV * scale_B[:, None] * lr).unsqueeze(-1 if dim == -2 else -2)
+    return factor_B11 if finite_B11 is None else torch.where(finite_B11, factor_B11, 0.0)

@@ -1,0 +1,312 @@
+"""NorMuon as a torch optimizer: param groups, their state, and the order of a step.
+
+The numerics are in `rule.py` and `orthogonalize/`, batches of matrices in `matrix_step.py`, what
+a group may say in `options.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from normuon.adamw import step_adamw_
+from normuon.matrix_step import MatrixParam, step_matrices_
+from normuon.options import (
+    STRUCTURE_KEYS,
+    MatrixOptions,
+    check_matrix_param,
+    check_options,
+    check_trainable_tensor,
+    param_label,
+)
+from normuon.orthogonalize import Orthogonalizer
+from normuon.rule import AdjustLrFn, NeuronAxis
+from normuon.state import (
+    check_second_moment,
+    follow_param_,
+    initial_state,
+    loaded_state,
+    merged_groups,
+    view_of,
+)
+
+DEFAULT_MAX_SCRATCH_BYTES = 256 * 2**20
+
+
+class NorMuon(Optimizer):
+    r"""NorMuon: Muon's orthogonalised momentum with one adaptive scale per neuron.
+
+    For every matrix W of m rows (output neurons) and n columns (arXiv 2510.05491, Algorithm 1)::
+
+        M_t  = b1 M_{t-1} + (1 - b1) G_t                   momentum
+        O_t  = NS(M_t)                                     Newton-Schulz orthogonalisation
+        v_t  = b2 v_{t-1} + (1 - b2) mean_cols(O_t * O_t)  one number per neuron
+        Oh_t = O_t / (sqrt(v_t) + eps)                     every neuron moves alike
+        W_t  = W_{t-1} - lr wd W_{t-1} - 0.2 lr sqrt(m n) / ||Oh_t||_F  Oh_t
+
+    The last line pins the step's RMS to 0.2 lr, AdamW's usual size, so that one AdamW-sized
+    learning rate and one schedule serve the whole model.
+
+    Every option may be set per param group and is read at every step. A group's ``algorithm`` is
+    ``"normuon"`` (the default, for matrices), ``"muon"`` (torch.optim.Muon's update) or ``"adamw"``
+    (torch's own kernels). A group of parameters with other shapes than ``[out, in]`` carries a
+    ``view``, a `MatrixView`; `normuon.param_groups` makes the groups of a whole model.
+
+    Args:
+        params: parameters, named parameters or param groups, as for any torch optimizer.
+        lr: learning rate, a number or a one-element tensor. With the default ``adjust_lr_fn`` use
+            an AdamW-sized one (1e-4 to 3e-3): Muon's usual 0.02 diverges with it.
+        weight_decay: decoupled, multiplied by lr alone. `param_groups` sets 0 outside matrices.
+        momentum: b1.
+        beta2: b2.
+        nesterov: orthogonalise ``b1 M_t + (1 - b1) G_t`` instead of ``M_t``, as torch.optim.Muon
+            and the authors' released code do. False is Algorithm 1 to the letter.
+        ns_coefficients: ``"jordan"``, ``"polar_express"``, ``"you"``, ``"cans"``, one (a, b, c), or
+            one per step; a per-step table must have ``ns_steps`` rows.
+        ns_steps: Newton-Schulz steps.
+        eps: added to sqrt(v). Nothing is added anywhere else, so the step does not depend on the
+            gradient's scale.
+        adjust_lr_fn: ``"match_rms_adamw"`` is the paper's last line; ``"original"`` the authors'
+            released code: the norm before neuron scaling restored, times ``max(1, m / n)^0.5``.
+            That step is about 50 times larger at equal lr, so its learning rates are Muon's (0.02).
+            A `muon` group takes torch.optim.Muon's factors of these names.
+        neuron_axis: ``"row"``, the paper's, or ``"short"``, statistics along the short side: the
+            neurons of a wide matrix are then its columns, and its state is m n + n.
+        orthogonalizer: ``"auto"``, a name, or a callable ``[B, m, n] -> [B, m, n]`` that takes
+            matrices of Frobenius norm 1.
+        ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
+            (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
+        momentum_dtype: dtype of the momentum; None: the parameter's.
+        cautious_weight_decay: decay only entries that the step moves towards zero (arXiv
+            2510.12402). For `normuon` and `muon` groups.
+        skip_nonfinite: leave a matrix with a NaN or infinity in its gradient, and all its state,
+            untouched on that step, without waiting for the device, and count it in
+            ``state["skipped_steps"]``. By default it propagates, as in any torch optimizer.
+        maximize: ascend.
+        betas: AdamW's, for `adamw` groups.
+        adamw_eps: AdamW's eps.
+        max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
+            at a time is processed however large it is.
+
+    State per matrix is m n + m elements (AdamW: 2 m n).
+
+    Raises:
+        ValueError: an option out of range, or a parameter its group cannot train; the message
+            names the parameter and what to do.
+
+    Example:
+        >>> import torch, normuon
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+        >>> optimizer = normuon.NorMuon(normuon.param_groups(model), lr=1e-3)
+        >>> model(torch.ones(2, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] = "jordan",
+        ns_steps: int = 5,
+        eps: float = 1e-8,
+        adjust_lr_fn: AdjustLrFn = "match_rms_adamw",
+        *,
+        neuron_axis: NeuronAxis = "row",
+        orthogonalizer: str | Orthogonalizer = "auto",
+        ns_dtype: torch.dtype | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        cautious_weight_decay: bool = False,
+        skip_nonfinite: bool = False,
+        maximize: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        max_scratch_bytes: int = DEFAULT_MAX_SCRATCH_BYTES,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "algorithm": "normuon",
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "ns_steps": ns_steps,
+            "eps": eps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "neuron_axis": neuron_axis,
+            "orthogonalizer": orthogonalizer,
+            "ns_dtype": ns_dtype,
+            "momentum_dtype": momentum_dtype,
+            "cautious_weight_decay": cautious_weight_decay,
+            "skip_nonfinite": skip_nonfinite,
+            "maximize": maximize,
+            "betas": betas,
+            "adamw_eps": adamw_eps,
+            "max_scratch_bytes": max_scratch_bytes,
+        }
+        check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, checked, with its state at zero.
+
+        Raises:
+            ValueError: as the constructor; nothing is added then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        param_group = dict(param_group)
+        if not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            self.state[param] = initial_state(param, group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_options(group)
+        adamw = group["algorithm"] == "adamw"
+        if adamw and group["cautious_weight_decay"] and group["weight_decay"] != 0:
+            raise ValueError(
+                "cautious_weight_decay=True is for 'normuon' and 'muon' groups; this 'adamw' group "
+                f"has weight_decay={group['weight_decay']}: set it to 0, or "
+                "'cautious_weight_decay': False in the group"
+            )
+        params = group["params"]
+        entries = [params] if isinstance(params, Tensor) else list(params)
+        named = [entry for entry in entries if isinstance(entry, tuple)]
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return  # torch's own add_param_group says it best.
+        labelled = {**group, "params": tensors}
+        if len(named) == len(entries):
+            labelled["param_names"] = [name for name, _ in named]
+        for index, tensor in enumerate(tensors):
+            label = param_label(labelled, index)
+            check_trainable_tensor(label, tensor)
+            if group["algorithm"] != "adamw":
+                check_matrix_param(label, tensor, group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One optimisation step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [
+                param
+                for index, param in enumerate(group["params"])
+                if param.grad is not None and param.numel() and self._prepare(group, index)
+            ]
+            if not params:
+                continue
+            if group["algorithm"] == "adamw":
+                step_adamw_(params, [self.state[p] for p in params], group)
+            else:
+                step_matrices_(
+                    list(self._matrix_params(params, group)),
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    options=MatrixOptions.from_group(group),
+                )
+        return loss
+
+    def _prepare(self, group: dict[str, Any], index: int) -> bool:
+        """Checks a gradient and lets the state follow what has changed since it was made."""
+        param = group["params"][index]
+        if param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{param_label(group, index)}: sparse gradients are not supported; build the "
+                "embedding with sparse=False"
+            )
+        state = self.state[param]
+        if group["skip_nonfinite"] and "skipped_steps" not in state:
+            state["skipped_steps"] = initial_state(param, group)["skipped_steps"]
+        follow_param_(state, param)
+        if group["algorithm"] == "normuon":
+            check_second_moment(group, index, state["second_momentum_buffer"])
+        return True
+
+    def _matrix_params(
+        self, params: Sequence[Tensor], group: dict[str, Any]
+    ) -> Iterator[MatrixParam]:
+        view, skip_nonfinite = view_of(group), group["skip_nonfinite"]
+        for param in params:
+            state = self.state[param]
+            assert param.grad is not None
+            yield MatrixParam(
+                param=param,
+                grad=param.grad,
+                view=view,
+                momentum=state["momentum_buffer"],
+                second_moment=state.get("second_momentum_buffer"),
+                skipped_steps=state["skipped_steps"] if skip_nonfinite else None,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
+
+        What describes the model or the program (views, reasons, a callable orthogonaliser) stays
+        out: it is taken from the live optimizer when the state is loaded.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            for key in STRUCTURE_KEYS:
+                group.pop(key, None)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave, on whatever device and in whatever dtype it was kept.
+
+        Raises:
+            ValueError: other groups, algorithms or shapes than this optimizer's; names the
+                parameter. Nothing is changed then.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        # Not torch's own: that casts all state to the parameter's dtype, which would round the
+        # second moments of bfloat16 parameters, and drops what a state_dict leaves out.
+        groups = merged_groups(self.param_groups, state_dict["param_groups"])
+        saved_state = dict(state_dict["state"])
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for saved, group in zip(state_dict["param_groups"], groups, strict=True):
+            for index, key in enumerate(saved["params"]):
+                loaded = loaded_state(group, index, saved_state.pop(key, {}))
+                state[group["params"][index]] = loaded
+        state.update(saved_state)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # A checkpoint older than an option takes the option's default.
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)

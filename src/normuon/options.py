@@ -1,0 +1,198 @@
+"""What a param group may say: every option of the three algorithms, checked, with one clear error.
+
+`optimizer.py` stores the groups; this file knows which values are legal and turns a group into the
+frozen options that `matrix_step.py` reads at every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from normuon.matrix_view import MatrixView
+from normuon.orthogonalize import NS_DTYPES, ORTHOGONALIZERS, Orthogonalizer, resolve_coefficients
+from normuon.orthogonalize.coefficients import Triple
+from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
+
+Algorithm = Literal["normuon", "muon", "adamw"]
+ALGORITHMS: tuple[Algorithm, ...] = ("normuon", "muon", "adamw")
+
+STRUCTURE_KEYS = ("view", "reasons", "orthogonalizer")
+"""Group keys that describe the model and the program, not hyperparameters: not in a state_dict."""
+
+
+def param_label(group: Mapping[str, Any], index: int) -> str:
+    """A parameter's name, where it has one, and its shape: how every message about it begins."""
+    names = group.get("param_names")
+    name = names[index] if names else f"params[{index}] of a {group['algorithm']!r} group"
+    return f"{name} {list(group['params'][index].shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixOptions:
+    """A `normuon` or `muon` group's options, resolved for one step (learning rate apart).
+
+    Equal options mean that two groups' matrices may share a batch.
+    """
+
+    normalizes_neurons: bool
+    momentum: float
+    beta2: float
+    nesterov: bool
+    eps: float
+    adjust_lr_fn: AdjustLrFn
+    neuron_axis: NeuronAxis
+    coefficients: tuple[Triple, ...]
+    orthogonalizer: str | Orthogonalizer
+    ns_dtype: torch.dtype | None
+    skip_nonfinite: bool
+    maximize: bool
+    cautious_weight_decay: bool
+    max_scratch_bytes: int
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> MatrixOptions:
+        """Reads a param group as it stands now, so that schedulers and users may change it."""
+        return cls(
+            normalizes_neurons=group["algorithm"] == "normuon",
+            momentum=group["momentum"],
+            beta2=group["beta2"],
+            nesterov=group["nesterov"],
+            eps=group["eps"],
+            adjust_lr_fn=group["adjust_lr_fn"],
+            neuron_axis=group["neuron_axis"],
+            coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
+            orthogonalizer=group["orthogonalizer"],
+            ns_dtype=group["ns_dtype"],
+            skip_nonfinite=group["skip_nonfinite"],
+            maximize=group["maximize"],
+            cautious_weight_decay=group["cautious_weight_decay"],
+            max_scratch_bytes=group["max_scratch_bytes"],
+        )
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Checks every option of a group whose defaults are filled in.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
+    _check_choice("algorithm", group["algorithm"], ALGORITHMS)
+    _check_lr(group["lr"])
+    _check_number("weight_decay", group["weight_decay"], low=0.0)
+    _check_number("momentum", group["momentum"], low=0.0, below=1.0)
+    _check_number("beta2", group["beta2"], low=0.0, below=1.0)
+    _check_number("eps", group["eps"], low=0.0)
+    _check_number("adamw_eps", group["adamw_eps"], low=0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} must be two numbers, AdamW's (beta1, beta2)")
+    for index, beta in enumerate(betas):
+        _check_number(f"betas[{index}]", beta, low=0.0, below=1.0)
+    ns_steps = group["ns_steps"]
+    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
+        raise ValueError(f"ns_steps={ns_steps!r} must be a whole number from 1 to 99")
+    resolve_coefficients(group["ns_coefficients"], ns_steps)
+    _check_choice("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
+    _check_choice("neuron_axis", group["neuron_axis"], NEURON_AXES)
+    orthogonalizer = group["orthogonalizer"]
+    if not callable(orthogonalizer):
+        _check_choice("orthogonalizer", orthogonalizer, ("auto", *ORTHOGONALIZERS), "a callable")
+    for name in ("ns_dtype", "momentum_dtype"):
+        if group[name] is not None:
+            _check_choice(name, group[name], NS_DTYPES, "None")
+    for name in ("nesterov", "skip_nonfinite", "maximize", "cautious_weight_decay"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r} must be True or False")
+    _check_number("max_scratch_bytes", group["max_scratch_bytes"], low=1)
+    view = group.get("view")
+    if view is not None and not isinstance(view, MatrixView):
+        raise ValueError(f"view={view!r} must be a normuon.MatrixView")
+
+
+def _check_lr(lr: object) -> None:
+    if isinstance(lr, Tensor):
+        # Its value is not read: that would wait for the device.
+        if lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must have one")
+        return
+    _check_number("lr", lr, low=0.0)
+
+
+def _check_number(name: str, value: object, *, low: float, below: float = math.inf) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return
+    if not number or not low <= value < below:  # type: ignore[operator]
+        top = "finite" if below == math.inf else f"below {below:g}"
+        raise ValueError(f"{name}={value!r} must be a number, at least {low:g} and {top}")
+
+
+def _check_choice(name: str, value: object, known: tuple[object, ...], other: str = "") -> None:
+    if value not in known:
+        choices = ", ".join(repr(k) for k in known) + (f" or {other}" if other else "")
+        raise ValueError(f"{name}={value!r} is not known; choose from {choices}")
+
+
+def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Checks that a parameter can be seen as matrices by its group's view.
+
+    Args:
+        label: the parameter's name and shape, the start of every message.
+        param: the parameter.
+        group: the group it is in, defaults filled in.
+
+    Raises:
+        ValueError: too few dims, more than two dims and no view, or a view that does not fit.
+    """
+    algorithm, view = group["algorithm"], group.get("view")
+    if param.ndim < 2:
+        raise ValueError(
+            f"{label}: a {algorithm!r} group takes matrices and this parameter has {param.ndim} "
+            "dim(s); put it in a group with 'algorithm': 'adamw', or let "
+            "normuon.param_groups(model) decide"
+        )
+    if view is None:
+        if param.ndim > 2:
+            raise ValueError(
+                f"{label}: {param.ndim} dims could be a convolution or a batch of experts; say "
+                "which with 'view': MatrixView.conv() or MatrixView.experts() in its group, or "
+                "let normuon.param_groups(model) decide"
+            )
+        return
+    try:
+        view.parts(param.shape)
+    except ValueError as error:
+        raise ValueError(f"{label}: the group's view does not fit: {error}") from None
+
+
+def check_trainable_tensor(label: str, param: Tensor) -> None:
+    """Checks for what cannot be trained here: sharded, complex, sparse and integer parameters.
+
+    Raises:
+        ValueError: names the parameter and what it is.
+    """
+    if type(param).__name__ == "FlatParameter":
+        raise ValueError(
+            f"{label}: FSDP1 flattens matrices away, so they cannot be orthogonalised; use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard)"
+        )
+    if hasattr(param, "placements"):
+        raise ValueError(
+            f"{label}: DTensor parameters ({getattr(param, 'placements', None)}) are not supported "
+            "in this version; use whole parameters, as DDP does"
+        )
+    if param.is_complex():
+        raise ValueError(
+            f"{label}: complex parameters are not supported; optimise torch.view_as_real of it "
+            "with another optimizer"
+        )
+    if param.layout != torch.strided:
+        raise ValueError(f"{label}: sparse parameters ({param.layout}) are not supported")
+    if not param.is_floating_point():
+        raise ValueError(f"{label}: {param.dtype} parameters cannot be optimised")

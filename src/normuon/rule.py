@@ -1,0 +1,207 @@
+"""The numerics of one NorMuon step as pure functions: Algorithm 1 of arXiv 2510.05491, by line.
+
+Shapes: B matrices of M rows and N columns; V is the neuron axis, M when rows are neurons and N when
+columns are. ``o_BMN`` is a batch of orthogonalised directions and ``v_BV`` their second moments.
+Functions whose name ends in ``_`` write to their first argument. Line 3 is in `orthogonalize/`;
+the order of the calls, and what is stored where, is `matrix_step.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdjustLrFn = Literal["match_rms_adamw", "original"]
+ADJUST_LR_FNS: tuple[AdjustLrFn, ...] = ("match_rms_adamw", "original")
+
+NeuronAxis = Literal["row", "short"]
+NEURON_AXES: tuple[NeuronAxis, ...] = ("row", "short")
+
+ADAMW_RMS = 0.2
+"""RMS of a typical AdamW step divided by its learning rate (Alg. 1, line 6; Moonlight)."""
+
+
+def neuron_dim(m: int, n: int, neuron_axis: NeuronAxis) -> int:
+    """The dim of ``[B, M, N]`` that counts neurons: -2 for rows, -1 for columns.
+
+    ``row`` is the paper's: an output neuron is a row, as in ``nn.Linear.weight``. ``short`` takes
+    statistics along the short side, so the neurons are the columns of a wide matrix.
+
+    Example:
+        >>> neuron_dim(768, 3072, "row"), neuron_dim(768, 3072, "short")
+        (-2, -1)
+    """
+    return -1 if neuron_axis == "short" and m < n else -2
+
+
+def update_momentum_(momentum: Tensor, grad: Tensor, *, momentum_beta: float) -> None:
+    """Line 2: ``M_t = b1 M_{t-1} + (1 - b1) G_t``, in the momentum's dtype.
+
+    Example:
+        >>> m = torch.zeros(2)
+        >>> update_momentum_(m, torch.ones(2), momentum_beta=0.75)
+        >>> m
+        tensor([0.2500, 0.2500])
+    """
+    momentum.lerp_(grad.to(momentum.dtype), 1 - momentum_beta)  # Alg. 1, line 2
+
+
+def nesterov_direction(momentum: Tensor, grad: Tensor, *, momentum_beta: float) -> Tensor:
+    """What line 3 orthogonalises when Nesterov is on: ``b1 M_t + (1 - b1) G_t``.
+
+    Differs: Algorithm 1 orthogonalises M_t itself; the authors' released code and torch.optim.Muon
+    look one step ahead, and so does this library by default.
+
+    Returns:
+        A new tensor in the momentum's dtype; neither argument is written to.
+
+    Example:
+        >>> nesterov_direction(torch.zeros(2), torch.ones(2), momentum_beta=0.75)
+        tensor([0.2500, 0.2500])
+    """
+    return torch.lerp(grad.to(momentum.dtype), momentum, momentum_beta)
+
+
+def mean_square_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
+    """Line 4's ``mean_cols(O * O)``: each neuron's mean square, in at least float32.
+
+    Args:
+        o_BMN: orthogonalised directions, any floating dtype.
+        dim: the neuron dim, -2 (rows) or -1 (columns).
+
+    Returns:
+        ``[B, V]`` in float32, or float64 for float64 input.
+
+    Example:
+        >>> o = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
+        >>> mean_square_per_neuron(o, dim=-2), mean_square_per_neuron(o, dim=-1)
+        (tensor([[12.5000,  2.0000]]), tensor([[ 4.5000, 10.0000]]))
+    """
+    reduced = -1 if dim == -2 else -2
+    # A norm accumulates in float32 without writing the float32 copy of O that a product would.
+    dtype = torch.promote_types(o_BMN.dtype, torch.float32)
+    norm_BV = torch.linalg.vector_norm(o_BMN, dim=reduced, dtype=dtype)
+    return torch.square(norm_BV) / o_BMN.shape[reduced]
+
+
+def update_second_moment(v_BV: Tensor, mean_square_BV: Tensor, *, beta2: float) -> Tensor:
+    """Line 4: ``v_t = b2 v_{t-1} + (1 - b2) mean_cols(O * O)``.
+
+    Multiplying v by a constant changes no step (line 6 divides it out), so there is no bias
+    correction.
+
+    Returns:
+        A new ``[B, V]`` tensor in v's dtype.
+
+    Example:
+        >>> update_second_moment(torch.zeros(1, 2), torch.ones(1, 2), beta2=0.75)
+        tensor([[0.2500, 0.2500]])
+    """
+    return torch.lerp(v_BV, mean_square_BV.to(v_BV.dtype), 1 - beta2)  # Alg. 1, line 4
+
+
+def neuron_scale(v_BV: Tensor, *, eps: float) -> Tensor:
+    """Line 5's factor per neuron, ``1 / (sqrt(v) + eps)``; 0 for a neuron that never moved.
+
+    Example:
+        >>> neuron_scale(torch.tensor([[4.0, 0.0]]), eps=0.0)
+        tensor([[0.5000, 0.0000]])
+    """
+    denominator_BV = v_BV.sqrt() + eps
+    return torch.where(denominator_BV == 0, 0.0, 1 / denominator_BV)  # Alg. 1, line 5
+
+
+def step_scale(
+    mean_square_BV: Tensor,
+    neuron_scale_BV: Tensor,
+    *,
+    m: int,
+    n: int,
+    adjust_lr_fn: AdjustLrFn,
+) -> Tensor:
+    """Line 6 divided by the learning rate: the one factor a whole matrix is multiplied by.
+
+    With ``Oh = O * neuron_scale``, whose norm follows from the row statistics without a second
+    pass over O:
+
+    - ``match_rms_adamw`` (the paper): ``0.2 sqrt(m n) / ||Oh||_F``, so that the step's RMS is
+      exactly ``0.2 lr``;
+    - ``original`` (the authors' released code): ``max(1, m / n)^0.5 ||O||_F / ||Oh||_F``.
+
+    Args:
+        mean_square_BV: from `mean_square_per_neuron`.
+        neuron_scale_BV: from `neuron_scale`.
+        m: rows of the matrix.
+        n: columns of the matrix.
+        adjust_lr_fn: which of the two.
+
+    Returns:
+        ``[B]``; 0 for an all-zero direction, which must give a zero step, never NaN.
+
+    Example:
+        >>> step_scale(torch.ones(1, 2), torch.ones(1, 2), m=2, n=8, adjust_lr_fn="match_rms_adamw")
+        tensor([0.2000])
+    """
+    # Each neuron has m n / V entries, so ||O||_F^2 = (m n / V) * sum of the mean squares.
+    entries = m * n / mean_square_BV.shape[-1]
+    normalized_BV = mean_square_BV * neuron_scale_BV.square()
+    normalized_norm_B = (normalized_BV.sum(-1) * entries).sqrt()  # ||Oh||_F
+    if adjust_lr_fn == "match_rms_adamw":
+        target_B: Tensor | float = ADAMW_RMS * math.sqrt(m * n)  # Alg. 1, line 6
+    else:
+        target_B = (mean_square_BV.sum(-1) * entries).sqrt() * math.sqrt(max(1.0, m / n))
+    return torch.where(normalized_norm_B == 0, 0.0, target_B / normalized_norm_B)
+
+
+def muon_step_scale(*, m: int, n: int, adjust_lr_fn: AdjustLrFn) -> float:
+    """Muon's own factor for a whole matrix, as torch.optim.Muon defines it, by name.
+
+    Example:
+        >>> muon_step_scale(m=4, n=25, adjust_lr_fn="match_rms_adamw")
+        1.0
+        >>> muon_step_scale(m=36, n=4, adjust_lr_fn="original")
+        3.0
+    """
+    if adjust_lr_fn == "match_rms_adamw":
+        return ADAMW_RMS * math.sqrt(max(m, n))
+    return math.sqrt(max(1.0, m / n))
+
+
+def apply_step_(
+    param_BMN: Tensor,
+    step_BMN: Tensor,
+    *,
+    decay: float | Tensor,
+    cautious: bool,
+) -> None:
+    """Line 7: ``W_t = W_{t-1} - decay W_{t-1} - step``.
+
+    Half-precision weights are decayed and moved in the step's float32 and rounded once; two
+    roundings in bfloat16 would swallow a decay of 1e-4 altogether.
+
+    Args:
+        param_BMN: the weights, written to.
+        step_BMN: ``eta' Oh``, same shape.
+        decay: ``lr * weight_decay``, a number or a tensor that broadcasts.
+        cautious: decay only entries whose step moves them towards zero (``step * W >= 0``; cautious
+            weight decay, arXiv 2510.12402).
+
+    Example:
+        >>> w = torch.tensor([[[1.0, -1.0]]])
+        >>> apply_step_(w, torch.tensor([[[0.5, 0.5]]]), decay=0.1, cautious=True)
+        >>> w
+        tensor([[[ 0.4000, -1.5000]]])
+    """
+    exact = param_BMN.dtype == step_BMN.dtype
+    work_BMN = param_BMN if exact else param_BMN.to(step_BMN.dtype)
+    if cautious:
+        kept_BMN = (work_BMN * step_BMN >= 0).to(step_BMN.dtype)
+        work_BMN.sub_(work_BMN * kept_BMN * decay)
+    else:
+        work_BMN.mul_(1 - decay)
+    work_BMN.sub_(step_BMN)  # Alg. 1, line 7
+    if not exact:
+        param_BMN.copy_(work_BMN)

@@ -1,0 +1,150 @@
+"""The optimizer's state: which tensors each algorithm keeps, their shapes, dtypes and loading.
+
+State exists from construction, so that a checkpoint's keys never depend on which gradients have
+arrived. Spellings are torch.optim's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normuon.matrix_view import MatrixView
+from normuon.options import STRUCTURE_KEYS, param_label
+
+State = dict[str, Tensor]
+
+
+def view_of(group: Mapping[str, Any]) -> MatrixView:
+    """The group's view; without one, a matrix is its own."""
+    view = group.get("view")
+    return view if view is not None else MatrixView.linear()
+
+
+def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
+    """The zero state of one parameter under its group's algorithm.
+
+    - `normuon`: ``momentum_buffer`` (the parameter's shape, ``momentum_dtype`` or the parameter's)
+      and ``second_momentum_buffer`` (one entry per neuron, at least float32): m (n + 1) elements.
+    - `muon`: ``momentum_buffer``: m n elements.
+    - `adamw`: torch's ``exp_avg``, ``exp_avg_sq`` and ``step``.
+
+    With ``skip_nonfinite`` also ``skipped_steps``, one int32 count per matrix.
+    """
+    if group["algorithm"] == "adamw":
+        state = {
+            # A float32 tensor beside its parameter, as torch's capturable and fused AdamW keep it.
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        }
+        num_matrices = 1
+    else:
+        view = view_of(group)
+        state = {
+            "momentum_buffer": torch.zeros_like(
+                param,
+                dtype=group["momentum_dtype"] or param.dtype,
+                memory_format=torch.contiguous_format,
+            )
+        }
+        if group["algorithm"] == "normuon":
+            state["second_momentum_buffer"] = torch.zeros(
+                view.second_moment_shape(param.shape, neuron_axis=group["neuron_axis"]),
+                dtype=torch.promote_types(param.dtype, torch.float32),
+                device=param.device,
+            )
+        num_matrices = sum(part.batch for part in view.parts(param.shape))
+    if group["skip_nonfinite"]:
+        state["skipped_steps"] = torch.zeros(num_matrices, dtype=torch.int32, device=param.device)
+    return {key: value.detach() for key, value in state.items()}
+
+
+def merged_groups(
+    live_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Saved hyperparameters on live parameters, views and callables.
+
+    Raises:
+        ValueError: another number of groups or parameters, or another algorithm.
+    """
+    if len(live_groups) != len(saved_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved_groups)} param groups and this optimizer "
+            f"{len(live_groups)}"
+        )
+    merged = []
+    for number, (live, saved) in enumerate(zip(live_groups, saved_groups, strict=True)):
+        here = f"param_groups[{number}]"
+        if len(saved["params"]) != len(live["params"]):
+            raise ValueError(
+                f"{here} has {len(saved['params'])} parameters in the checkpoint and "
+                f"{len(live['params'])} in this optimizer"
+            )
+        algorithm = saved.get("algorithm", live["algorithm"])
+        if algorithm != live["algorithm"]:
+            raise ValueError(
+                f"{here} is {algorithm!r} in the checkpoint and {live['algorithm']!r} in this "
+                "optimizer"
+            )
+        kept = {key: live[key] for key in (*STRUCTURE_KEYS, "params", "param_names") if key in live}
+        names = {"param_names": saved["param_names"]} if "param_names" in saved else {}
+        merged.append({**live, **deepcopy(dict(saved)), **kept, **names})
+    return merged
+
+
+def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any]) -> State:
+    """A parameter's state with the values of a checkpoint, on its device and in the group's dtypes.
+
+    A parameter that the checkpoint knows nothing of starts at zero, as it would have there.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; names the parameter and both shapes.
+    """
+    label = param_label(group, index)
+    state = initial_state(group["params"][index], group)
+    for key, tensor in state.items() if saved else ():
+        value = saved.get(key)
+        if key == "skipped_steps" and value is None:
+            continue  # Turned on since the checkpoint was written: counts from zero.
+        if key == "step" and isinstance(value, (int, float)):
+            value = torch.tensor(float(value))
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{label}: the checkpoint has no {key!r} for it (it has "
+                f"{sorted(map(str, saved))}); it was written by another optimizer or algorithm"
+            )
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, and this "
+                f"parameter with its view needs {list(tensor.shape)}"
+            )
+        tensor.copy_(value)
+    return {**{k: v for k, v in saved.items() if k not in state}, **state}
+
+
+def check_second_moment(group: Mapping[str, Any], index: int, v: Tensor) -> None:
+    """Checks that the second moment still fits a group whose options may have been changed.
+
+    Raises:
+        ValueError: ``neuron_axis`` or ``view`` asks for another number of neurons.
+    """
+    shape = group["params"][index].shape
+    needed = view_of(group).second_moment_shape(shape, neuron_axis=group["neuron_axis"])
+    if v.shape != needed:
+        raise ValueError(
+            f"{param_label(group, index)}: its 'second_momentum_buffer' has shape {list(v.shape)}, and "
+            f"neuron_axis={group['neuron_axis']!r} with its view needs {list(needed)}; these two "
+            "options cannot change once the optimizer is built"
+        )
+
+
+def follow_param_(state: State, param: Tensor) -> None:
+    """Moves a parameter's state to the device that the parameter has been moved to."""
+    for key, value in state.items():
+        if value.device != param.device:
+            state[key] = value.to(param.device)
