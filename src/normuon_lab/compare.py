@@ -1,0 +1,186 @@
+"""Plans a comparison, does the runs it is still missing, and keeps everything in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from normuon_lab.arms import check_arms
+from normuon_lab.batches import check_lengths
+from normuon_lab.config import Experiment, RunSpec
+from normuon_lab.corpus import load_corpus
+from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
+from normuon_lab.execution import execute
+from normuon_lab.machine import describe_machine, utc_now
+from normuon_lab.results import (
+    REPORT_FILE,
+    RESULTS_FILE,
+    Results,
+    missing_runs,
+    open_results,
+    write_json,
+)
+from normuon_lab.tensorboard import write_scalars
+from normuon_lab.train import RunRecord
+from normuon_lab.tuned_rates import TunedRates
+from normuon_lab.workers import Job, default_num_workers
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonRequest:
+    """What to compare, and where to put it.
+
+    Attributes:
+        given_rates: learning rates by arm that override the tuned ones.
+        tuned_path: a tuning file; None for the one shipped with the package.
+    """
+
+    experiment: Experiment
+    arms: tuple[str, ...]
+    num_seeds: int
+    given_rates: Mapping[str, float]
+    tuned_path: str | None
+    out: Path
+    resume: bool
+
+    def __post_init__(self) -> None:
+        check_arms(self.arms)
+        require(self.num_seeds >= 1, f"--seeds must be at least 1, got {self.num_seeds}")
+        for arm in self.given_rates:
+            require(arm in self.arms, f"--lr {arm}=...: {arm} is not among the arms")
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that the claim is made on."""
+        return list(range(self.num_seeds))
+
+
+def run_comparison(request: ComparisonRequest, console: Console) -> Results:
+    """Do what is missing of a comparison and write results, metrics and report.
+
+    Returns:
+        The results, complete.
+
+    Raises:
+        InputError: the request cannot be served; nothing was written.
+        RunsFailedError: some runs failed; what the others found was written.
+        InterruptedRunsError: Ctrl-C came; finished runs are kept.
+    """
+    corpus = load_corpus(request.experiment.data)
+    check_lengths(corpus, request.experiment)
+    learning_rates = choose_learning_rates(request)
+    jobs_in_all = len(request.arms) * request.num_seeds
+    results = open_results(
+        request.out,
+        Results(
+            config={
+                "arms": list(request.arms),
+                "seeds": request.seeds,
+                "learning_rates": {arm: learning_rates[arm]["value"] for arm in request.arms},
+                **request.experiment.to_json(),
+            },
+            corpus=corpus.to_json(),
+            learning_rates=learning_rates,
+            machine=describe_machine(num_workers=default_num_workers(jobs_in_all)),
+            created=utc_now(),
+        ),
+        resume=request.resume,
+    )
+    _announce(results, console)
+
+    def keep(record: RunRecord) -> None:
+        results.records.append(record)
+        write_json(request.out / RESULTS_FILE, results.to_json())
+        write_scalars(request.out / TENSORBOARD_FOLDER, record)
+
+    jobs = [
+        # One seed is enough to see the shape of an update, and its numbers are many.
+        Job(
+            RunSpec(arm=arm, seed=seed, learning_rate=learning_rates[arm]["value"]),
+            probe_updates=seed == results.seeds[0],
+        )
+        for arm, seed in missing_runs(results)
+    ]
+    try:
+        execute(
+            jobs,
+            request.experiment,
+            corpus,
+            console=console,
+            on_finished=keep,
+            num_done=len(results.records),
+        )
+    except KeyboardInterrupt:
+        num_done = len(results.records)
+        raise InterruptedRunsError(
+            f"interrupted: {num_done} of {jobs_in_all} runs are kept in {request.out}",
+            can_resume=num_done > 0,
+        ) from None
+    except RunsFailedError:
+        if results.records:
+            _write_report(results, request.out)
+        raise
+    _write_report(results, request.out)
+    return results
+
+
+def choose_learning_rates(request: ComparisonRequest) -> dict[str, dict[str, Any]]:
+    """Per arm the peak learning rate, a sentence on where it is from, and the trials behind it.
+
+    Raises:
+        InputError: an arm has neither a given nor a tuned rate, or the comparison's seeds are among
+            those its rates were tuned on.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for arm in request.arms:
+        if arm in request.given_rates:
+            value = request.given_rates[arm]
+            # Validates it, before anything is read or written.
+            RunSpec(arm=arm, seed=0, learning_rate=value)
+            chosen[arm] = {"value": value, "source": "given on the command line", "trials": []}
+    untuned = [arm for arm in request.arms if arm not in chosen]
+    if not untuned:
+        return chosen
+    tuned = TunedRates.load(request.tuned_path)
+    shared = sorted(set(tuned.seeds) & set(request.seeds))
+    require(
+        not shared,
+        f"{tuned.source} was tuned on seed {shared[0] if shared else ''}, which this comparison "
+        "would claim on: never tune and claim on the same seeds",
+    )
+    for arm in untuned:
+        chosen[arm] = {
+            "value": tuned.learning_rate(arm),
+            "source": tuned.summary(arm, request.experiment),
+            "trials": tuned.values["arms"][arm]["trials"],
+            "command": tuned.values.get("command"),
+        }
+    return {arm: chosen[arm] for arm in request.arms}
+
+
+def _announce(results: Results, console: Console) -> None:
+    corpus = results.corpus
+    console.print(
+        f"{corpus['name']}: {corpus['train_tokens']:,} tokens to train on, "
+        f"{corpus['validation_tokens']:,} held out, SHA-256 {corpus['sha256'][:16]}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for arm in results.arms:
+        rate = results.learning_rates[arm]
+        line = f"{arm}: learning rate {rate['value']:.4g}, {rate['source']}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write_report(results: Results, out: Path) -> None:
+    # Plotly takes a second to import, which an error in the request should not wait for.
+    from normuon_lab.report import write_report
+
+    write_json(out / RESULTS_FILE, results.to_json())
+    write_report(out / REPORT_FILE, results)

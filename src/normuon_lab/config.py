@@ -1,0 +1,139 @@
+"""What a run is made of, as frozen and validated values.
+
+Nothing here imports torch: the command line reads and checks a configuration before anything slow
+starts. What each field means to training is `train.py`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from normuon_lab.errors import require
+
+MODEL_FAMILIES = ("llama", "gpt2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of the language model; random initialisation, untied embeddings."""
+
+    family: str = "llama"
+    num_layers: int = 4
+    width: int = 96
+    num_heads: int = 3
+    mlp_width: int = 256
+    sequence_length: int = 128
+    vocab_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(
+            self.family in MODEL_FAMILIES,
+            f"unknown model {self.family!r}: choose one of {', '.join(MODEL_FAMILIES)}",
+        )
+        for name in ("num_layers", "width", "num_heads", "mlp_width", "sequence_length"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.width % self.num_heads == 0 and (self.width // self.num_heads) % 2 == 0,
+            f"width {self.width} must be an even multiple of num_heads {self.num_heads}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The budget of one run: the same for every arm."""
+
+    steps: int = 240
+    batch_size: int = 16
+    warmup_fraction: float = 0.05
+    num_evals: int = 20
+    eval_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            0.0 <= self.warmup_fraction < 1.0,
+            f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises linearly to its peak."""
+        return min(self.steps - 1, math.ceil(self.warmup_fraction * self.steps))
+
+    @property
+    def eval_steps(self) -> tuple[int, ...]:
+        """Numbers of finished steps after which the validation loss is taken; 0 and the end too."""
+        marks = {round(i * self.steps / self.num_evals) for i in range(self.num_evals + 1)}
+        return tuple(sorted(marks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What all runs of a comparison or of a tuning share."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainConfig = TrainConfig()
+    data: tuple[str, ...] = ("stdlib",)
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.training.eval_tokens >= self.model.sequence_length,
+            f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "
+            f"{self.model.sequence_length} tokens",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values, as they are stored in results and compared on `--resume`."""
+        values = dataclasses.asdict(self)
+        values["data"] = list(self.data)
+        return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One run of an experiment: which arm, which seed, which peak learning rate."""
+
+    arm: str
+    seed: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"a seed must be at least 0, got {self.seed}")
+        require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0.0,
+            f"the learning rate of {self.arm} must be a positive number, got {self.learning_rate}",
+        )
+
+    @property
+    def name(self) -> str:
+        """How messages call this run."""
+        return f"{self.arm} seed {self.seed}"
+
+
+def first_difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first field, by dotted name, in which two nested configurations differ.
+
+    >>> first_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ('b.c', 2, 3)
+    >>> first_difference({"a": 1}, {"a": 1}) is None
+    True
+    """
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found = first_difference(before, after, f"{prefix}{key}.")
+            if found is not None:
+                return found
+        elif before != after:
+            return f"{prefix}{key}", before, after
+    return None

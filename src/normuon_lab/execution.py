@@ -1,0 +1,74 @@
+"""Does a list of runs in worker processes while the terminal shows how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from normuon_lab.config import Experiment
+from normuon_lab.corpus import Corpus
+from normuon_lab.errors import RunsFailedError
+from normuon_lab.progress import RunDisplay
+from normuon_lab.train import RunRecord
+from normuon_lab.workers import (
+    Failed,
+    Finished,
+    Job,
+    Progress,
+    Started,
+    default_num_workers,
+    run_jobs,
+)
+
+
+def execute(
+    jobs: Sequence[Job],
+    experiment: Experiment,
+    corpus: Corpus,
+    *,
+    console: Console,
+    on_finished: Callable[[RunRecord], None],
+    num_done: int = 0,
+) -> None:
+    """Do all jobs and hand over each record as it comes.
+
+    Args:
+        jobs: the runs, in order of start.
+        experiment: what they share.
+        corpus: the text.
+        console: where to show progress.
+        on_finished: called with every record.
+        num_done: runs finished earlier, for the counter.
+
+    Raises:
+        RunsFailedError: after all other jobs are done, if any failed.
+    """
+    failures: list[Failed] = []
+    display = RunDisplay(
+        console,
+        num_runs=num_done + len(jobs),
+        num_done=num_done,
+        steps=experiment.training.steps,
+    )
+    events = run_jobs(jobs, experiment, corpus, num_workers=default_num_workers(len(jobs)))
+    with display:
+        try:
+            for event in events:
+                spec = event.job.spec
+                if isinstance(event, Started):
+                    display.start(spec)
+                elif isinstance(event, Progress):
+                    display.advance(spec, event.step, event.loss)
+                elif isinstance(event, Finished):
+                    on_finished(event.record)
+                    display.finish(spec, event.record)
+                else:
+                    failures.append(event)
+                    display.fail(spec, event.reason)
+        finally:
+            events.close()
+    if failures:
+        raise RunsFailedError(
+            "; ".join(f"{event.job.spec.name} failed: {event.reason}" for event in failures)
+        )

@@ -1,0 +1,51 @@
+"""What a result must say about where it was made: processor, versions, threads, date."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_RECORDED_PACKAGES = ("normuon", "torch", "transformers", "numpy", "scipy")
+
+
+def describe_machine(*, num_workers: int) -> dict[str, Any]:
+    """Plain values that name the machine and the software; no host name, no user."""
+    import torch
+
+    return {
+        "processor": _processor_name(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "worker_processes": num_workers,
+        "threads_per_worker": 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
+    }
+
+
+def utc_now() -> str:
+    """The date and time in UTC, to the second, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = [line.partition(":") for line in info.read_text().splitlines()]
+        values = {key.strip(): value.strip() for key, _, value in fields}
+        if "model name" in values:
+            family = f"family {values.get('cpu family')}, model {values.get('model')}"
+            return f"{values['model name']} ({family})"
+    return platform.processor() or "unknown"

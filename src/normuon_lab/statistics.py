@@ -1,0 +1,158 @@
+"""What the curves say: steps to a target loss, paired differences, and their intervals.
+
+The interval is Student's t over seeds, on paired values (same seed, same initial weights, same
+batches). With two to five seeds it is wide, and honest: a bootstrap over so few values can only
+return combinations of them and covers far less than it says. With one seed there is no interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+CONFIDENCE = 0.95
+
+METHOD = (
+    "Training efficiency: the share of steps, in percent, by which an arm reaches the baseline's "
+    "final validation loss before the baseline's last step. It is read off the arm's own curve, by "
+    "linear interpolation between evaluations, at the first crossing. The learning rate has not "
+    "decayed there yet, so a run scheduled to end there would do better: the figure is "
+    "conservative. Intervals: Student's t over seeds on paired values (same seed, initial weights "
+    "and batches)."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over seeds and its confidence interval.
+
+    `low` and `high` are None with fewer than two values, `mean` too where there is none.
+    """
+
+    values: tuple[float, ...]
+    mean: float | None
+    low: float | None
+    high: float | None
+    confidence: float = CONFIDENCE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return {**asdict(self), "values": list(self.values)}
+
+
+def t_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Estimate:
+    """Mean of `values` and Student's t interval: mean ± t(n - 1) s / sqrt(n).
+
+    Example:
+        >>> estimate = t_interval([1.0, 2.0, 3.0])
+        >>> print(f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]")
+        2.000 [-0.484, 4.484]
+    """
+    n = len(values)
+    if n == 0:
+        return Estimate(values=(), mean=None, low=None, high=None, confidence=confidence)
+    mean = math.fsum(values) / n
+    low = high = None
+    if n >= 2:
+        from scipy import stats
+
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        margin = float(stats.t.ppf(0.5 + confidence / 2, df=n - 1)) * deviation / math.sqrt(n)
+        low, high = mean - margin, mean + margin
+    return Estimate(values=tuple(values), mean=mean, low=low, high=high, confidence=confidence)
+
+
+def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """Where a curve first falls to `target`, by linear interpolation between its points.
+
+    Args:
+        steps: abscissas, ascending.
+        losses: the curve's values there.
+        target: the loss to reach.
+
+    Returns:
+        The first crossing in steps, or None when the curve stays above the target.
+
+    Example:
+        >>> steps_to_target([0, 10, 20], [5.0, 3.0, 2.0], 2.5)
+        15.0
+    """
+    for i, loss in enumerate(losses):
+        if loss <= target:
+            if i == 0:
+                return float(steps[0])
+            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A run's validation curve: the loss after each of `steps` finished steps."""
+
+    steps: Sequence[float]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One arm against a baseline, over the seeds both have finished.
+
+    Attributes:
+        loss_difference: the arm's final validation loss minus the baseline's; negative is better.
+        fewer_steps_percent: the training efficiency, over the seeds that reached the target.
+        seeds_not_reached: seeds whose curve never came down to the baseline's final loss. Where
+            there are any, the efficiency has no mean: it would leave out the worst seeds.
+    """
+
+    arm: str
+    baseline: str
+    seeds: tuple[int, ...]
+    loss_difference: Estimate
+    fewer_steps_percent: Estimate
+    seeds_not_reached: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return {
+            "arm": self.arm,
+            "baseline": self.baseline,
+            "seeds": list(self.seeds),
+            "loss_difference": self.loss_difference.to_json(),
+            "fewer_steps_percent": self.fewer_steps_percent.to_json(),
+            "seeds_not_reached": list(self.seeds_not_reached),
+        }
+
+
+def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curve]]) -> Comparison:
+    """Compare two arms over the seeds that both finished.
+
+    Args:
+        arm: name of the arm.
+        baseline: name of the arm it is held against.
+        curves: finished runs' curves by arm and seed; diverged runs are left out.
+    """
+    ours, theirs = curves.get(arm, {}), curves.get(baseline, {})
+    seeds = tuple(sorted(set(ours) & set(theirs)))
+    differences = [ours[seed].losses[-1] - theirs[seed].losses[-1] for seed in seeds]
+    savings: list[float] = []
+    not_reached: list[int] = []
+    for seed in seeds:
+        needed = steps_to_target(ours[seed].steps, ours[seed].losses, theirs[seed].losses[-1])
+        if needed is None:
+            not_reached.append(seed)
+        else:
+            savings.append(100.0 * (1.0 - needed / theirs[seed].steps[-1]))
+    saved = t_interval(savings)
+    if not_reached:
+        saved = Estimate(values=tuple(savings), mean=None, low=None, high=None)
+    return Comparison(
+        arm=arm,
+        baseline=baseline,
+        seeds=seeds,
+        loss_difference=t_interval(differences),
+        fewer_steps_percent=saved,
+        seeds_not_reached=tuple(not_reached),
+    )

@@ -1,0 +1,212 @@
+"""One training run: from an experiment, a run's specification and a corpus to a record.
+
+Single-process and deterministic: the same inputs in the same environment give the same record,
+bit for bit, but for its times. Which runs there are, and in which process, is `workers.py`'s
+business.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from normuon_lab.arms import ARMS
+from normuon_lab.batches import BatchSampler, validation_batches
+from normuon_lab.config import Experiment, RunSpec
+from normuon_lab.corpus import Corpus
+from normuon_lab.diagnostics import UpdateProbe, choose_matrices
+from normuon_lab.models import build_model, hidden_matrix_kinds, next_token_loss
+from normuon_lab.schedule import learning_rate_factor
+
+ProgressCallback = Callable[[int, float], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRecord:
+    """What a finished run leaves behind.
+
+    Attributes:
+        eval_steps: numbers of finished steps at which the validation loss was taken.
+        eval_losses: those losses, nats per token.
+        eval_seconds: seconds of training, evaluations left out, up to each of them.
+        train_losses: the loss of every step's batch, before the step.
+        final_loss: the last validation loss; None when the run diverged.
+        updates: measurements of update matrices, if they were asked for.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+    num_parameters: int
+    eval_steps: list[int] = field(default_factory=list)
+    eval_losses: list[float] = field(default_factory=list)
+    eval_seconds: list[float] = field(default_factory=list)
+    train_losses: list[float] = field(default_factory=list)
+    final_loss: float | None = None
+    train_seconds: float = 0.0
+    total_seconds: float = 0.0
+    updates: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss stopped being a number."""
+        return self.final_loss is None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunRecord:
+        """The inverse of `to_json`."""
+        return cls(**values)
+
+
+def train_run(
+    spec: RunSpec,
+    experiment: Experiment,
+    corpus: Corpus,
+    *,
+    probe_updates: bool = False,
+    on_step: ProgressCallback | None = None,
+) -> RunRecord:
+    """Train one model with one arm.
+
+    Args:
+        spec: arm, seed and peak learning rate.
+        experiment: what the runs of a comparison share.
+        corpus: the text; long enough, see `batches.check_lengths`.
+        probe_updates: also measure update matrices, which changes nothing else.
+        on_step: called after every step with its number, from 1, and its training loss.
+
+    Returns:
+        The record. A run whose loss is no longer finite stops there.
+    """
+    started = time.perf_counter()
+    run = _Run(spec, experiment, corpus, probe_updates=probe_updates)
+    with _deterministic():
+        run.evaluate(finished_steps=0)
+        for step in range(experiment.training.steps):
+            loss = run.train_step(step)
+            if not math.isfinite(loss):
+                break
+            if on_step is not None:
+                on_step(step + 1, loss)
+            if step + 1 in run.eval_steps:
+                run.evaluate(finished_steps=step + 1)
+    record = run.finish()
+    record.total_seconds = round(time.perf_counter() - started, 3)
+    return record
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(
+        self, spec: RunSpec, experiment: Experiment, corpus: Corpus, *, probe_updates: bool
+    ) -> None:
+        self._training = experiment.training
+        self._learning_rate = spec.learning_rate
+        self.eval_steps = frozenset(self._training.eval_steps)
+        self._model = build_model(experiment.model, seed=spec.seed)
+        self._optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate)
+        self._loss = torch.compile(next_token_loss) if experiment.compile else next_token_loss
+        matrix_names = choose_matrices(
+            self._model, hidden_matrix_kinds(experiment.model), experiment.model.num_layers
+        )
+        self._probe = UpdateProbe(
+            self._model,
+            self._optimizers,
+            matrix_names=matrix_names if probe_updates else [],
+            steps=self._training.steps,
+        )
+        length = experiment.model.sequence_length
+        batch_size = self._training.batch_size
+        self._sampler = BatchSampler(
+            corpus.train, sequence_length=length, batch_size=batch_size, seed=spec.seed
+        )
+        self._held_out = validation_batches(
+            corpus.validation,
+            sequence_length=length,
+            eval_tokens=self._training.eval_tokens,
+            batch_size=batch_size,
+        )
+        self._record = RunRecord(
+            arm=spec.arm,
+            seed=spec.seed,
+            learning_rate=spec.learning_rate,
+            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+        )
+
+    def train_step(self, step: int) -> float:
+        """Do step `step`, counted from 0, and return its training loss; no step if not finite."""
+        started = time.perf_counter()
+        loss = self._loss(self._model, *self._sampler.batch(step))
+        value = loss.item()
+        self._record.train_losses.append(round(value, 6))
+        if not math.isfinite(value):
+            return value
+        loss.backward()
+        self._set_learning_rate(step)
+        self._record.train_seconds += time.perf_counter() - started
+        self._probe.before_step(step)
+        started = time.perf_counter()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._record.train_seconds += time.perf_counter() - started
+        self._probe.after_step(step)
+        return value
+
+    def evaluate(self, *, finished_steps: int) -> None:
+        """Take the validation loss: the mean over all held-out windows."""
+        total, num_windows = 0.0, 0
+        with torch.no_grad():
+            for inputs, targets in self._held_out:
+                total += self._loss(self._model, inputs, targets).item() * len(inputs)
+                num_windows += len(inputs)
+        self._record.eval_steps.append(finished_steps)
+        self._record.eval_losses.append(total / num_windows)
+        self._record.eval_seconds.append(round(self._record.train_seconds, 4))
+
+    def finish(self) -> RunRecord:
+        """The record; where a loss stopped being a number, the curves end before it."""
+        record = self._record
+        losses = [*record.train_losses, *record.eval_losses]
+        if len(record.train_losses) == self._training.steps and all(map(math.isfinite, losses)):
+            record.final_loss = record.eval_losses[-1]
+        record.train_losses = [loss for loss in record.train_losses if math.isfinite(loss)]
+        kept = [i for i, loss in enumerate(record.eval_losses) if math.isfinite(loss)]
+        record.eval_steps = [record.eval_steps[i] for i in kept]
+        record.eval_losses = [record.eval_losses[i] for i in kept]
+        record.eval_seconds = [record.eval_seconds[i] for i in kept]
+        record.train_seconds = round(record.train_seconds, 4)
+        record.updates = self._probe.measurements
+        return record
+
+    def _set_learning_rate(self, step: int) -> None:
+        factor = learning_rate_factor(
+            step, steps=self._training.steps, warmup_steps=self._training.warmup_steps
+        )
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate * factor
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic kernels, and no denormal numbers, which are slow on CPUs; undone at the end."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.set_flush_denormal(False)
