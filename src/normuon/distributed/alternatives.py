@@ -1,0 +1,151 @@
+"""What other ways of distributing the same matrices would cost, for comparison with a plan.
+
+Counts FLOPs, bytes and memory; nothing here is ever executed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normuon.distributed.accounting import scratch_bytes
+from normuon.distributed.plan import Plan, make_plan
+from normuon.distributed.tiling import tiling_of
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One way to distribute a step, in numbers.
+
+    Args:
+        name: what it is called.
+        num_orthogonalisations: over all ranks, repeated and dummy ones included.
+        flops_total: over all ranks.
+        flops_busiest: of the busiest rank.
+        imbalance: the busiest rank's FLOPs over the makespan bound of computing each matrix once.
+        bytes_sent_total: over all ranks, there and back.
+        scratch_bytes_max: whole matrices and orthogonaliser's scratch held at once on one rank.
+    """
+
+    name: str
+    num_orthogonalisations: int
+    flops_total: int
+    flops_busiest: int
+    imbalance: float
+    bytes_sent_total: int
+    scratch_bytes_max: int
+
+
+def alternatives(plan: Plan) -> tuple[Figures, ...]:
+    """The plan's figures, then those of the other ways.
+
+    Args:
+        plan: what to compare; its matrices, world size and cost model are used throughout.
+
+    Returns:
+        Figures of the plan, the paper's round-robin, every rank computing everything, and
+        same-shape groups padded to the world size.
+    """
+    paper = make_plan(
+        plan.tasks,
+        world_size=plan.world_size,
+        cost_model=plan.cost_model,
+        balance="paper",
+        bucket_bytes=plan.bucket_bytes,
+    )
+    once = paper.makespan_bound  # The paper's plan computes every matrix exactly once.
+    return (
+        _figures_of(plan, f"plan (balance={plan.balance})", once),
+        _figures_of(paper, "sorted by elements, round-robin", once),
+        compute_everywhere(plan, once),
+        pad_to_world_size(plan, once),
+    )
+
+
+def _figures_of(plan: Plan, name: str, once: int) -> Figures:
+    busiest = max(plan.flops_by_rank)
+    return Figures(
+        name=name,
+        num_orthogonalisations=sum(map(len, plan.owners)),
+        flops_total=sum(plan.flops_by_rank),
+        flops_busiest=busiest,
+        imbalance=busiest / once if once else 1.0,
+        bytes_sent_total=plan.bytes_sent_total,
+        scratch_bytes_max=plan.scratch_bytes_max,
+    )
+
+
+def compute_everywhere(plan: Plan, once: int) -> Figures:
+    """Every rank gathers every matrix and orthogonalises it itself, one matrix at a time.
+
+    Args:
+        plan: whose matrices to count.
+        once: the makespan bound of computing each matrix once.
+    """
+    flops = sum(plan.flops_by_matrix)
+    bytes_sent = 0
+    scratch = 0
+    for index, task in enumerate(plan.tasks):
+        stored = sum(tiling_of(task).numel_by_rank.values())
+        bytes_sent += (plan.world_size * task.numel - stored) * task.wire_bytes
+        owners = [(0,)] * len(plan.tasks)
+        alone = scratch_bytes(plan.tasks, owners, [index], plan.cost_model, plan.world_size)
+        scratch = max(scratch, alone)
+    return Figures(
+        name="every rank computes everything",
+        num_orthogonalisations=plan.world_size * len(plan.tasks),
+        flops_total=plan.world_size * flops,
+        flops_busiest=flops,
+        imbalance=flops / once if once else 1.0,
+        bytes_sent_total=bytes_sent,
+        scratch_bytes_max=scratch,
+    )
+
+
+def pad_to_world_size(plan: Plan, once: int) -> Figures:
+    """Same-shape matrices in groups of one per rank, the last group filled up with dummies.
+
+    Every rank sends a shard of every member of a group to its owner, dummies included, and gets one
+    back; shards are padded to the largest. Replicas each work for themselves when the parameter is
+    sharded too; matrices that ranks store whole are computed there, or, when all ranks do, spread
+    and sent to all.
+
+    Args:
+        plan: whose matrices to count.
+        once: the makespan bound of computing each matrix once.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, task in enumerate(plan.tasks):
+        key = (*task.batch_key, tiling_of(task).whole_ranks, task.layout.full_replicas)
+        groups.setdefault(key, []).append(index)
+    loads = [0] * plan.world_size
+    count = bytes_sent = scratch = 0
+    for indices in groups.values():
+        task = plan.tasks[indices[0]]
+        tiling = tiling_of(task)
+        flops = plan.flops_by_matrix[indices[0]]
+        if tiling.whole_ranks and len(tiling.whole_ranks) < plan.world_size:
+            for rank in tiling.whole_ranks:
+                loads[rank] += flops * len(indices)
+            count += len(indices) * len(tiling.whole_ranks)
+        else:
+            num_replicas = 1 if tiling.whole_ranks else len(task.layout.full_replicas)
+            group_size = plan.world_size // num_replicas
+            num_groups = -(-len(indices) // group_size)
+            shard = max(tiling.numel_by_rank.values()) * task.wire_bytes
+            ways = 1 if tiling.whole_ranks else 2  # Replicated matrices need no gather.
+            messages = num_groups * num_replicas * group_size * (group_size - 1)
+            bytes_sent += ways * messages * shard
+            count += num_groups * group_size * num_replicas
+            loads = [load + flops * num_groups for load in loads]
+        owners = [(0,)] * len(plan.tasks)
+        alone = scratch_bytes(plan.tasks, owners, indices[:1], plan.cost_model, plan.world_size)
+        scratch = max(scratch, alone)
+    return Figures(
+        name="same-shape groups padded to the world size",
+        num_orthogonalisations=count,
+        flops_total=sum(loads),
+        flops_busiest=max(loads),
+        imbalance=max(loads) / once if once else 1.0,
+        bytes_sent_total=bytes_sent,
+        scratch_bytes_max=scratch,
+    )
