@@ -137,9 +137,9 @@ def check_second_moment(group: Mapping[str, Any], index: int, v: Tensor) -> None
     needed = view_of(group).second_moment_shape(shape, neuron_axis=group["neuron_axis"])
     if v.shape != needed:
         raise ValueError(
-            f"{param_label(group, index)}: its 'second_momentum_buffer' has shape {list(v.shape)}, and "
-            f"neuron_axis={group['neuron_axis']!r} with its view needs {list(needed)}; these two "
-            "options cannot change once the optimizer is built"
+            f"{param_label(group, index)}: its 'second_momentum_buffer' has shape "
+            f"{list(v.shape)}, and neuron_axis={group['neuron_axis']!r} with its view needs "
+            f"{list(needed)}; these two options cannot change once the optimizer is built"
         )
 
 

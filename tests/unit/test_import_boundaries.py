@@ -1,0 +1,99 @@
+"""Which file may import which: arrows point down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import normuon
+
+PACKAGE = Path(normuon.__file__).parent
+
+# Each file may import from normuon only what stands before it.
+ORDER = [
+    "orthogonalize.coefficients",
+    "orthogonalize.newton_schulz",
+    "orthogonalize.backend",
+    "orthogonalize",
+    "rule",
+    "matrix_view",
+    "options",
+    "state",
+    "adamw",
+    "matrix_step",
+    "module_rules",
+    "groups",
+    "optimizer",
+    "",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module or "")
+            # `from normuon import rule` imports a module, not a name.
+            found |= {
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if (
+                    PACKAGE.parent / str(node.module).replace(".", "/") / f"{alias.name}.py"
+                ).exists()
+            }
+    return found
+
+
+SINGLE_DEVICE = [p for p in sorted(PACKAGE.rglob("*.py")) if "distributed" not in p.parts]
+
+
+@pytest.mark.parametrize("path", SINGLE_DEVICE, ids=module_name)
+def test_imports_point_down(path):
+    name = module_name(path)
+    assert name in ORDER, f"{name} has no place in the order of the house"
+    allowed = set(ORDER[: ORDER.index(name)])
+    for imported in imports_of(path):
+        if imported.startswith("normuon_lab"):
+            pytest.fail(f"{name} imports the lab")
+        if imported.startswith("normuon."):
+            inner = imported.removeprefix("normuon.")
+            assert inner in allowed, f"{name} imports {inner}, which stands above it"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "distributed").glob("*.py")), ids=lambda path: path.stem
+)
+def test_the_planner_imports_no_torch(path):
+    """Regions, costs and plans are pure Python: a plan needs neither processes nor devices."""
+    roots = {name.split(".")[0] for name in imports_of(path)}
+    assert not roots & {"torch", "numpy", "normuon_lab"}
+
+
+def test_the_library_imports_torch_and_the_standard_library_only():
+    allowed = {*sys.stdlib_module_names, "torch", "normuon"}
+    for path in PACKAGE.rglob("*.py"):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert roots <= allowed, f"{path.name} imports {sorted(roots - allowed)}"
+
+
+def test_importing_the_library_loads_no_optional_package():
+    code = (
+        "import normuon, sys; print([m for m in ('numpy', 'transformers', 'rich', 'triton', "
+        "'normuon_lab') if m in sys.modules and m != 'numpy'])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert out.stdout.strip() == "[]"
