@@ -16,7 +16,8 @@ from torch import Tensor
 from normuon import rule
 from normuon.matrix_view import MatrixBlock, MatrixView, flattens_in_place
 from normuon.options import MatrixOptions
-from normuon.orthogonalize import is_faster_batched, orthogonalize, resolve_ns_dtype
+from normuon.orthogonalize import is_faster_batched, resolve_ns_dtype
+from normuon.whole_matrix import WholeUpdate, update_whole_matrices
 
 
 @dataclass(slots=True)
@@ -200,26 +201,32 @@ def _step_batch_(
         options.ns_dtype, param_dtype=param_BMN.dtype, device=param_BMN.device
     )
     finite = [_finite_matrices(run) for run in batch] if options.skip_nonfinite else None
-    # Line 3. The direction is freed as soon as it is orthogonalised: scratch is bounded.
-    o_BMN = orthogonalize(
+    moments = [run.v_BV for run in batch if run.v_BV is not None]
+    # The direction is freed as soon as it is orthogonalised: scratch is bounded.
+    update = update_whole_matrices(
         _advance_momentum_(batch, finite, options),
-        coefficients=options.coefficients,
-        dtype=ns_dtype,
-        orthogonalizer=options.orthogonalizer,
+        _joined(moments) if moments else None,
+        options=options,
+        ns_dtype=ns_dtype,
     )
+    moves_B11 = None if finite is None else _joined(finite)
+    factor_B11 = _step_factor_(moments, update, moves_B11, lr=lr, options=options)
     work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
-    factor_B11 = _step_factor_(batch, o_BMN, finite, lr=lr, options=options)
-    step_BMN = o_BMN.to(work_dtype).mul_(factor_B11.to(work_dtype))
-    decay = lr * weight_decay
+    step_BMN = update.o_BMN.to(work_dtype).mul_(factor_B11.to(work_dtype))
     start = 0
     for index, run in enumerate(batch):
         rule.apply_step_(
             run.param_BMN,
             step_BMN.narrow(0, start, len(run)),
-            decay=decay if finite is None else decay * finite[index],
+            decay=lr * weight_decay,
             cautious=options.cautious_weight_decay,
+            moves=None if finite is None else finite[index],
         )
         start += len(run)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def _finite_matrices(run: MatrixRun) -> Tensor:
@@ -249,36 +256,29 @@ def _advance_momentum_(
             if options.nesterov
             else run.momentum_BMN
         )
-    return directions[0] if len(directions) == 1 else torch.cat(directions)
+    return _joined(directions)
 
 
 def _step_factor_(
-    batch: Sequence[MatrixRun],
-    o_BMN: Tensor,
-    finite: list[Tensor] | None,
+    moments: Sequence[Tensor],
+    update: WholeUpdate,
+    moves_B11: Tensor | None,
     *,
     lr: float | Tensor,
     options: MatrixOptions,
 ) -> Tensor:
-    """Lines 4 to 6: advances v and returns what O is multiplied by, broadcastable to it."""
-    _, m, n = o_BMN.shape
-    finite_B11 = None if finite is None else torch.cat(list(finite))
-    if not options.normalizes_neurons:
-        scale = rule.muon_step_scale(m=m, n=n, adjust_lr_fn=options.adjust_lr_fn)
-        factor_B11 = torch.as_tensor(lr * scale, device=o_BMN.device)
+    """Stores the new second moments; returns what O is multiplied by, broadcastable to it."""
+    _, m, n = update.o_BMN.shape
+    if update.v_BV is None:
+        factor_B11 = (update.scale_B * lr)[:, None, None]
     else:
-        dim = rule.neuron_dim(m, n, options.neuron_axis)
-        mean_square_BV = rule.mean_square_per_neuron(o_BMN, dim=dim)
-        moments = [run.v_BV for run in batch if run.v_BV is not None]
-        old_v_BV = torch.cat(moments)
-        v_BV = rule.update_second_moment(old_v_BV, mean_square_BV, beta2=options.beta2)
-        if finite_B11 is not None:
-            v_BV = torch.where(finite_B11[..., 0], v_BV, old_v_BV)
-        for moment, new in zip(moments, torch.split(v_BV, [len(v) for v in moments]), strict=True):
-            moment.copy_(new)
-        scale_BV = rule.neuron_scale(v_BV, eps=options.eps)
-        scale_B = rule.step_scale(
-            mean_square_BV, scale_BV, m=m, n=n, adjust_lr_fn=options.adjust_lr_fn
-        )
-        factor_B11 = (scale_BV * scale_B[:, None] * lr).unsqueeze(-1 if dim == -2 else -2)
-    return factor_B11 if finite_B11 is None else torch.where(finite_B11, factor_B11, 0.0)
+        sizes = [len(moment) for moment in moments]
+        moves = None if moves_B11 is None else torch.split(moves_B11[..., 0], sizes)
+        for index, new_v_BV in enumerate(torch.split(update.v_BV, sizes)):
+            old_v_BV = moments[index]
+            kept = new_v_BV if moves is None else torch.where(moves[index], new_v_BV, old_v_BV)
+            old_v_BV.copy_(kept)
+        factor_BV = rule.neuron_factor(update.v_BV, update.scale_B[:, None], lr=lr, eps=options.eps)
+        neurons = rule.neuron_dim(m, n, options.neuron_axis)
+        factor_B11 = factor_BV.unsqueeze(-1 if neurons == -2 else -2)
+    return factor_B11 if moves_B11 is None else torch.where(moves_B11, factor_B11, 0.0)

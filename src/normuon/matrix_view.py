@@ -119,6 +119,11 @@ class MatrixView:
         """Matrices stacked along the neuron dim: ``fused(q, k, v)``, each updated on its own."""
         return cls(neuron_dim=neuron_dim, blocks=blocks, heads=heads)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether neither blocks nor heads split the parameter."""
+        return self.blocks is None and self.heads in (None, 1)
+
     def parts(self, shape: Sequence[int]) -> tuple[MatrixBlock, ...]:
         """The blocks of a parameter of this shape.
 
@@ -174,12 +179,17 @@ class MatrixView:
     ) -> tuple[int, ...]:
         """Shape of the second-moment state: one entry per neuron.
 
-        ``[*batch, neurons]``, the parameter's shape without its input dims, whenever rows are the
-        neurons of every block; a flat ``[entries]``, block after block, when some are columns.
+        ``[*batch, neurons]``, the parameter's shape without its input dims, when rows are the
+        neurons of every block; ``[*batch, *inputs]`` when columns are and the parameter is whole;
+        a flat ``[entries]``, block after block, in a split one of which some neurons are columns.
         """
         parts = self.parts(shape)
+        batch = tuple(shape[: self.batch_dims])
         if _rows_are_neurons(parts, neuron_axis):
-            return (*shape[: self.batch_dims], shape[self.neuron_dim])
+            return (*batch, shape[self.neuron_dim])
+        if self.is_whole:
+            rest = range(self.batch_dims, len(shape))
+            return (*batch, *(shape[dim] for dim in rest if dim != self.neuron_dim))
         return (sum(part.batch * _num_neurons(part, neuron_axis) for part in parts),)
 
     def native_second_moments(
@@ -189,6 +199,8 @@ class MatrixView:
         parts = self.parts(shape)
         if _rows_are_neurons(parts, neuron_axis):
             return tuple(v.narrow(-1, part.start, part.rows) for part in parts)
+        if self.is_whole:
+            return (v.flatten(self.batch_dims),)
         sizes = [part.batch * _num_neurons(part, neuron_axis) for part in parts]
         return tuple(torch.split(v, sizes))
 

@@ -114,6 +114,22 @@ def neuron_scale(v_BV: Tensor, *, eps: float) -> Tensor:
     return torch.where(denominator_BV == 0, 0.0, 1 / denominator_BV)  # Alg. 1, line 5
 
 
+def neuron_factor(v: Tensor, scale: Tensor, *, lr: float | Tensor, eps: float) -> Tensor:
+    """Lines 5 and 6: what each neuron's entries of O are multiplied by to give the step.
+
+    Args:
+        v: new second moments, of any of a matrix's neurons.
+        scale: `step_scale` of the matrices they belong to, broadcastable to v.
+        lr: learning rate.
+        eps: as in `neuron_scale`.
+
+    Example:
+        >>> neuron_factor(torch.tensor([4.0]), torch.tensor([3.0]), lr=0.5, eps=0.0)
+        tensor([0.7500])
+    """
+    return neuron_scale(v, eps=eps) * scale * lr
+
+
 def step_scale(
     mean_square_BV: Tensor,
     neuron_scale_BV: Tensor,
@@ -176,6 +192,7 @@ def apply_step_(
     *,
     decay: float | Tensor,
     cautious: bool,
+    moves: Tensor | None = None,
 ) -> None:
     """Line 7: ``W_t = W_{t-1} - decay W_{t-1} - step``.
 
@@ -183,11 +200,12 @@ def apply_step_(
     roundings in bfloat16 would swallow a decay of 1e-4 altogether.
 
     Args:
-        param_BMN: the weights, written to.
-        step_BMN: ``eta' Oh``, same shape.
-        decay: ``lr * weight_decay``, a number or a tensor that broadcasts.
+        param_BMN: the weights, written to; any shape that `step_BMN` has too.
+        step_BMN: ``eta' Oh``, in at least float32.
+        decay: ``lr * weight_decay``.
         cautious: decay only entries whose step moves them towards zero (``step * W >= 0``; cautious
             weight decay, arXiv 2510.12402).
+        moves: booleans, broadcastable; where False nothing decays (the step there must be zero).
 
     Example:
         >>> w = torch.tensor([[[1.0, -1.0]]])
@@ -198,10 +216,15 @@ def apply_step_(
     exact = param_BMN.dtype == step_BMN.dtype
     work_BMN = param_BMN if exact else param_BMN.to(step_BMN.dtype)
     if cautious:
-        kept_BMN = (work_BMN * step_BMN >= 0).to(step_BMN.dtype)
-        work_BMN.sub_(work_BMN * kept_BMN * decay)
-    else:
+        shrinks_BMN = work_BMN * step_BMN >= 0
+        if moves is not None:
+            shrinks_BMN &= moves
+        work_BMN.sub_(work_BMN * shrinks_BMN * decay)
+    elif moves is None:
         work_BMN.mul_(1 - decay)
+    else:
+        kept = torch.as_tensor(1 - decay, dtype=step_BMN.dtype, device=step_BMN.device)
+        work_BMN.mul_(torch.where(moves, kept, 1.0))
     work_BMN.sub_(step_BMN)  # Alg. 1, line 7
     if not exact:
         param_BMN.copy_(work_BMN)

@@ -24,6 +24,7 @@ ORDER = [
     "options",
     "state",
     "adamw",
+    "whole_matrix",
     "matrix_step",
     "module_rules",
     "groups",

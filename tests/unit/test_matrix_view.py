@@ -43,7 +43,9 @@ def test_shapes(view, shape, expected):
         (MatrixView.linear(), (9, 6), "short", (9,)),
         (MatrixView.transposed(), (9, 6), "row", (6,)),
         (MatrixView.experts(), (4, 6, 9), "row", (4, 6)),
-        (MatrixView.experts(), (4, 6, 9), "short", (36,)),
+        (MatrixView.experts(), (4, 6, 9), "short", (4, 9)),
+        (MatrixView.conv(), (8, 3, 5, 5), "short", (3, 5, 5)),
+        (MatrixView.transposed(), (9, 6), "short", (9,)),
         (MatrixView.conv(), (8, 3, 5, 5), "row", (8,)),
         (MatrixView.fused(12, 2), (14, 5), "row", (14,)),
         # The first block is tall (12 rows), the second wide (5 columns).

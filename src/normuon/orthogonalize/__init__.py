@@ -8,6 +8,7 @@ from normuon.orthogonalize.backend import (
     multiplies_bfloat16_natively,
     orthogonalize,
     resolve_ns_dtype,
+    transport_dtype,
 )
 from normuon.orthogonalize.coefficients import (
     COEFFICIENT_TABLES,
@@ -34,4 +35,5 @@ __all__ = [
     "orthogonalize",
     "resolve_coefficients",
     "resolve_ns_dtype",
+    "transport_dtype",
 ]

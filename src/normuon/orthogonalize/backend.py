@@ -47,7 +47,7 @@ def orthogonalize(
     Raises:
         ValueError: a callable returned another shape than it was given.
     """
-    x_BMN = normalize_frobenius(x_BMN, dtype=dtype)
+    x_BMN = normalize_frobenius(x_BMN.to(transport_dtype(dtype)), dtype=dtype)
     if not callable(orthogonalizer):
         name = "newton_schulz" if orthogonalizer == "auto" else orthogonalizer
         return ORTHOGONALIZERS[name](x_BMN, coefficients)
@@ -59,6 +59,19 @@ def orthogonalize(
         )
     # A copy always: the callable may hand out a buffer of its own.
     return o_BMN.to(dtype, copy=True)
+
+
+def transport_dtype(ns_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a direction reaches the orthogonaliser, before it is normalised.
+
+    ``ns_dtype`` itself, so that half the bytes travel when it is bfloat16 and nothing is lost that
+    Newton-Schulz would keep; float32 for float16, whose range a raw gradient would leave.
+
+    Example:
+        >>> transport_dtype(torch.bfloat16), transport_dtype(torch.float16)
+        (torch.bfloat16, torch.float32)
+    """
+    return torch.float32 if ns_dtype == torch.float16 else ns_dtype
 
 
 def is_faster_batched(m: int, n: int, *, dtype: torch.dtype, device_type: str) -> bool:
