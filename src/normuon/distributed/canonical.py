@@ -6,17 +6,16 @@ Holds integers and names only, no seconds and no sentences, so equal inputs give
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from normuon.distributed.plan import Plan
-    from normuon.distributed.region import ShardLayout
+from normuon.distributed.plan_record import PlanRecord
+from normuon.distributed.region import ShardLayout
 
 FORMAT = 1
 """Raised whenever the text of an unchanged plan changes."""
 
 
-def canonical_text(plan: Plan) -> str:
+def canonical_text(plan: PlanRecord) -> str:
     """The plan as compact JSON with a fixed order of everything.
 
     Layouts are listed once, by first use; matrices refer to them by place.
@@ -39,7 +38,7 @@ def canonical_text(plan: Plan) -> str:
                 "neuron_dtype": task.neuron_dtype,
                 "layout": place,
                 "flops": plan.flops_by_matrix[index],
-                "owners": plan.owners[index],
+                "owners": "all" if _is_everywhere(plan, index) else plan.owners[index],
             }
         )
     content = {
@@ -52,6 +51,10 @@ def canonical_text(plan: Plan) -> str:
         "buckets": [bucket.tasks for bucket in plan.buckets],
     }
     return json.dumps(content, separators=(",", ":"))
+
+
+def _is_everywhere(plan: PlanRecord, task: int) -> bool:
+    return len(plan.owners[task]) == plan.world_size > 1
 
 
 def _layout_content(layout: ShardLayout) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from normuon.distributed import routes as routing
 from normuon.distributed.accounting import busiest_flops, flops_of, loads_and_bounds, scratch_bytes
@@ -17,6 +17,7 @@ from normuon.distributed.assignment import Assignment, Balance, assign_owners
 from normuon.distributed.buckets import form_buckets
 from normuon.distributed.canonical import canonical_text, first_difference
 from normuon.distributed.cost import CostModel
+from normuon.distributed.plan_record import Bucket, PlanRecord
 from normuon.distributed.plan_report import describe_plan, plan_to_json
 from normuon.distributed.routes import Direction, Route, Stream
 from normuon.distributed.task import MatrixTask
@@ -26,115 +27,13 @@ from normuon.distributed.traffic import count_traffic
 DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Matrices that are exchanged together, and what the busiest rank does for them.
-
-    Args:
-        tasks: indices into the plan's tasks, in the order in which messages are packed.
-        flops: FLOPs of the busiest owner.
-        gather_bytes: what the busiest rank sends or receives on the way to owners.
-        return_bytes: what the busiest rank sends or receives on the way back.
-        scratch_bytes: whole matrices and orthogonaliser's scratch on the fullest owner.
-        wire_dtype: dtype of the matrices on the wire.
-        neuron_dtype: dtype of v on the wire.
-    """
-
-    tasks: tuple[int, ...]
-    flops: int
-    gather_bytes: int
-    return_bytes: int
-    scratch_bytes: int
-    wire_dtype: str
-    neuron_dtype: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(PlanRecord):
     """Who computes what, in which order, and which piece goes where. Build one with `make_plan`.
 
-    Args:
-        tasks: the matrices; everything else refers to them by index.
-        world_size: ranks of the group.
-        balance: how owners were chosen.
-        bucket_bytes: the bound on a rank's packed gather bytes in one bucket, or twice the bucket's
-            largest matrix where that is more.
-        cost_model: what costs were taken to be.
-        owners: for each matrix its owner, or one owner per full replica in replica order.
-        reasons: for each matrix, why.
-        buckets: the ordered exchanges.
-        flops_by_matrix: to orthogonalise each matrix once.
-        flops_by_rank: what each rank orthogonalises.
-        makespan_bound: FLOPs below which no assignment brings the busiest rank.
-        packing_bound: a tighter such bound.
-        bytes_sent_by_rank: on the wire, there and back.
-        bytes_received_by_rank: on the wire, there and back.
-        bytes_least_total: what any scheme with these owners must send: each stored region that is
-            not on its owner, there and back, without v, flags and scales.
-        plan_seconds: what planning took; no part of a plan's identity.
+    Every method that names a rank may be called on any rank, and costs time in what that rank sends
+    or owns only. The fields are those of `PlanRecord`.
     """
-
-    tasks: tuple[MatrixTask, ...]
-    world_size: int
-    balance: Balance
-    bucket_bytes: int
-    cost_model: CostModel
-    owners: tuple[tuple[int, ...], ...]
-    reasons: tuple[str, ...]
-    buckets: tuple[Bucket, ...]
-    flops_by_matrix: tuple[int, ...]
-    flops_by_rank: tuple[int, ...]
-    makespan_bound: int
-    packing_bound: int
-    bytes_sent_by_rank: tuple[int, ...]
-    bytes_received_by_rank: tuple[int, ...]
-    bytes_least_total: int
-    plan_seconds: float = field(default=0.0, compare=False)
-
-    def __post_init__(self) -> None:
-        planned = sorted(index for bucket in self.buckets for index in bucket.tasks)
-        assert planned == list(range(len(self.tasks))), "every matrix is in exactly one bucket"
-        assert len(self.owners) == len(self.reasons) == len(self.tasks)
-
-    @property
-    def bytes_sent_total(self) -> int:
-        """Bytes that all ranks together send in one step."""
-        return sum(self.bytes_sent_by_rank)
-
-    @property
-    def imbalance(self) -> float:
-        """FLOPs of the busiest rank over `makespan_bound`; 1.0 cannot be beaten."""
-        return max(self.flops_by_rank) / self.makespan_bound if self.tasks else 1.0
-
-    @property
-    def packing_imbalance(self) -> float:
-        """FLOPs of the busiest rank over `packing_bound`."""
-        return max(self.flops_by_rank) / self.packing_bound if self.tasks else 1.0
-
-    @property
-    def scratch_bytes_max(self) -> int:
-        """Whole matrices and orthogonaliser's scratch of one bucket on the fullest owner."""
-        return max((bucket.scratch_bytes for bucket in self.buckets), default=0)
-
-    @property
-    def predicted_step_seconds(self) -> float:
-        """Seconds of one step, gathers and returns overlapped with the neighbours' compute.
-
-        gather_0 + sum_k max(compute_k, gather_{k+1} + return_{k-1}) + return_last, each the busiest
-        rank's.
-        """
-        model = self.cost_model
-        gathers = [model.send_seconds(b.gather_bytes) * (b.gather_bytes > 0) for b in self.buckets]
-        returns = [model.send_seconds(b.return_bytes) * (b.return_bytes > 0) for b in self.buckets]
-        total = sum(gathers[:1]) + sum(returns[-1:])
-        for k, bucket in enumerate(self.buckets):
-            exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
-            total += max(model.compute_seconds(bucket.flops), exchanges)
-        return total
-
-    def owner(self, task: int) -> int | None:
-        """The matrix's only owner, or None when every replica computes it."""
-        return self.owners[task][0] if len(self.owners[task]) == 1 else None
 
     def owner_for(self, task: int, rank: int) -> int:
         """The owner from which `rank` gets its regions of the matrix."""
@@ -225,11 +124,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan's figures, owners and buckets as JSON: equal plans give equal texts."""
-        return plan_to_json(self)
+        return plan_to_json(self, digest=self.digest())
 
     def describe(self) -> str:
         """The plan as a text table for people."""
-        return describe_plan(self)
+        return describe_plan(self, digest=self.digest())
 
 
 def make_plan(

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from normuon.distributed.cost import format_bytes
-
-if TYPE_CHECKING:
-    from normuon.distributed.plan import Plan
+from normuon.distributed.plan_record import PlanRecord
 
 
-def plan_to_json(plan: Plan) -> str:
+def plan_to_json(plan: PlanRecord, *, digest: str) -> str:
     """Figures, owners and buckets as JSON with sorted keys; says nothing that varies between runs.
 
     Owners of a matrix are one rank, a list with one rank per replica, or "everywhere".
     """
     content: dict[str, Any] = {
-        "digest": plan.digest(),
+        "digest": digest,
         "world_size": plan.world_size,
         "balance": plan.balance,
         "bucket_bytes": plan.bucket_bytes,
@@ -63,7 +61,7 @@ def plan_to_json(plan: Plan) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:
+def owners_in_words(plan: PlanRecord, task: int) -> int | str | list[int]:
     """One rank, "everywhere", or one rank per replica."""
     owners = plan.owners[task]
     if len(owners) == 1:
@@ -71,18 +69,19 @@ def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:
     return "everywhere" if len(owners) == plan.world_size else list(owners)
 
 
-def describe_plan(plan: Plan, *, num_buckets: int = 8) -> str:
+def describe_plan(plan: PlanRecord, *, digest: str, num_buckets: int = 8) -> str:
     """The plan as text: totals, one line per kind of matrix, one per bucket.
 
     Args:
         plan: what to describe.
+        digest: the plan's, of which the first 16 digits are shown.
         num_buckets: how many buckets to list.
     """
-    lines = [*_totals(plan), "", *_kinds(plan), "", *_bucket_lines(plan, num_buckets)]
+    lines = [*_totals(plan, digest), "", *_kinds(plan), "", *_bucket_lines(plan, num_buckets)]
     return "\n".join(lines)
 
 
-def _totals(plan: Plan) -> list[str]:
+def _totals(plan: PlanRecord, digest: str) -> list[str]:
     busiest, mean = max(plan.flops_by_rank), sum(plan.flops_by_rank) / plan.world_size
     idle = sum(load == 0 for load in plan.flops_by_rank)
     overhead = plan.bytes_sent_total - plan.bytes_least_total
@@ -97,11 +96,11 @@ def _totals(plan: Plan) -> list[str]:
         f"{format_bytes(max(plan.bytes_sent_by_rank))}",
         f"memory    {format_bytes(plan.scratch_bytes_max)} for one bucket on the fullest owner",
         f"predicted {1e3 * plan.predicted_step_seconds:.3g} ms a step; "
-        f"planned in {1e3 * plan.plan_seconds:.0f} ms; digest {plan.digest()[:16]}",
+        f"planned in {1e3 * plan.plan_seconds:.0f} ms; digest {digest[:16]}",
     ]
 
 
-def _kinds(plan: Plan) -> list[str]:
+def _kinds(plan: PlanRecord) -> list[str]:
     groups: dict[tuple[int, int, str], list[int]] = {}
     for index, task in enumerate(plan.tasks):
         groups.setdefault((task.rows, task.cols, plan.reasons[index]), []).append(index)
@@ -116,7 +115,7 @@ def _kinds(plan: Plan) -> list[str]:
     return lines
 
 
-def _bucket_lines(plan: Plan, num_buckets: int) -> list[str]:
+def _bucket_lines(plan: PlanRecord, num_buckets: int) -> list[str]:
     header = ("bucket", "matrices", "GFLOP busiest", "gather busiest", "return busiest", "memory")
     lines = ["  ".join(f"{word:>{max(8, len(word))}}" for word in header)]
     for number, bucket in enumerate(plan.buckets[:num_buckets]):
