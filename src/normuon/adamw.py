@@ -27,30 +27,39 @@ def step_adamw_(
         states: each one's ``step``, ``exp_avg``, ``exp_avg_sq``; written to.
         group: the param group, read as it stands now.
     """
-    fused = all(p.device.type in FUSED_DEVICES for p in params)
+    grads = [param.grad for param in params if param.grad is not None]
     if not group["skip_nonfinite"]:
-        _adamw(params, states, group, fused=fused)
+        adamw_(params, grads, states, group)
         return
-    for param, state in zip(params, states, strict=True):
+    for param, grad, state in zip(params, grads, states, strict=True):
         # torch's kernels skip all of a call's parameters or none, so each goes on its own.
-        assert param.grad is not None
-        nonfinite = ~torch.linalg.vector_norm(param.grad, ord=float("inf")).isfinite()
+        nonfinite = ~torch.isfinite(torch.linalg.vector_norm(grad, ord=float("inf")))
         state["skipped_steps"].add_(nonfinite)
-        _adamw([param], [state], group, fused=True, found_inf=nonfinite.to(torch.float32))
+        adamw_([param], [grad], [state], group, found_inf=nonfinite.to(torch.float32))
 
 
-def _adamw(
+def adamw_(
     params: Sequence[Tensor],
+    grads: Sequence[Tensor],
     states: Sequence[State],
     group: Mapping[str, Any],
     *,
-    fused: bool,
     found_inf: Tensor | None = None,
 ) -> None:
+    """Hands parameters to torch's fused AdamW, or to its multi-tensor one where there is none.
+
+    Args:
+        params: written to.
+        grads: one each; not written to.
+        states: written to.
+        group: the param group, read as it stands now.
+        found_inf: where it is 1, nothing is touched; needs a device with fused kernels.
+    """
+    fused = all(param.device.type in FUSED_DEVICES for param in params)
     beta1, beta2 = group["betas"]
     adamw(
         list(params),
-        [p.grad for p in params if p.grad is not None],
+        list(grads),
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [],

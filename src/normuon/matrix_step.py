@@ -99,7 +99,7 @@ def step_matrices_(
         for part, run in _runs_of(entry, options, copies):
             equal_runs.setdefault((part.m, part.n, *dtypes), []).append(run)
     for runs in equal_runs.values():
-        for batch in _batches(runs, _matrices_per_batch(runs[0], options)):
+        for batch in _batches(runs, _limit(runs[0], options)):
             _step_batch_(batch, lr=lr, weight_decay=weight_decay, options=options)
     for copy in copies:
         copy.write_()
@@ -143,14 +143,33 @@ def _writable(
     return matrices
 
 
-def _matrices_per_batch(run: MatrixRun, options: MatrixOptions) -> int:
-    _, m, n = run.param_BMN.shape
-    device = run.param_BMN.device
-    ns_dtype = resolve_ns_dtype(options.ns_dtype, param_dtype=run.param_BMN.dtype, device=device)
-    if not is_faster_batched(m, n, dtype=ns_dtype, device_type=device.type):
+def _limit(run: MatrixRun, options: MatrixOptions) -> int:
+    param_BMN = run.param_BMN
+    device = param_BMN.device
+    return matrices_per_batch(
+        param_BMN.shape[1],
+        param_BMN.shape[2],
+        ns_dtype=resolve_ns_dtype(options.ns_dtype, param_dtype=param_BMN.dtype, device=device),
+        param_dtype=param_BMN.dtype,
+        device_type=device.type,
+        max_scratch_bytes=options.max_scratch_bytes,
+    )
+
+
+def matrices_per_batch(
+    m: int,
+    n: int,
+    *,
+    ns_dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    device_type: str,
+    max_scratch_bytes: int,
+) -> int:
+    """How many equal matrices go through together: one, or as many as their scratch allows."""
+    if not is_faster_batched(m, n, dtype=ns_dtype, device_type=device_type):
         return 1
-    needed = scratch_bytes(m, n, ns_dtype=ns_dtype, param_dtype=run.param_BMN.dtype)
-    return max(1, options.max_scratch_bytes // max(1, needed))
+    needed = scratch_bytes(m, n, ns_dtype=ns_dtype, param_dtype=param_dtype)
+    return max(1, max_scratch_bytes // max(1, needed))
 
 
 def scratch_bytes(m: int, n: int, *, ns_dtype: torch.dtype, param_dtype: torch.dtype) -> int:

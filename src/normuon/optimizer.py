@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from normuon.adamw import step_adamw_
+from normuon.distributed.assignment import Balance
+from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon.matrix_step import MatrixParam, step_matrices_
 from normuon.options import (
     STRUCTURE_KEYS,
     MatrixOptions,
     check_matrix_param,
     check_options,
+    check_sharing,
     check_trainable_tensor,
     param_label,
 )
@@ -30,10 +33,17 @@ from normuon.state import (
     check_second_moment,
     follow_param_,
     initial_state,
+    is_dtensor,
     loaded_state,
     merged_groups,
     view_of,
 )
+
+if TYPE_CHECKING:
+    # What several ranks share loads torch.distributed, which a single device never needs.
+    from torch.distributed import ProcessGroup
+
+    from normuon.sharded_step import ShardedStep
 
 DEFAULT_MAX_SCRATCH_BYTES = 256 * 2**20
 
@@ -92,6 +102,13 @@ class NorMuon(Optimizer):
         adamw_eps: AdamW's eps.
         max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
             at a time is processed however large it is.
+        process_group: the ranks that hold these plain parameters alike, as under DDP: each matrix
+            is then orthogonalised by one of them instead of by all. DTensor parameters (FSDP2,
+            HSDP, TP) need nothing: their meshes say who shares them.
+        balance: how matrices are given to owners: ``"flops"``, longest processing time over the
+            orthogonaliser's FLOPs, or ``"paper"``, Algorithm 2's sort and round-robin.
+        bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix where
+            that is more); see `normuon.distributed.plan.make_plan`.
 
     State per matrix is m n + m elements (AdamW: 2 m n).
 
@@ -130,6 +147,9 @@ class NorMuon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         max_scratch_bytes: int = DEFAULT_MAX_SCRATCH_BYTES,
+        process_group: ProcessGroup | None = None,
+        balance: Balance = "flops",
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
         defaults: dict[str, Any] = {
             "algorithm": "normuon",
@@ -154,6 +174,11 @@ class NorMuon(Optimizer):
             "max_scratch_bytes": max_scratch_bytes,
         }
         check_options(defaults)
+        check_sharing(balance, bucket_bytes)
+        self._process_group = process_group
+        self._balance = balance
+        self._bucket_bytes = bucket_bytes
+        self._sharded_steps: list[ShardedStep] | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -172,6 +197,7 @@ class NorMuon(Optimizer):
         group = self.param_groups[-1]
         for param in group["params"]:
             self.state[param] = initial_state(param, group)
+        self._sharded_steps = None
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_options(group)
@@ -217,40 +243,80 @@ class NorMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        shares_matrices = False
         for group in self.param_groups:
-            params = [
-                param
-                for index, param in enumerate(group["params"])
-                if param.grad is not None and param.numel() and self._prepare(group, index)
-            ]
-            if not params:
-                continue
+            alone, shared = self._prepared(group)
             if group["algorithm"] == "adamw":
-                step_adamw_(params, [self.state[p] for p in params], group)
-            else:
+                self._step_adamw(alone, shared, group)
+                continue
+            shares_matrices = shares_matrices or bool(shared)
+            if alone:
                 step_matrices_(
-                    list(self._matrix_params(params, group)),
+                    list(self._matrix_params(alone, group)),
                     lr=group["lr"],
                     weight_decay=group["weight_decay"],
                     options=MatrixOptions.from_group(group),
                 )
+        if shares_matrices:
+            for sharded_step in self._planned_steps():
+                sharded_step.step_()
         return loss
 
-    def _prepare(self, group: dict[str, Any], index: int) -> bool:
-        """Checks a gradient and lets the state follow what has changed since it was made."""
-        param = group["params"][index]
-        if param.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{param_label(group, index)}: sparse gradients are not supported; build the "
-                "embedding with sparse=False"
-            )
-        state = self.state[param]
-        if group["skip_nonfinite"] and "skipped_steps" not in state:
-            state["skipped_steps"] = initial_state(param, group)["skipped_steps"]
-        follow_param_(state, param)
-        if group["algorithm"] == "normuon":
-            check_second_moment(group, index, state["second_momentum_buffer"])
-        return True
+    def _prepared(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """A group's parameters to step: this rank's own with gradients, and all that ranks share.
+
+        Checks gradients and lets the state follow what has changed since it was made.
+        """
+        alone, shared = [], []
+        for index, param in enumerate(group["params"]):
+            is_shared = self._process_group is not None or is_dtensor(param)
+            if is_shared:
+                shared.append(param)
+            if param.grad is None or not param.numel():
+                continue
+            if not is_shared:
+                alone.append(param)
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{param_label(group, index)}: sparse gradients are not supported; build the "
+                    "embedding with sparse=False"
+                )
+            follow_param_(self.state[param], param)
+            if group["algorithm"] == "normuon":
+                check_second_moment(group, index, self.state[param]["second_momentum_buffer"])
+        if group["skip_nonfinite"]:
+            for param in (*alone, *shared):
+                if "skipped_steps" not in self.state[param]:
+                    counts = initial_state(param, group)["skipped_steps"]
+                    self.state[param]["skipped_steps"] = counts
+        return alone, shared
+
+    def _step_adamw(self, alone: list[Tensor], shared: list[Tensor], group: dict[str, Any]) -> None:
+        if alone:
+            step_adamw_(alone, [self.state[p] for p in alone], group)
+        if shared:
+            from normuon.sharded_adamw import step_sharded_adamw_
+
+            states = [self.state[p] for p in shared]
+            step_sharded_adamw_(shared, states, group, process_group=self._process_group)
+
+    def _planned_steps(self) -> list[ShardedStep]:
+        """The plans of the matrices that ranks share, drawn up at the first step that needs them.
+
+        Every rank of a group draws up its plan at the same step, and again after `add_param_group`
+        and `load_state_dict`.
+        """
+        if self._sharded_steps is None:
+            from normuon.sharded_params import sharded_params
+            from normuon.sharded_step import ShardedStep
+
+            self._sharded_steps = [
+                ShardedStep(params, balance=self._balance, bucket_bytes=self._bucket_bytes)
+                for params in sharded_params(
+                    self.param_groups, self.state, process_group=self._process_group
+                )
+            ]
+        return self._sharded_steps
 
     def _matrix_params(
         self, params: Sequence[Tensor], group: dict[str, Any]
@@ -306,6 +372,14 @@ class NorMuon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._sharded_steps = None
+        # Process groups and plans belong to the processes that run, not to what is saved.
+        for name, default in (
+            ("_process_group", None),
+            ("_balance", "flops"),
+            ("_bucket_bytes", DEFAULT_BUCKET_BYTES),
+        ):
+            self.__dict__.setdefault(name, default)
         for group in self.param_groups:
             # A checkpoint older than an option takes the option's default.
             for name, default in self.defaults.items():

@@ -115,6 +115,16 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"view={view!r} must be a normuon.MatrixView")
 
 
+def check_sharing(balance: str, bucket_bytes: int) -> None:
+    """Checks the options that say how ranks share matrices.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
+    _check_choice("balance", balance, ("flops", "paper"))
+    _check_number("bucket_bytes", bucket_bytes, low=1)
+
+
 def _check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         # Its value is not read: that would wait for the device.
@@ -172,7 +182,7 @@ def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> N
 
 
 def check_trainable_tensor(label: str, param: Tensor) -> None:
-    """Checks for what cannot be trained here: sharded, complex, sparse and integer parameters.
+    """Checks for what cannot be trained here: FSDP1, complex, sparse and integer parameters.
 
     Raises:
         ValueError: names the parameter and what it is.
@@ -181,11 +191,6 @@ def check_trainable_tensor(label: str, param: Tensor) -> None:
         raise ValueError(
             f"{label}: FSDP1 flattens matrices away, so they cannot be orthogonalised; use FSDP2 "
             "(torch.distributed.fsdp.fully_shard)"
-        )
-    if hasattr(param, "placements"):
-        raise ValueError(
-            f"{label}: DTensor parameters ({getattr(param, 'placements', None)}) are not supported "
-            "in this version; use whole parameters, as DDP does"
         )
     if param.is_complex():
         raise ValueError(

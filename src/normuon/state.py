@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normuon.matrix_tasks import second_moment_dims
 from normuon.matrix_view import MatrixView
 from normuon.options import STRUCTURE_KEYS, param_label
+from normuon.rule import NeuronAxis
 
 State = dict[str, Tensor]
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded or replicated over a mesh, told without importing DTensor."""
+    return hasattr(tensor, "placements")
 
 
 def view_of(group: Mapping[str, Any]) -> MatrixView:
@@ -33,7 +40,8 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
     - `muon`: ``momentum_buffer``: m n elements.
     - `adamw`: torch's ``exp_avg``, ``exp_avg_sq`` and ``step``.
 
-    With ``skip_nonfinite`` also ``skipped_steps``, one int32 count per matrix.
+    With ``skip_nonfinite`` also ``skipped_steps``, one int32 count per matrix. The state of a
+    DTensor is DTensors: placed like it, and replicated along dims that the state does not have.
     """
     if group["algorithm"] == "adamw":
         state = {
@@ -45,23 +53,41 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
         num_matrices = 1
     else:
         view = view_of(group)
-        state = {
-            "momentum_buffer": torch.zeros_like(
-                param,
-                dtype=group["momentum_dtype"] or param.dtype,
-                memory_format=torch.contiguous_format,
-            )
-        }
+        dtype = group["momentum_dtype"] or param.dtype
+        state = {"momentum_buffer": _zeros_over(param, range(param.ndim), dtype)}
         if group["algorithm"] == "normuon":
-            state["second_momentum_buffer"] = torch.zeros(
-                view.second_moment_shape(param.shape, neuron_axis=group["neuron_axis"]),
-                dtype=torch.promote_types(param.dtype, torch.float32),
-                device=param.device,
-            )
+            state["second_momentum_buffer"] = _second_moment(param, view, group["neuron_axis"])
         num_matrices = sum(part.batch for part in view.parts(param.shape))
     if group["skip_nonfinite"]:
-        state["skipped_steps"] = torch.zeros(num_matrices, dtype=torch.int32, device=param.device)
+        state["skipped_steps"] = _replicated_counts(param, num_matrices)
     return {key: value.detach() for key, value in state.items()}
+
+
+def _second_moment(param: Tensor, view: MatrixView, neuron_axis: NeuronAxis) -> Tensor:
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    dims = second_moment_dims(view, param.shape, neuron_axis)
+    if dims is not None:
+        return _zeros_over(param, dims, dtype)
+    shape = view.second_moment_shape(param.shape, neuron_axis=neuron_axis)
+    return torch.zeros(shape, dtype=dtype, device=param.device)
+
+
+def _zeros_over(param: Tensor, dims: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros over some dims of a parameter, sharded as the parameter is."""
+    if is_dtensor(param):
+        from normuon.distributed.layout import sharded_zeros
+
+        return sharded_zeros(param, kept_dims=dims, dtype=dtype)
+    return torch.zeros([param.shape[dim] for dim in dims], dtype=dtype, device=param.device)
+
+
+def _replicated_counts(param: Tensor, num_matrices: int) -> Tensor:
+    counts = torch.zeros(num_matrices, dtype=torch.int32, device=param.device)
+    if is_dtensor(param):
+        from normuon.distributed.layout import replicated_like
+
+        return replicated_like(counts, param)
+    return counts
 
 
 def merged_groups(
@@ -123,8 +149,17 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
                 f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, and this "
                 f"parameter with its view needs {list(tensor.shape)}"
             )
-        tensor.copy_(value)
+        _copy_(tensor, value)
     return {**{k: v for k, v in saved.items() if k not in state}, **state}
+
+
+def _copy_(tensor: Tensor, value: Tensor) -> None:
+    if is_dtensor(tensor):
+        from normuon.distributed.layout import copy_to_shards_
+
+        copy_to_shards_(tensor, value)
+    else:
+        tensor.copy_(value)
 
 
 def check_second_moment(group: Mapping[str, Any], index: int, v: Tensor) -> None:

@@ -29,12 +29,9 @@ def check_agreement(group: dist.ProcessGroup, text: str, *, device: torch.device
     digest = torch.frombuffer(
         bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8
     ).to(device)
-    digests = torch.empty(
-        dist.get_world_size(group) * digest.numel(), dtype=torch.uint8, device=device
-    )
-    dist.all_gather_into_tensor(digests, digest, group=group)
-    rows = digests.cpu().view(-1, digest.numel())
-    if bool((rows == rows[0]).all()):
+    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(digests, digest, group=group)
+    if all(torch.equal(other, digest) for other in digests):
         return
     texts: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(texts, text, group=group)

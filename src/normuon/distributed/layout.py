@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from normuon.distributed.mesh_layout import Placement, StridedOrder, layout_from_placements
 from normuon.distributed.region import Region, ShardLayout
@@ -47,6 +48,7 @@ class Shards:
         return local_slices(self.layout, self.rank, region)
 
 
+@lru_cache(maxsize=65536)
 def local_slices(layout: ShardLayout, rank: int, region: Region) -> tuple[slice, ...]:
     """The index of a region in the local tensor of a rank that stores it.
 
@@ -174,9 +176,7 @@ def group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     return _GROUPS[ranks]
 
 
-def sharded_zeros(
-    param: DTensor, *, kept_dims: Sequence[int], dtype: torch.dtype
-) -> DTensor:
+def sharded_zeros(param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype) -> DTensor:
     """Zeros over some dims of a sharded parameter, placed as the parameter is along them.
 
     Where the parameter is split along another dim, the result is replicated: the second moments of
@@ -187,6 +187,7 @@ def sharded_zeros(
         kept_dims: the dims that the result has, in order.
         dtype: of the result.
     """
+    assert isinstance(param, DTensor)
     kept = list(kept_dims)
     placements: list[TorchPlacement] = []
     for placement in param.placements:
@@ -199,7 +200,7 @@ def sharded_zeros(
         placements.append(
             Shard(new_dim)
             if split_factor is None
-            else type(placement)(new_dim, split_factor=split_factor)
+            else _StridedShard(new_dim, split_factor=split_factor)
         )
     local = param.to_local()
     zeros = torch.zeros([local.shape[dim] for dim in kept], dtype=dtype, device=local.device)
@@ -208,6 +209,26 @@ def sharded_zeros(
     return DTensor.from_local(
         zeros, param.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def replicated_like(tensor: Tensor, param: Tensor) -> DTensor:
+    """A plain tensor, equal on all ranks, as a DTensor replicated over a parameter's mesh."""
+    assert isinstance(param, DTensor)
+    placements = [Replicate()] * param.device_mesh.ndim
+    return DTensor.from_local(tensor, param.device_mesh, placements, run_check=False)
+
+
+def copy_to_shards_(target: Tensor, value: Tensor) -> None:
+    """Fills a DTensor from another, however placed, or from a plain tensor that is whole."""
+    assert isinstance(target, DTensor)
+    mesh, placements = target.device_mesh, target.placements
+    if not isinstance(value, DTensor):
+        # Every rank holds the whole value and cuts its own part: nothing is sent.
+        value = value.to(target.device)
+        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    elif value.placements != placements or value.device_mesh != mesh:
+        value = value.redistribute(mesh, placements)
+    target.to_local().copy_(value.to_local())
 
 
 def axes_with_idle_ranks(param: DTensor, *, kept_dims: Sequence[int]) -> list[int]:

@@ -27,7 +27,8 @@ class MatrixTask:
         key: matrices with the same rows, cols and key may be orthogonalised as one batch.
         neuron_dims: the parameter's dims along which neurons lie: (0,) for nn.Linear, (1,) for
             transformers' Conv1D and for experts [experts, m, n]. The second moment v has one entry
-            per index of these dims, so a piece carries the entries that it spans.
+            per index of these dims, so a piece carries the entries that it spans. Empty for Muon,
+            which has no v.
         wire_dtype: dtype in which the matrix and its orthogonalisation travel.
         neuron_dtype: dtype in which v travels.
 
@@ -64,9 +65,9 @@ class MatrixTask:
                 f"{self.region.numel} elements, not {self.rows} x {self.cols}"
             )
         dims = self.neuron_dims
-        if not dims or len(set(dims)) != len(dims) or not all(0 <= d < self.num_dims for d in dims):
+        if len(set(dims)) != len(dims) or not all(0 <= d < self.num_dims for d in dims):
             raise ValueError(f"{where}: neuron_dims {dims} must be distinct dims of the parameter")
-        if self.num_neurons not in (self.rows, self.cols):
+        if dims and self.num_neurons not in (self.rows, self.cols):
             raise ValueError(
                 f"{where}: neuron_dims {dims} span {self.num_neurons} neurons; pass dims that span "
                 f"the {self.rows} rows or the {self.cols} columns"
@@ -93,6 +94,8 @@ class MatrixTask:
     @property
     def num_neurons(self) -> int:
         """Entries of v for this matrix: the extents of `neuron_dims`, multiplied."""
+        if not self.neuron_dims:
+            return 0
         return math.prod(self.region.shape[dim] for dim in self.neuron_dims)
 
     @property

@@ -153,7 +153,7 @@ def _make_tiling(task: MatrixTask) -> MatrixTiling:
         span = piece.region.along(task.neuron_dims)
         if span not in span_ids:
             span_ids[span] = len(span_ids)
-            neurons.append(span.numel)
+            neurons.append(span.numel if task.neuron_dims else 0)
             first_piece.append(index)
         span_of_piece.append(span_ids[span])
         for rank in piece.ranks:
