@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from typing import TYPE_CHECKING
 
 from normuon_lab.errors import require
 
+# The names of the arms are needed before training is, and importing torch takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    NamedParameters = list[tuple[str, Tensor]]
+
 ADAM_BETAS = (0.9, 0.95)
 HIDDEN_WEIGHT_DECAY = 0.1  # 0 elsewhere, as in the paper
-
-NamedParameters = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,8 @@ def _tensors(parameters: NamedParameters) -> list[Tensor]:
 
 
 def _build_adamw(model: nn.Module, lr: float) -> list[Optimizer]:
+    from torch.optim import AdamW
+
     hidden, other = split_parameters(model)
     groups = [
         {"params": _tensors(hidden), "weight_decay": HIDDEN_WEIGHT_DECAY},
@@ -63,6 +68,8 @@ def _build_adamw(model: nn.Module, lr: float) -> list[Optimizer]:
 
 
 def _build_muon(model: nn.Module, lr: float) -> list[Optimizer]:
+    from torch.optim import AdamW, Muon
+
     hidden, other = split_parameters(model)
     return [
         Muon(

@@ -10,27 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normuon_lab.config import Experiment
-from normuon_lab.corpus import Corpus, Tokens
-from normuon_lab.errors import require
-
-
-def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
-    """Raise `InputError` unless the text fills one training batch and the validation batches."""
-    length = experiment.model.sequence_length
-    # One token more than the windows hold: the last target.
-    train_need = experiment.training.batch_size * length + 1
-    validation_need = experiment.training.eval_tokens // length * length + 1
-    require(
-        corpus.validation.size >= validation_need,
-        f"the text is too short: its validation part has {corpus.validation.size} tokens and one "
-        f"evaluation reads {validation_need}; give more text or a smaller --eval-tokens",
-    )
-    require(
-        corpus.train.size >= train_need,
-        f"the text is too short: its training part has {corpus.train.size} tokens and one batch "
-        f"reads {train_need}; give more text or a smaller --batch-size",
-    )
+from normuon_lab.corpus import Tokens
 
 
 class BatchSampler:

@@ -10,12 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from normuon_lab.arms import check_arms
-from normuon_lab.batches import check_lengths
 from normuon_lab.config import Experiment, RunSpec
-from normuon_lab.corpus import load_corpus
+from normuon_lab.corpus import Corpus, check_lengths, load_corpus
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
-from normuon_lab.execution import execute
-from normuon_lab.machine import describe_machine, utc_now
+from normuon_lab.machine import default_num_workers, describe_machine, utc_now
+from normuon_lab.records import RunRecord
 from normuon_lab.results import (
     REPORT_FILE,
     RESULTS_FILE,
@@ -25,9 +24,7 @@ from normuon_lab.results import (
     write_json,
 )
 from normuon_lab.tensorboard import write_scalars
-from normuon_lab.train import RunRecord
 from normuon_lab.tuned_rates import TunedRates
-from normuon_lab.workers import Job, default_num_workers
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -74,53 +71,18 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
     """
     corpus = load_corpus(request.experiment.data)
     check_lengths(corpus, request.experiment)
-    learning_rates = choose_learning_rates(request)
-    jobs_in_all = len(request.arms) * request.num_seeds
-    results = open_results(
-        request.out,
-        Results(
-            config={
-                "arms": list(request.arms),
-                "seeds": request.seeds,
-                "learning_rates": {arm: learning_rates[arm]["value"] for arm in request.arms},
-                **request.experiment.to_json(),
-            },
-            corpus=corpus.to_json(),
-            learning_rates=learning_rates,
-            machine=describe_machine(num_workers=default_num_workers(jobs_in_all)),
-            created=utc_now(),
-        ),
-        resume=request.resume,
+    results = open_results(request.out, _planned(request, corpus), resume=request.resume)
+    # Not before the request is known to be good: an error should not wait for torch.
+    results.machine = results.machine or describe_machine(
+        num_workers=default_num_workers(len(results.arms) * len(results.seeds))
     )
     _announce(results, console)
-
-    def keep(record: RunRecord) -> None:
-        results.records.append(record)
-        write_json(request.out / RESULTS_FILE, results.to_json())
-        write_scalars(request.out / TENSORBOARD_FOLDER, record)
-
-    jobs = [
-        # One seed is enough to see the shape of an update, and its numbers are many.
-        Job(
-            RunSpec(arm=arm, seed=seed, learning_rate=learning_rates[arm]["value"]),
-            probe_updates=seed == results.seeds[0],
-        )
-        for arm, seed in missing_runs(results)
-    ]
     try:
-        execute(
-            jobs,
-            request.experiment,
-            corpus,
-            console=console,
-            on_finished=keep,
-            num_done=len(results.records),
-        )
+        _do_missing_runs(results, request, corpus, console)
     except KeyboardInterrupt:
-        num_done = len(results.records)
+        kept, wanted = len(results.records), len(results.arms) * len(results.seeds)
         raise InterruptedRunsError(
-            f"interrupted: {num_done} of {jobs_in_all} runs are kept in {request.out}",
-            can_resume=num_done > 0,
+            f"interrupted: {kept} of {wanted} runs are kept in {request.out}", can_resume=kept > 0
         ) from None
     except RunsFailedError:
         if results.records:
@@ -130,7 +92,7 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
     return results
 
 
-def choose_learning_rates(request: ComparisonRequest) -> dict[str, dict[str, Any]]:
+def choose_learning_rates(request: ComparisonRequest, corpus: Corpus) -> dict[str, dict[str, Any]]:
     """Per arm the peak learning rate, a sentence on where it is from, and the trials behind it.
 
     Raises:
@@ -157,11 +119,57 @@ def choose_learning_rates(request: ComparisonRequest) -> dict[str, dict[str, Any
     for arm in untuned:
         chosen[arm] = {
             "value": tuned.learning_rate(arm),
-            "source": tuned.summary(arm, request.experiment),
+            "source": tuned.summary(arm, request.experiment, corpus.digest),
             "trials": tuned.values["arms"][arm]["trials"],
             "command": tuned.values.get("command"),
         }
     return {arm: chosen[arm] for arm in request.arms}
+
+
+def _planned(request: ComparisonRequest, corpus: Corpus) -> Results:
+    """The comparison's results before any run."""
+    learning_rates = choose_learning_rates(request, corpus)
+    return Results(
+        config={
+            "arms": list(request.arms),
+            "seeds": request.seeds,
+            "learning_rates": {arm: learning_rates[arm]["value"] for arm in request.arms},
+            **request.experiment.to_json(),
+        },
+        corpus=corpus.to_json(),
+        learning_rates=learning_rates,
+        machine={},
+        created=utc_now(),
+    )
+
+
+def _do_missing_runs(
+    results: Results, request: ComparisonRequest, corpus: Corpus, console: Console
+) -> None:
+    from normuon_lab.execution import execute
+    from normuon_lab.workers import Job
+
+    def keep(record: RunRecord) -> None:
+        results.records.append(record)
+        write_json(request.out / RESULTS_FILE, results.to_json())
+        write_scalars(request.out / TENSORBOARD_FOLDER, record)
+
+    jobs = [
+        # One seed is enough to see the shape of an update, and its numbers are many.
+        Job(
+            RunSpec(arm=arm, seed=seed, learning_rate=results.learning_rates[arm]["value"]),
+            probe_updates=seed == results.seeds[0],
+        )
+        for arm, seed in missing_runs(results)
+    ]
+    execute(
+        jobs,
+        request.experiment,
+        corpus,
+        console=console,
+        on_finished=keep,
+        num_done=len(results.records),
+    )
 
 
 def _announce(results: Results, console: Console) -> None:

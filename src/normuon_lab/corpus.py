@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normuon_lab.config import Experiment
 from normuon_lab.errors import InputError, require
 
 Tokens = npt.NDArray[np.uint8]
@@ -90,11 +91,34 @@ def load_corpus(sources: Sequence[str]) -> Corpus:
         return _from_documents("Python standard library", list(_stdlib_documents()))
     if tuple(sources) == ("shakespeare",):
         return _from_documents("Shakespeare", list(_shakespeare_documents()))
-    documents = [(source, _read_text_file(source)) for source in sources]
-    require(len(set(sources)) == len(sources), "--data names the same file twice")
-    if len(documents) == 1:
-        return _from_single_document(*documents[0])
-    return _from_documents(", ".join(Path(source).name for source in sources), documents)
+    texts = [_read_text_file(source) for source in sources]
+    if len(texts) == 1:
+        return _from_single_document(sources[0], texts[0])
+    paths = [Path(source).resolve() for source in sources]
+    require(len(set(paths)) == len(paths), "--data names the same file twice")
+    # Relative to their common folder, so that the split and the digest are the same elsewhere.
+    folder = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return _from_documents(shown, list(zip(names, texts, strict=True)))
+
+
+def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
+    """Raise `InputError` unless the text fills one training batch and the validation batches."""
+    length = experiment.model.sequence_length
+    # One token more than the windows hold: the last target.
+    train_need = experiment.training.batch_size * length + 1
+    validation_need = experiment.training.eval_tokens // length * length + 1
+    require(
+        corpus.validation.size >= validation_need,
+        f"the text is too short: its validation part has {corpus.validation.size} tokens and one "
+        f"evaluation reads {validation_need}; give more text or a smaller --eval-tokens",
+    )
+    require(
+        corpus.train.size >= train_need,
+        f"the text is too short: its training part has {corpus.train.size} tokens and one batch "
+        f"reads {train_need}; give more text or a smaller --batch-size",
+    )
 
 
 def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> Corpus:

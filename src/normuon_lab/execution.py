@@ -9,15 +9,15 @@ from rich.console import Console
 from normuon_lab.config import Experiment
 from normuon_lab.corpus import Corpus
 from normuon_lab.errors import RunsFailedError
+from normuon_lab.machine import default_num_workers
 from normuon_lab.progress import RunDisplay
-from normuon_lab.train import RunRecord
+from normuon_lab.records import RunRecord
 from normuon_lab.workers import (
     Failed,
     Finished,
     Job,
     Progress,
     Started,
-    default_num_workers,
     run_jobs,
 )
 

@@ -28,6 +28,12 @@ def describe_machine(*, num_workers: int) -> dict[str, Any]:
     }
 
 
+def default_num_workers(num_jobs: int) -> int:
+    """As many workers as cores this process may use, and no more than jobs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, num_jobs))
+
+
 def utc_now() -> str:
     """The date and time in UTC, to the second, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from normuon_lab.config import RunSpec
-from normuon_lab.train import RunRecord
+from normuon_lab.records import RunRecord
 
 
 class RunDisplay:

@@ -14,8 +14,8 @@ from typing import Any
 
 from normuon_lab.config import first_difference
 from normuon_lab.errors import InputError, require
+from normuon_lab.records import RunRecord
 from normuon_lab.statistics import METHOD, Comparison, Curve, compare_arms
-from normuon_lab.train import RunRecord
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"

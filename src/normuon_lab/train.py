@@ -11,8 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 
@@ -22,50 +20,10 @@ from normuon_lab.config import Experiment, RunSpec
 from normuon_lab.corpus import Corpus
 from normuon_lab.diagnostics import UpdateProbe, choose_matrices
 from normuon_lab.models import build_model, hidden_matrix_kinds, next_token_loss
+from normuon_lab.records import RunRecord
 from normuon_lab.schedule import learning_rate_factor
 
 ProgressCallback = Callable[[int, float], None]
-
-
-@dataclass(slots=True, kw_only=True)
-class RunRecord:
-    """What a finished run leaves behind.
-
-    Attributes:
-        eval_steps: numbers of finished steps at which the validation loss was taken.
-        eval_losses: those losses, nats per token.
-        eval_seconds: seconds of training, evaluations left out, up to each of them.
-        train_losses: the loss of every step's batch, before the step.
-        final_loss: the last validation loss; None when the run diverged.
-        updates: measurements of update matrices, if they were asked for.
-    """
-
-    arm: str
-    seed: int
-    learning_rate: float
-    num_parameters: int
-    eval_steps: list[int] = field(default_factory=list)
-    eval_losses: list[float] = field(default_factory=list)
-    eval_seconds: list[float] = field(default_factory=list)
-    train_losses: list[float] = field(default_factory=list)
-    final_loss: float | None = None
-    train_seconds: float = 0.0
-    total_seconds: float = 0.0
-    updates: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the loss stopped being a number."""
-        return self.final_loss is None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in results."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RunRecord:
-        """The inverse of `to_json`."""
-        return cls(**values)
 
 
 def train_run(
@@ -81,7 +39,7 @@ def train_run(
     Args:
         spec: arm, seed and peak learning rate.
         experiment: what the runs of a comparison share.
-        corpus: the text; long enough, see `batches.check_lengths`.
+        corpus: the text; long enough, see `corpus.check_lengths`.
         probe_updates: also measure update matrices, which changes nothing else.
         on_step: called after every step with its number, from 1, and its training loss.
 

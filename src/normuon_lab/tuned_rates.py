@@ -36,9 +36,7 @@ class TunedRates:
         """Read `path`, or the file shipped with the package."""
         if path is None:
             with resources.as_file(resources.files("normuon_lab") / "tuned.json") as shipped:
-                require(
-                    shipped.exists(), "no tuned rates are shipped: give --lr ARM=VALUE"
-                )
+                require(shipped.exists(), "no tuned rates are shipped: give --lr ARM=VALUE")
                 return cls("shipped tuned.json", _read(shipped))
         require(Path(path).is_file(), f"--tuned: no such file: {path}")
         return cls(path, _read(Path(path)))
@@ -52,7 +50,7 @@ class TunedRates:
             )
         return float(self.values["arms"][arm]["learning_rate"])
 
-    def summary(self, arm: str, experiment: Experiment) -> str:
+    def summary(self, arm: str, experiment: Experiment, corpus_digest: str) -> str:
         """One sentence: how the rate of `arm` was chosen, and whether for this experiment."""
         chosen = self.values["arms"][arm]
         rates = [trial["learning_rate"] for trial in chosen["trials"]]
@@ -65,6 +63,9 @@ class TunedRates:
         if difference is not None:
             name, before, after = difference
             text += f"; tuned for another configuration ({name} = {before}, here {after})"
+        elif self.values["corpus"]["sha256"] != corpus_digest:
+            # The standard library of another Python, say.
+            text += "; tuned on another version of the text"
         return text
 
 

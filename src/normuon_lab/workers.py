@@ -7,7 +7,6 @@ there are, and two one-thread workers do more than one worker with two threads.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -20,7 +19,8 @@ from multiprocessing.process import BaseProcess
 
 from normuon_lab.config import Experiment, RunSpec
 from normuon_lab.corpus import Corpus
-from normuon_lab.train import RunRecord, train_run
+from normuon_lab.records import RunRecord
+from normuon_lab.train import train_run
 
 # Pipes would otherwise carry a message per step of a tiny model.
 _SECONDS_BETWEEN_PROGRESS = 0.2
@@ -69,12 +69,6 @@ class Failed:
 
 
 Event = Started | Progress | Finished | Failed
-
-
-def default_num_workers(num_jobs: int) -> int:
-    """As many workers as cores this process may use, and no more than jobs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, num_jobs))
 
 
 def run_jobs(
