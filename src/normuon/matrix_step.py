@@ -219,6 +219,7 @@ def _step_batch_(
     ns_dtype = resolve_ns_dtype(
         options.ns_dtype, param_dtype=param_BMN.dtype, device=param_BMN.device
     )
+    work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
     finite = [_finite_matrices(run) for run in batch] if options.skip_nonfinite else None
     moments = [run.v_BV for run in batch if run.v_BV is not None]
     # The direction is freed as soon as it is orthogonalised: scratch is bounded.
@@ -227,10 +228,10 @@ def _step_batch_(
         _joined(moments) if moments else None,
         options=options,
         ns_dtype=ns_dtype,
+        stats_dtype=work_dtype,
     )
     moves_B11 = None if finite is None else _joined(finite)
     factor_B11 = _step_factor_(moments, update, moves_B11, lr=lr, options=options)
-    work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
     step_BMN = update.o_BMN.to(work_dtype).mul_(factor_B11.to(work_dtype))
     start = 0
     for index, run in enumerate(batch):

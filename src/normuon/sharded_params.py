@@ -72,10 +72,14 @@ class ShardedParam:
         return transport_dtype(self.ns_dtype)
 
     @property
+    def stats_dtype(self) -> torch.dtype:
+        """The dtype of second moments, scales and steps."""
+        return torch.promote_types(self.param.dtype, torch.float32)
+
+    @property
     def side_dtype(self) -> torch.dtype:
-        """The dtype in which second moments, flags and scales travel."""
-        wide = torch.promote_types(self.param.dtype, torch.float32)
-        return torch.promote_types(wide, self.wire_dtype)
+        """The dtype in which second moments, flags and scales travel: never narrower than wire."""
+        return torch.promote_types(self.stats_dtype, self.wire_dtype)
 
     def local_gradient(self) -> Tensor | None:
         """This rank's shard of the gradient, or None.

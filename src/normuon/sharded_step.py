@@ -230,12 +230,13 @@ class ShardedStep:
         for index, number in enumerate(batch):
             _assemble(self.plan.tasks[number], arrived[number], direction[index], v, index, flags)
         moves_B = flags == GRADIENT
-        v_BV = None if v is None else v.flatten(1)
+        v_BV = None if v is None else v.flatten(1).to(entry.stats_dtype)
         update = update_whole_matrices(
             as_matrices(direction, entry.view, first.rows, first.cols),
             v_BV,
             options=step.options,
             ns_dtype=entry.ns_dtype,
+            stats_dtype=entry.stats_dtype,
         )
         o = as_native(update.o_BMN, entry.view, first.region.shape)
         scale_B = torch.where(moves_B, update.scale_B.to(flags.dtype), UNTOUCHED)
@@ -263,7 +264,7 @@ class ShardedStep:
         for route, slots in routes:
             step = self._step_of(route.task)
             if route.num_scalars:
-                scales[route.task] = slots.scalars[0]
+                scales[route.task] = slots.scalars[0].to(step.entry.stats_dtype)
             if route.num_neurons and step.v is not None:
                 rows = step.v[step.entry.second_moment_slices(route.region)]
                 rows.copy_(slots.neurons.view(rows.shape))
@@ -287,7 +288,7 @@ class ShardedStep:
             grad = None if step.grad is None else _ascending(step)[at]
             momentum.copy_(torch.where(moves, _advanced(momentum, grad, options), momentum))
         weight = step.weight[at]
-        work_dtype = torch.promote_types(weight.dtype, torch.float32)
+        work_dtype = step.entry.stats_dtype
         o = elements.view(route.region.shape).to(work_dtype)
         rule.apply_step_(
             weight,

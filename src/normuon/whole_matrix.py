@@ -23,7 +23,7 @@ class WholeUpdate:
     Args:
         o_BMN: orthogonalised directions, in ``ns_dtype``; the holder may overwrite them.
         v_BV: the new second moments; None for `muon`.
-        scale_B: line 6 divided by the learning rate, at least float32.
+        scale_B: line 6 divided by the learning rate, in ``stats_dtype``.
     """
 
     o_BMN: Tensor
@@ -32,7 +32,12 @@ class WholeUpdate:
 
 
 def update_whole_matrices(
-    direction_BMN: Tensor, v_BV: Tensor | None, *, options: MatrixOptions, ns_dtype: torch.dtype
+    direction_BMN: Tensor,
+    v_BV: Tensor | None,
+    *,
+    options: MatrixOptions,
+    ns_dtype: torch.dtype,
+    stats_dtype: torch.dtype,
 ) -> WholeUpdate:
     """Orthogonalises a batch, advances its second moments and finds each matrix's scale.
 
@@ -41,6 +46,7 @@ def update_whole_matrices(
         v_BV: the second moments before the step, not written to; None for `muon`.
         options: of the group.
         ns_dtype: dtype to orthogonalise in.
+        stats_dtype: dtype of second moments and scales, whatever Newton-Schulz computes in.
     """
     o_BMN = orthogonalize(
         direction_BMN,
@@ -54,7 +60,7 @@ def update_whole_matrices(
         scale_B = torch.full(
             (batch,),
             scale,
-            dtype=torch.promote_types(ns_dtype, torch.float32),
+            dtype=stats_dtype,
             device=o_BMN.device,
         )
         return WholeUpdate(o_BMN, None, scale_B)
@@ -69,4 +75,4 @@ def update_whole_matrices(
         n=n,
         adjust_lr_fn=options.adjust_lr_fn,
     )
-    return WholeUpdate(o_BMN, new_v_BV, scale_B)
+    return WholeUpdate(o_BMN, new_v_BV, scale_B.to(stats_dtype))

@@ -1,0 +1,120 @@
+"""Real processes that form Gloo groups: started once, reused, never waited for forever.
+
+A case is a top-level function ``case(rank, world_size, **kwargs)``; it runs on every rank inside a
+fresh process group, and what it returns (picklable) comes back by rank.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+CASE_SECONDS = 90
+"""After this long a case has hung: its ranks are ended and the test fails with a message."""
+
+COLLECTIVE_SECONDS = 30
+"""Gloo's own timeout; shorter than a case's, so that a lone rank says what it waited for."""
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        order = pipe.recv()
+        if order is None:
+            return
+        module, name, world_size, store_path, kwargs = order
+        try:
+            store = dist.FileStore(store_path, world_size)
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+            )
+            case = getattr(importlib.import_module(module), name)
+            torch.manual_seed(0)
+            pipe.send((True, case(rank, world_size, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class Ranks:
+    """A pool of processes; `run` uses as many of them as a case needs."""
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _ensure(self, world_size: int) -> None:
+        while len(self._workers) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve, args=(len(self._workers), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def run(self, case: Callable[..., Any], world_size: int, **kwargs: Any) -> list[Any]:
+        """Runs a case on ``world_size`` ranks and returns what each of them returned.
+
+        Raises:
+            AssertionError: a rank raised, died, or did not answer in time; shows every rank's end.
+        """
+        self._ensure(world_size)
+        with tempfile.TemporaryDirectory() as folder:
+            order = (case.__module__, case.__name__, world_size, f"{folder}/store", kwargs)
+            for _, pipe in self._workers[:world_size]:
+                pipe.send(order)
+            answers = [self._answer(rank) for rank in range(world_size)]
+        failed = {rank: text for rank, (good, text) in enumerate(answers) if not good}
+        if failed:
+            if any("no answer" in text or "died" in text for text in failed.values()):
+                self.close()
+            lines = "\n".join(f"--- rank {rank}:\n{text}" for rank, text in failed.items())
+            raise AssertionError(f"{case.__name__} on {world_size} ranks failed\n{lines}")
+        return [value for _, value in answers]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        process, pipe = self._workers[rank]
+        deadline = time.monotonic() + CASE_SECONDS
+        while time.monotonic() < deadline:
+            if pipe.poll(0.2):
+                answer: tuple[bool, Any] = pipe.recv()
+                return answer
+            if not process.is_alive():
+                return False, f"died with exit code {process.exitcode}"
+        return False, f"no answer within {CASE_SECONDS} s: it hangs"
+
+    def close(self) -> None:
+        """Ends every process of the pool."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers = []
+
+
+def free_port() -> int:
+    """A port of the loopback address that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
