@@ -274,12 +274,16 @@ def test_param_groups_equal_several_optimizers(desc: str) -> None:
     entry = optim_input(desc)
     options = [{"lr": 0.01, "weight_decay": 0.0}, {"lr": 0.003, "weight_decay": 0.5}, {}]
     template = {**(entry.params or [{}])[0], **entry.kwargs}
+    algorithm = template.pop("algorithm", "normuon")
     together = NorMuon(
-        [{**template, **o, "params": [p]} for o, p in zip(options, problem.params, strict=False)]
+        [
+            {"algorithm": algorithm, **template, **own, "params": [param]}
+            for own, param in zip(options, problem.params, strict=False)
+        ]
     )
     apart = [
-        NorMuon([{**template, **o, "params": [p]}])
-        for o, p in zip(options, alone.params, strict=False)
+        NorMuon([{"algorithm": algorithm, "params": [param]}], **{**template, **own})
+        for own, param in zip(options, alone.params, strict=False)
     ]
     for seed in range(3):
         problem.random_grads(seed), alone.random_grads(seed)
