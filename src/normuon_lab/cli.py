@@ -128,7 +128,7 @@ class Tune(ExperimentOptions):
 
     arms: tuple[str, ...] = _DEFAULT_ARMS
     """Optimizers to tune; every one gets the same number of trials."""
-    lrs: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016)
+    lrs: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016, 0.032)
     """The first grid of peak learning rates; it grows where the best is at an end."""
     seeds: int = 2
     """Tuning seeds, counted from 1000."""

@@ -47,8 +47,8 @@ class ModelConfig:
 class TrainConfig:
     """The budget of one run: the same for every arm."""
 
-    steps: int = 240
-    batch_size: int = 16
+    steps: int = 500
+    batch_size: int = 8
     warmup_fraction: float = 0.05
     num_evals: int = 20
     eval_tokens: int = 16384
