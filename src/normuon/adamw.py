@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from normuon.state import State
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def step_adamw_(
@@ -55,7 +56,48 @@ def adamw_(
         group: the param group, read as it stands now.
         found_inf: where it is 1, nothing is touched; needs a device with fused kernels.
     """
-    fused = all(param.device.type in FUSED_DEVICES for param in params)
+    entries = list(zip(params, grads, states, strict=True))
+    for fused in (True, False):
+        chosen = [entry for entry in entries if _takes_fused(*entry) == fused]
+        if not chosen:
+            continue
+        tensors = [t for p, _, state in chosen for t in (p, *(state[key] for key in STATE_KEYS))]
+        # The multi-tensor kernels know no found_inf: what a skipped step moved is put back.
+        restores = found_inf is not None and not fused
+        old = [tensor.clone() for tensor in tensors] if restores else []
+        _call(
+            [param for param, _, _ in chosen],
+            [grad for _, grad, _ in chosen],
+            [state for _, _, state in chosen],
+            group,
+            fused=fused,
+            found_inf=found_inf if fused else None,
+        )
+        if found_inf is not None and restores:
+            for tensor, value in zip(tensors, old, strict=True):
+                tensor.copy_(torch.where(found_inf != 0, value, tensor))
+
+
+def _takes_fused(param: Tensor, grad: Tensor, state: State) -> bool:
+    """Whether torch's fused kernel may step this parameter.
+
+    It walks memory linearly and checks no strides, so all four tensors must be laid out alike and
+    without gaps, as ``exp_avg`` always is. torch.compile cannot trace it at all.
+    """
+    strides = {t.stride() for t in (param, grad, state["exp_avg"], state["exp_avg_sq"])}
+    traced = torch.compiler.is_compiling()
+    return param.device.type in FUSED_DEVICES and len(strides) == 1 and not traced
+
+
+def _call(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[State],
+    group: Mapping[str, Any],
+    *,
+    fused: bool,
+    found_inf: Tensor | None,
+) -> None:
     beta1, beta2 = group["betas"]
     adamw(
         list(params),
@@ -67,6 +109,8 @@ def adamw_(
         fused=fused,
         foreach=not fused,
         found_inf=found_inf,
+        # As torch's own AdamW when it is traced; `step` lives on the device, as this asks.
+        capturable=torch.compiler.is_compiling(),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -25,6 +25,7 @@ from normuon.options import (
     check_options,
     check_sharing,
     check_trainable_tensor,
+    described,
     param_label,
 )
 from normuon.orthogonalize import Orthogonalizer
@@ -342,8 +343,8 @@ class NorMuon(Optimizer):
         """
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            for key in STRUCTURE_KEYS:
-                group.pop(key, None)
+            for key in STRUCTURE_KEYS & group.keys():
+                group[key] = described(group[key])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -359,19 +360,23 @@ class NorMuon(Optimizer):
         # Not torch's own: that casts all state to the parameter's dtype, which would round the
         # second moments of bfloat16 parameters, and drops what a state_dict leaves out.
         groups = merged_groups(self.param_groups, state_dict["param_groups"])
-        saved_state = dict(state_dict["state"])
+        saved_state, owned = state_dict["state"], set()
         state: defaultdict[Any, Any] = defaultdict(dict)
         for saved, group in zip(state_dict["param_groups"], groups, strict=True):
             for index, key in enumerate(saved["params"]):
-                loaded = loaded_state(group, index, saved_state.pop(key, {}))
+                # Not popped: a parameter listed twice has one entry and is met twice.
+                owned.add(key)
+                loaded = loaded_state(group, index, saved_state.get(key, {}))
                 state[group["params"][index]] = loaded
-        state.update(saved_state)
+        state.update({key: value for key, value in saved_state.items() if key not in owned})
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
+        self.defaults.pop("differentiable", None)
         self._sharded_steps = None
         # Process groups and plans belong to the processes that run, not to what is saved.
         for name, default in (

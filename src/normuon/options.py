@@ -22,8 +22,13 @@ from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
 Algorithm = Literal["normuon", "muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("normuon", "muon", "adamw")
 
-STRUCTURE_KEYS = ("view", "reasons", "orthogonalizer")
-"""Group keys that describe the model and the program, not hyperparameters: not in a state_dict."""
+STRUCTURE_KEYS = frozenset({"view", "reasons", "orthogonalizer"})
+"""Group keys that describe the model and the program, not hyperparameters: never loaded."""
+
+
+def described(value: object) -> str:
+    """What a state_dict says of them: the keys must be there, the objects must not."""
+    return getattr(value, "__qualname__", None) or str(value)
 
 
 def param_label(group: Mapping[str, Any], index: int) -> str:
@@ -129,7 +134,7 @@ def _check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         # Its value is not read: that would wait for the device.
         if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of {lr.numel()} elements; it must have one")
+            raise ValueError(f"Tensor lr must be 1-element, and it has {lr.numel()}")
         return
     _check_number("lr", lr, low=0.0)
 

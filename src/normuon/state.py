@@ -117,9 +117,11 @@ def merged_groups(
                 f"{here} is {algorithm!r} in the checkpoint and {live['algorithm']!r} in this "
                 "optimizer"
             )
-        kept = {key: live[key] for key in (*STRUCTURE_KEYS, "params", "param_names") if key in live}
+        own = (*STRUCTURE_KEYS, "params", "param_names")
+        kept = {key: live[key] for key in own if key in live}
+        options = {key: value for key, value in saved.items() if key not in own}
         names = {"param_names": saved["param_names"]} if "param_names" in saved else {}
-        merged.append({**live, **deepcopy(dict(saved)), **kept, **names})
+        merged.append({**live, **deepcopy(options), **kept, **names})
     return merged
 
 

@@ -25,7 +25,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"lr": math.nan}, "lr=nan must be a number, at least 0 and finite"),
         ({"lr": math.inf}, "lr=inf must be a number, at least 0 and finite"),
         ({"lr": "fast"}, "lr='fast' must be a number, at least 0 and finite"),
-        ({"lr": torch.ones(2)}, "lr is a tensor of 2 elements; it must have one"),
+        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element, and it has 2"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a number, at least 0 and finite"),
         ({"momentum": 1.0}, "momentum=1.0 must be a number, at least 0 and below 1"),
         ({"momentum": -0.1}, "momentum=-0.1 must be a number, at least 0 and below 1"),

@@ -6,6 +6,7 @@ The methods themselves are in `newton_schulz.py`; the optimizer only asks for `o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -48,17 +49,23 @@ def orthogonalize(
         ValueError: a callable returned another shape than it was given.
     """
     x_BMN = normalize_frobenius(x_BMN.to(transport_dtype(dtype)), dtype=dtype)
-    if not callable(orthogonalizer):
-        name = "newton_schulz" if orthogonalizer == "auto" else orthogonalizer
-        return ORTHOGONALIZERS[name](x_BMN, coefficients)
-    o_BMN = orthogonalizer(x_BMN)
+    # A step may run under autocast, which would round these products to a dtype nobody chose.
+    device_type = x_BMN.device.type
+    exact = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if exact else nullcontext():
+        if not callable(orthogonalizer):
+            name = "newton_schulz" if orthogonalizer == "auto" else orthogonalizer
+            return ORTHOGONALIZERS[name](x_BMN, coefficients)
+        o_BMN = orthogonalizer(x_BMN)
     if o_BMN.shape != x_BMN.shape:
         raise ValueError(
             f"orthogonalizer returned shape {list(o_BMN.shape)} for an input of "
             f"{list(x_BMN.shape)}; it must map [B, M, N] to [B, M, N]"
         )
-    # A copy always: the callable may hand out a buffer of its own.
-    return o_BMN.to(dtype, copy=True)
+    # Zero has no one polar factor: an SVD gives some orthogonal matrix, and the step must be zero.
+    # `where` copies, as it must: the callable may hand out a buffer of its own.
+    largest_B11 = torch.linalg.vector_norm(x_BMN, ord=float("inf"), dim=(-2, -1), keepdim=True)
+    return torch.where(largest_B11 == 0, 0.0, o_BMN.to(dtype))
 
 
 def transport_dtype(ns_dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +112,13 @@ def resolve_ns_dtype(
         return ns_dtype
     if param_dtype == torch.float64:
         return torch.float64
-    return torch.bfloat16 if multiplies_bfloat16_natively(device.type) else torch.float32
+    return torch.bfloat16 if _native_bfloat16(device.type) else torch.float32
+
+
+# torch.compile cannot trace the query of the hardware.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _native_bfloat16(device_type: str) -> bool:
+    return multiplies_bfloat16_natively(device_type)
 
 
 @lru_cache(maxsize=16)
