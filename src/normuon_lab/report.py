@@ -1,6 +1,7 @@
 """Renders a comparison as one self-contained HTML page: no file beside it, no network.
 
-The figures are `figures.py`'s, the sentences and the layout are in templates/report.html.j2.
+The figures are `figures.py`'s and `update_figures.py`'s; the sentences and the layout are in
+templates/report.html.j2.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from normuon_lab import figures
+from normuon_lab import figures, update_figures
 from normuon_lab.arms import ARMS
+from normuon_lab.plot_style import color_of
 from normuon_lab.results import Results, write_text
 from normuon_lab.statistics import METHOD, Comparison
 from normuon_lab.summary import estimate_text, fewer_steps_text, label_of, summary_rows
@@ -39,8 +41,8 @@ def render_report(results: Results) -> str:
         "loss-seconds": figures.loss_figure(results, against="seconds"),
         "final-loss": figures.final_loss_figure(results),
         "tuning": figures.tuning_figure(results),
-        "singular-values": figures.singular_value_figure(results),
-        "row-norms": figures.row_norm_figure(results),
+        "singular-values": update_figures.singular_value_figure(results),
+        "row-norms": update_figures.row_norm_figure(results),
     }
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -66,7 +68,7 @@ def _headlines(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "label": label_of(comparison.arm),
-            "color": figures.color_of(comparison.arm),
+            "color": color_of(comparison.arm),
             "mean": comparison.fewer_steps_percent.mean,
             "low": comparison.fewer_steps_percent.low,
             "high": comparison.fewer_steps_percent.high,
@@ -91,7 +93,7 @@ def _pair(comparison: Comparison) -> dict[str, Any]:
 def _arm(results: Results, arm: str) -> dict[str, Any]:
     return {
         "label": label_of(arm),
-        "color": figures.color_of(arm),
+        "color": color_of(arm),
         "description": ARMS[arm].description if arm in ARMS else "",
         "rate": results.learning_rates[arm]["value"],
         "source": results.learning_rates[arm]["source"],
