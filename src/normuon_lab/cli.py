@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +61,11 @@ class ExperimentOptions:
 
     def experiment(self) -> Experiment:
         """The validated experiment."""
+        compilers = (os.environ.get("CXX", "g++"), "clang++")
+        require(
+            not self.compile or any(shutil.which(compiler) for compiler in compilers),
+            "--compile needs a C++ compiler, and none was found: install g++ or leave it out",
+        )
         return Experiment(
             model=ModelConfig(
                 family=self.model,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from normuon_lab.config import require
+from normuon_lab.errors import require
 
 # The mean final loss by learning rate; math.inf where a run diverged.
 Losses = Mapping[float, float]

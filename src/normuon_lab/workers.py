@@ -11,7 +11,7 @@ import signal
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -73,7 +73,7 @@ Event = Started | Progress | Finished | Failed
 
 def run_jobs(
     jobs: Sequence[Job], experiment: Experiment, corpus: Corpus, *, num_workers: int
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Do all jobs, in order of start, and yield what happens.
 
     A job that raises, or whose process dies, yields `Failed` and the others go on. Closing the
