@@ -283,16 +283,18 @@ class ShardedStep:
                 _along_neurons(step, task, route.region), scale, lr=lr, eps=options.eps
             )
         if moves is not None:
-            factor = torch.where(moves, factor, 0.0)
             momentum = step.momentum[at]
             grad = None if step.grad is None else _ascending(step)[at]
             momentum.copy_(torch.where(moves, _advanced(momentum, grad, options), momentum))
         weight = step.weight[at]
         work_dtype = step.entry.stats_dtype
         o = elements.view(route.region.shape).to(work_dtype)
+        moved = o * factor.to(work_dtype)
+        if moves is not None:
+            moved = torch.where(moves, moved, 0.0)  # Chosen, not multiplied: O may hold NaN.
         rule.apply_step_(
             weight,
-            o * factor.to(work_dtype),
+            moved,
             decay=lr * step.entry.group["weight_decay"],
             cautious=options.cautious_weight_decay,
             moves=moves,

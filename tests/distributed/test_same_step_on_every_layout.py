@@ -8,28 +8,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from normuon import MatrixView, NorMuon
+from tests.distributed.parity import PLACEMENTS, gradient, weights, whole
 
 STEPS = 10
 SHAPES = [(17, 5), (18, 40), (72, 24), (1, 9), (9, 1), (16, 16), (2, 3)]
-PLACEMENTS = {"shard_rows": Shard(0), "shard_columns": Shard(1), "replicate": Replicate()}
-
-
-def gradient(shape: tuple[int, ...], step: int, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + number)
-    return torch.randn(shape, generator=generator)
-
-
-def weights(shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    return [gradient(shape, 999, number) for number, shape in enumerate(shapes)]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def differences(
