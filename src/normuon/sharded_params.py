@@ -207,7 +207,9 @@ def idle_second_moment_axes(entry: ShardedParam) -> list[int]:
     """Mesh axes along which some rank holds second moments but no part of the matrix."""
     if not isinstance(entry.param, DTensor) or "second_momentum_buffer" not in entry.state:
         return []
-    return axes_with_idle_ranks(entry.param, kept_dims=entry.second_moment_dims)
+    return axes_with_idle_ranks(
+        entry.param, entry.shards.layout, kept_dims=entry.second_moment_dims
+    )
 
 
 def cost_model_for(params: Sequence[ShardedParam]) -> CostModel:

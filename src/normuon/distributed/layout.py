@@ -231,18 +231,19 @@ def copy_to_shards_(target: Tensor, value: Tensor) -> None:
     target.to_local().copy_(value.to_local())
 
 
-def axes_with_idle_ranks(param: DTensor, *, kept_dims: Sequence[int]) -> list[int]:
+def axes_with_idle_ranks(
+    param: DTensor, layout: ShardLayout, *, kept_dims: Sequence[int]
+) -> list[int]:
     """Mesh axes along which a rank may hold second moments of a parameter it stores nothing of.
 
-    Those that split a dim outside `kept_dims` into fewer chunks than they have ranks.
+    Those that split a dim outside `kept_dims`, if the layout leaves any rank empty: which axis
+    does cannot be told from its size alone, since another may have split the dim before.
     """
-    axes = []
-    for axis, placement in enumerate(param.placements):
-        dim = getattr(placement, "dim", None)
-        if dim is None or dim % param.ndim in set(kept_dims):
-            continue
-        size, parts = param.shape[dim % param.ndim], param.device_mesh.size(axis)
-        chunk = -(-size // parts)
-        if chunk * (parts - 1) >= size:
-            axes.append(axis)
-    return axes
+    if len(layout.storing_ranks) == layout.world_size:
+        return []
+    dims = [getattr(placement, "dim", None) for placement in param.placements]
+    return [
+        axis
+        for axis, dim in enumerate(dims)
+        if dim is not None and dim % param.ndim not in kept_dims
+    ]
