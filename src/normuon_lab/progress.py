@@ -96,12 +96,9 @@ class RunDisplay:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _show_total(self) -> None:
-        running = sum(self._progress.tasks[i].completed for i in self._indices_of_running())
-        self._progress.update(self._total, completed=self._num_done * self._steps + running)
-
-    def _indices_of_running(self) -> list[int]:
-        wanted = set(self._tasks.values())
-        return [i for i, task in enumerate(self._progress.tasks) if task.id in wanted]
+        running = set(self._tasks.values())
+        steps = sum(task.completed for task in self._progress.tasks if task.id in running)
+        self._progress.update(self._total, completed=self._num_done * self._steps + steps)
 
     @staticmethod
     def _title(spec: RunSpec) -> str:

@@ -165,12 +165,16 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
         resume: go on with what the folder holds.
 
     Raises:
-        InputError: `out` is not a folder, holds results and `resume` was not asked for, or holds
-            those of another configuration or of another text.
+        InputError: `out` is not a folder, holds files of others, holds results and `resume` was not
+            asked for, or holds those of another configuration or of another text.
     """
     require(not out.exists() or out.is_dir(), f"--out {out} is a file; give a folder")
     path = out / RESULTS_FILE
     if not path.exists():
+        require(
+            not out.exists() or not any(out.iterdir()),
+            f"--out {out} holds other files; give an empty or a new folder",
+        )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
