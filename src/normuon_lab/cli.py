@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"; go on with: {again}" if error.can_resume else ""
         return _fail(f"{error}{hint}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail("interrupted before any run was finished", EXIT_INTERRUPTED)
+        return _fail("interrupted", EXIT_INTERRUPTED)
 
 
 def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
