@@ -33,6 +33,7 @@ ORDER = [
     "module_rules",
     "groups",
     "optimizer",
+    "planning",
     "",
 ]
 

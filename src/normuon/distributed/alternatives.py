@@ -19,20 +19,30 @@ class Figures:
     Args:
         name: what it is called.
         num_orthogonalisations: over all ranks, repeated and dummy ones included.
-        flops_total: over all ranks.
-        flops_busiest: of the busiest rank.
+        flops_by_rank: what each rank orthogonalises.
         imbalance: the busiest rank's FLOPs over the makespan bound of computing each matrix once.
         bytes_sent_total: over all ranks, there and back.
         scratch_bytes_max: whole matrices and orthogonaliser's scratch held at once on one rank.
+        predicted_step_seconds: one exchange after another, overlapped with compute as a plan's are.
     """
 
     name: str
     num_orthogonalisations: int
-    flops_total: int
-    flops_busiest: int
+    flops_by_rank: tuple[int, ...]
     imbalance: float
     bytes_sent_total: int
     scratch_bytes_max: int
+    predicted_step_seconds: float
+
+    @property
+    def flops_total(self) -> int:
+        """FLOPs over all ranks."""
+        return sum(self.flops_by_rank)
+
+    @property
+    def flops_busiest(self) -> int:
+        """FLOPs of the busiest rank."""
+        return max(self.flops_by_rank)
 
 
 def alternatives(plan: Plan) -> tuple[Figures, ...]:
@@ -66,11 +76,11 @@ def _figures_of(plan: Plan, name: str, once: int) -> Figures:
     return Figures(
         name=name,
         num_orthogonalisations=sum(map(len, plan.owners)),
-        flops_total=sum(plan.flops_by_rank),
-        flops_busiest=busiest,
+        flops_by_rank=plan.flops_by_rank,
         imbalance=busiest / once if once else 1.0,
         bytes_sent_total=plan.bytes_sent_total,
         scratch_bytes_max=plan.scratch_bytes_max,
+        predicted_step_seconds=plan.predicted_step_seconds,
     )
 
 
@@ -84,20 +94,24 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
     flops = sum(plan.flops_by_matrix)
     bytes_sent = 0
     scratch = 0
+    stages = []
     for index, task in enumerate(plan.tasks):
-        stored = sum(tiling_of(task).numel_by_rank.values())
-        bytes_sent += (plan.world_size * task.numel - stored) * task.wire_bytes
+        stored = tiling_of(task).numel_by_rank
+        bytes_sent += (plan.world_size * task.numel - sum(stored.values())) * task.wire_bytes
+        least_stored = min(stored.values()) if len(stored) == plan.world_size else 0
+        received = (task.numel - least_stored) * task.wire_bytes
+        stages.append((received, plan.flops_by_matrix[index], 0))
         owners = [(0,)] * len(plan.tasks)
         alone = scratch_bytes(plan.tasks, owners, [index], plan.cost_model, plan.world_size)
         scratch = max(scratch, alone)
     return Figures(
         name="every rank computes everything",
         num_orthogonalisations=plan.world_size * len(plan.tasks),
-        flops_total=plan.world_size * flops,
-        flops_busiest=flops,
+        flops_by_rank=(flops,) * plan.world_size,
         imbalance=flops / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
+        predicted_step_seconds=plan.cost_model.pipeline_seconds(stages),
     )
 
 
@@ -119,6 +133,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
         groups.setdefault(key, []).append(index)
     loads = [0] * plan.world_size
     count = bytes_sent = scratch = 0
+    stages: list[tuple[int, int, int]] = []
     for indices in groups.values():
         task = plan.tasks[indices[0]]
         tiling = tiling_of(task)
@@ -127,6 +142,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             for rank in tiling.whole_ranks:
                 loads[rank] += flops * len(indices)
             count += len(indices) * len(tiling.whole_ranks)
+            stages.append((0, flops * len(indices), 0))
         else:
             num_replicas = 1 if tiling.whole_ranks else len(task.layout.full_replicas)
             group_size = plan.world_size // num_replicas
@@ -136,6 +152,8 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             messages = num_groups * num_replicas * group_size * (group_size - 1)
             bytes_sent += ways * messages * shard
             count += num_groups * group_size * num_replicas
+            each = (group_size - 1) * shard
+            stages += [(each * (ways - 1), flops, each)] * num_groups
             loads = [load + flops * num_groups for load in loads]
         owners = [(0,)] * len(plan.tasks)
         alone = scratch_bytes(plan.tasks, owners, indices[:1], plan.cost_model, plan.world_size)
@@ -143,9 +161,9 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
     return Figures(
         name="same-shape groups padded to the world size",
         num_orthogonalisations=count,
-        flops_total=sum(loads),
-        flops_busiest=max(loads),
+        flops_by_rank=tuple(loads),
         imbalance=max(loads) / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
+        predicted_step_seconds=plan.cost_model.pipeline_seconds(stages),
     )

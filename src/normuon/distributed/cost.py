@@ -7,7 +7,7 @@ give, as a function of rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -109,6 +109,27 @@ class CostModel:
     def send_seconds_between_replicas(self, num_bytes: float) -> float:
         """Seconds that one rank takes to send `num_bytes` to another replica, in one message."""
         return self.latency_seconds + num_bytes / self.bytes_per_second_between_replicas
+
+    def pipeline_seconds(self, stages: Sequence[tuple[int, int, int]]) -> float:
+        """Seconds of a sequence of exchanges, each overlapped with its neighbours' compute.
+
+        gather_0 + sum_k max(compute_k, gather_{k+1} + return_{k-1}) + return_last.
+
+        Args:
+            stages: for each, the busiest rank's bytes to gather, FLOPs, and bytes to return.
+
+        Example:
+            >>> model = CostModel(flops_per_second=1.0, bytes_per_second=1.0, latency_seconds=0.0)
+            >>> model.pipeline_seconds([(2, 5, 3), (4, 6, 1)])
+            14.0
+        """
+        gathers = [self.send_seconds(gathered) * (gathered > 0) for gathered, _, _ in stages]
+        returns = [self.send_seconds(returned) * (returned > 0) for _, _, returned in stages]
+        total = sum(gathers[:1]) + sum(returns[-1:])
+        for k, (_, flops, _) in enumerate(stages):
+            exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
+            total += max(self.compute_seconds(flops), exchanges)
+        return total
 
     def scratch_bytes(
         self, m: int, n: int, *, num_matrices: int = 1, element_bytes: int = 2

@@ -104,19 +104,10 @@ class PlanRecord:
 
     @property
     def predicted_step_seconds(self) -> float:
-        """Seconds of one step, gathers and returns overlapped with the neighbours' compute.
-
-        gather_0 + sum_k max(compute_k, gather_{k+1} + return_{k-1}) + return_last, each the busiest
-        rank's.
-        """
-        model = self.cost_model
-        gathers = [model.send_seconds(b.gather_bytes) * (b.gather_bytes > 0) for b in self.buckets]
-        returns = [model.send_seconds(b.return_bytes) * (b.return_bytes > 0) for b in self.buckets]
-        total = sum(gathers[:1]) + sum(returns[-1:])
-        for k, bucket in enumerate(self.buckets):
-            exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
-            total += max(model.compute_seconds(bucket.flops), exchanges)
-        return total
+        """Seconds of one step, gathers and returns overlapped with the neighbours' compute."""
+        return self.cost_model.pipeline_seconds(
+            [(bucket.gather_bytes, bucket.flops, bucket.return_bytes) for bucket in self.buckets]
+        )
 
     def owner(self, task: int) -> int | None:
         """The matrix's only owner, or None when every replica computes it."""

@@ -1,0 +1,219 @@
+"""Draws up the plan of a distributed step from param groups, before or without any training.
+
+Reads groups and placements; who owns what is `distributed.plan`'s decision, and the live step draws
+up its own plan from the same pieces (`sharded_params.py`, `matrix_tasks.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from normuon.distributed.assignment import Balance
+from normuon.distributed.cost import DTYPE_BYTES, CostModel
+from normuon.distributed.mesh_layout import Placement, layout_from_placements
+from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
+from normuon.distributed.task import MatrixTask
+from normuon.matrix_tasks import tasks_of_param
+from normuon.optimizer import NorMuon
+from normuon.options import (
+    MatrixOptions,
+    check_matrix_param,
+    check_options,
+    check_sharing,
+    param_label,
+)
+from normuon.orthogonalize import newton_schulz_flops, transport_dtype
+from normuon.state import is_dtensor, view_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Placements: TypeAlias = Sequence[Placement] | Callable[[str, Tensor], Sequence[Placement]]
+"""One placement per mesh axis, for all parameters or as a function of a parameter and its name."""
+
+
+def plan_for(
+    groups: Iterable[Mapping[str, Any]],
+    *,
+    mesh_shape: Sequence[int] | None = None,
+    placements: Placements | None = None,
+    process_group: ProcessGroup | None = None,
+    cost_model: CostModel | None = None,
+    balance: Balance = "flops",
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    wire_dtype: str | None = None,
+) -> Plan:
+    """The plan by which `NorMuon` would step the matrices of these groups.
+
+    With `mesh_shape` and `placements` only names and shapes are read: parameters may be on the
+    meta device, and there need be no processes, no GPUs and no weights. Without them the
+    parameters say themselves where they live, as in the optimizer: DTensors by their meshes, plain
+    ones by `process_group`; then call it on every rank, or on any. `adamw` groups are passed over.
+
+    Args:
+        groups: from `param_groups`, or an optimizer's `param_groups`; options that a group leaves
+            out are `NorMuon`'s defaults.
+        mesh_shape: size of every mesh axis; ranks are numbered row-major.
+        placements: one per mesh axis, spelled `("replicate",)`, `("shard", dim)` or
+            `("strided_shard", dim, split_factor)` (FSDP2 over TP on one dim); or a function of a
+            parameter's name and tensor that returns them.
+        process_group: the ranks that hold plain parameters alike, as `NorMuon`'s.
+        cost_model: FLOPs, rates and latency. None: the groups' Newton-Schulz steps, and the rates
+            of `CostModel`, or of the device where the parameters say where they live.
+        balance: "flops" or "paper", as `NorMuon`'s.
+        bucket_bytes: as `NorMuon`'s.
+        wire_dtype: dtype of matrices on the wire. None: what the groups' `ns_dtype` says; where
+            that is None too, bfloat16 for given placements (they are of accelerators), and what
+            suits the device otherwise.
+
+    Returns:
+        The plan: owners, buckets, FLOPs and bytes by rank; `print(plan.describe())` shows it.
+
+    Raises:
+        ValueError: no matrix that ranks share, parameters that live on different sets of ranks, an
+            option out of range, or a placement that does not fit; names the parameter.
+
+    Example:
+        >>> import normuon
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
+        >>> groups = normuon.param_groups(model)
+        >>> plan = normuon.plan_for(groups, mesh_shape=(2,), placements=[("shard", 0)])
+        >>> plan.owners, plan.flops_by_rank, plan.imbalance
+        (((0,), (1,)), (7920, 7920), 1.0)
+    """
+    if (mesh_shape is None) != (placements is None):
+        raise ValueError("mesh_shape and placements belong together: pass both or neither")
+    check_sharing(balance, bucket_bytes)
+    if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
+        raise ValueError(f"wire_dtype={wire_dtype!r}: pass one of {sorted(DTYPE_BYTES)}")
+    filled = [_with_defaults(group) for group in groups]
+    if mesh_shape is None or placements is None:
+        tasks, world_size, model = _live_tasks(filled, process_group)
+        if wire_dtype is not None:
+            tasks = [_sent_as(task, wire_dtype) for task in tasks]
+    else:
+        tasks = []
+        for number, group in enumerate(filled):
+            tasks += _placed_tasks(group, number, mesh_shape, placements, wire_dtype)
+        world_size = math.prod(mesh_shape)
+        model = _cost_model(filled)
+    if not tasks:
+        raise ValueError(
+            "these groups hold no hidden matrix that ranks share; pass groups with 'algorithm': "
+            "'normuon' whose parameters are DTensors, or mesh_shape and placements, or the "
+            "process_group that holds them alike"
+        )
+    return make_plan(
+        tasks,
+        world_size=world_size,
+        cost_model=cost_model or model,
+        balance=balance,
+        bucket_bytes=bucket_bytes,
+    )
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(NorMuon).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}
+
+
+def _with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group as the optimizer would hold it: options filled in and checked, names apart."""
+    entries = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    filled = {"algorithm": "normuon", **_DEFAULTS, **group}
+    filled["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    if entries and all(isinstance(entry, tuple) for entry in entries):
+        filled["param_names"] = [entry[0] for entry in entries]
+    check_options(filled)
+    if filled["algorithm"] != "adamw":
+        for index, param in enumerate(filled["params"]):
+            check_matrix_param(param_label(filled, index), param, filled)
+    return filled
+
+
+def _live_tasks(
+    groups: Sequence[Mapping[str, Any]], process_group: ProcessGroup | None
+) -> tuple[list[MatrixTask], int, CostModel | None]:
+    """Tasks, world size and cost model of the live step, which has one plan per set of ranks."""
+    tensors = [param for group in groups for param in group["params"]]
+    if process_group is None and not any(map(is_dtensor, tensors)):
+        return [], 1, None
+    # Only what ranks share needs torch.distributed.
+    from normuon.sharded_params import MatrixState, cost_model_for, sharded_params
+
+    no_state: defaultdict[Tensor, MatrixState] = defaultdict(dict)
+    found = sharded_params(groups, no_state, process_group=process_group)
+    if len(found) > 1:
+        firsts = "; ".join(entries[0].label for entries in found)
+        raise ValueError(
+            f"the parameters live on {len(found)} different sets of ranks, each with a plan of its "
+            f"own (the first of each: {firsts}); pass the groups of one set at a time"
+        )
+    if not found:
+        return [], 1, None
+    tasks = [task for entry in found[0] for task in entry.tasks()]
+    return tasks, found[0][0].shards.layout.world_size, cost_model_for(found[0])
+
+
+def _placed_tasks(
+    group: Mapping[str, Any],
+    number: int,
+    mesh_shape: Sequence[int],
+    placements: Placements,
+    wire_dtype: str | None,
+) -> list[MatrixTask]:
+    if group["algorithm"] == "adamw":
+        return []
+    options = MatrixOptions.from_group(group)
+    names = group.get("param_names")
+    tasks = []
+    for index, param in enumerate(group["params"]):
+        name = names[index] if names else f"group {number} parameter {index}"
+        chosen = placements(name, param) if callable(placements) else placements
+        try:
+            layout = layout_from_placements(param.shape, mesh_shape=mesh_shape, placements=chosen)
+        except ValueError as error:
+            raise ValueError(f"{param_label(group, index)}: {error}") from None
+        computed = torch.float64 if param.dtype == torch.float64 else torch.bfloat16
+        sent = transport_dtype(group["ns_dtype"] or computed)
+        wire = getattr(torch, wire_dtype) if wire_dtype else sent
+        side = torch.promote_types(torch.promote_types(param.dtype, torch.float32), wire)
+        tasks += tasks_of_param(
+            name,
+            param.shape,
+            view_of(group),
+            layout=layout,
+            neuron_axis=options.neuron_axis,
+            normalizes_neurons=options.normalizes_neurons,
+            key=f"group {number}, {param.dtype}",
+            wire_dtype=_dtype_name(wire),
+            neuron_dtype=_dtype_name(side),
+        )
+    return tasks
+
+
+def _sent_as(task: MatrixTask, wire_dtype: str) -> MatrixTask:
+    side = torch.promote_types(getattr(torch, task.neuron_dtype), getattr(torch, wire_dtype))
+    return replace(task, wire_dtype=wire_dtype, neuron_dtype=_dtype_name(side))
+
+
+def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
+    matrix_groups = [group for group in groups if group["algorithm"] != "adamw"]
+    steps = max(
+        (len(MatrixOptions.from_group(group).coefficients) for group in matrix_groups), default=5
+    )
+    return CostModel(flops=lambda m, n: newton_schulz_flops(m, n, steps))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
