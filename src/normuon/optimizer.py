@@ -244,23 +244,22 @@ class NorMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shares_matrices = False
-        for group in self.param_groups:
-            alone, shared = self._prepared(group)
+        prepared = [self._prepared(group) for group in self.param_groups]
+        # Ranks that disagree must find out before the first of their collectives, AdamW's included.
+        shares = any(shared for _, shared in prepared)
+        sharded_steps = self._planned_steps() if shares else []
+        for group, (alone, shared) in zip(self.param_groups, prepared, strict=True):
             if group["algorithm"] == "adamw":
                 self._step_adamw(alone, shared, group)
-                continue
-            shares_matrices = shares_matrices or bool(shared)
-            if alone:
+            elif alone:
                 step_matrices_(
                     list(self._matrix_params(alone, group)),
                     lr=group["lr"],
                     weight_decay=group["weight_decay"],
                     options=MatrixOptions.from_group(group),
                 )
-        if shares_matrices:
-            for sharded_step in self._planned_steps():
-                sharded_step.step_()
+        for sharded_step in sharded_steps:
+            sharded_step.step_()
         return loss
 
     def _prepared(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -282,6 +281,10 @@ class NorMuon(Optimizer):
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
                     "embedding with sparse=False"
                 )
+            if is_shared:
+                from normuon.distributed.layout import check_gradient_placement
+
+                check_gradient_placement(param_label(group, index), param)
             follow_param_(self.state[param], param)
             if group["algorithm"] == "normuon":
                 check_second_moment(group, index, self.state[param]["second_momentum_buffer"])
@@ -308,9 +311,10 @@ class NorMuon(Optimizer):
         and `load_state_dict`.
         """
         if self._sharded_steps is None:
-            from normuon.sharded_params import sharded_params
+            from normuon.sharded_params import check_shared_params, sharded_params
             from normuon.sharded_step import ShardedStep
 
+            check_shared_params(self.param_groups, process_group=self._process_group)
             self._sharded_steps = [
                 ShardedStep(params, balance=self._balance, bucket_bytes=self._bucket_bytes)
                 for params in sharded_params(

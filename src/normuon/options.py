@@ -187,7 +187,7 @@ def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> N
 
 
 def check_trainable_tensor(label: str, param: Tensor) -> None:
-    """Checks for what cannot be trained here: FSDP1, complex, sparse and integer parameters.
+    """Checks for what cannot be trained: FSDP1's, other ranks', complex, sparse and integer ones.
 
     Raises:
         ValueError: names the parameter and what it is.
@@ -196,6 +196,12 @@ def check_trainable_tensor(label: str, param: Tensor) -> None:
         raise ValueError(
             f"{label}: FSDP1 flattens matrices away, so they cannot be orthogonalised; use FSDP2 "
             "(torch.distributed.fsdp.fully_shard)"
+        )
+    mesh = getattr(param, "device_mesh", None)
+    if mesh is not None and mesh.get_coordinate() is None:
+        raise ValueError(
+            f"{label}: this rank is not part of the parameter's mesh {mesh}; give the optimizer "
+            "only parameters that this rank helps to store"
         )
     if param.is_complex():
         raise ValueError(

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from normuon.adamw import adamw_
-from normuon.distributed.layout import group_of_mesh
-from normuon.sharded_params import GRADIENT, gradient_flag, local_tensor
+from normuon.sharded_params import GRADIENT, gradient_flag, group_that_shares, local_tensor
 from normuon.state import State
 
 
@@ -37,11 +35,8 @@ def step_sharded_adamw_(
     """
     by_group: dict[dist.ProcessGroup, list[int]] = {}
     for index, param in enumerate(params):
-        if isinstance(param, DTensor):
-            shared_by = group_of_mesh(param.device_mesh)
-        else:
-            assert process_group is not None
-            shared_by = process_group
+        shared_by = group_that_shares(param, process_group)
+        assert shared_by is not None
         by_group.setdefault(shared_by, []).append(index)
     for shared_by, indices in by_group.items():
         flags = torch.cat([gradient_flag(params[i], group["skip_nonfinite"]) for i in indices])

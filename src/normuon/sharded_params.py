@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from normuon.distributed.agreement import check_agreement, first_different_line
 from normuon.distributed.cost import CostModel
-from normuon.distributed.layout import Shards, axes_with_idle_ranks, shards_of
+from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.region import Region
 from normuon.distributed.task import MatrixTask
 from normuon.matrix_tasks import second_moment_dims, tasks_of_param
@@ -82,21 +83,9 @@ class ShardedParam:
         return torch.promote_types(self.stats_dtype, self.wire_dtype)
 
     def local_gradient(self) -> Tensor | None:
-        """This rank's shard of the gradient, or None.
-
-        Raises:
-            ValueError: the gradient is placed otherwise than its parameter.
-        """
+        """This rank's shard of the gradient, or None."""
         grad = self.param.grad
-        if grad is None or not isinstance(self.param, DTensor):
-            return grad
-        if not isinstance(grad, DTensor) or grad.placements != self.param.placements:
-            placed = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
-            raise ValueError(
-                f"{self.label}: its gradient is {placed} and the parameter "
-                f"{self.param.placements}; redistribute the gradient before the step"
-            )
-        return grad.to_local()
+        return None if grad is None else local_tensor(grad)
 
     def tasks(self) -> list[MatrixTask]:
         """The parameter's matrices for the planner."""
@@ -155,6 +144,43 @@ def _options_text(group: Mapping[str, Any], param: Tensor) -> str:
         # Its repr would hold an address, which differs between processes.
         fields["orthogonalizer"] = getattr(chosen, "__qualname__", type(chosen).__qualname__)
     return f"{fields}, {dtype_name(param.dtype)}"
+
+
+def check_shared_params(
+    groups: Sequence[Mapping[str, Any]], *, process_group: dist.ProcessGroup | None
+) -> None:
+    """Checks that ranks share the same parameters under the same algorithms, before any exchange.
+
+    `adamw` groups are included: ranks that list other parameters than each other would issue
+    collectives of different sizes.
+
+    Raises:
+        ValueError: on every rank that shares parameters, naming the first that differs.
+    """
+    lists: dict[dist.ProcessGroup, list[str]] = {}
+    devices: dict[dist.ProcessGroup, torch.device] = {}
+    for number, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            shared_by = group_that_shares(param, process_group)
+            if shared_by is None:
+                continue
+            line = f"group {number} ({group['algorithm']}): {param_label(group, index)}"
+            lists.setdefault(shared_by, []).append(f"{line} {dtype_name(param.dtype)}")
+            devices[shared_by] = local_tensor(param).device
+    for shared_by, lines in lists.items():
+        check_agreement(
+            shared_by,
+            "\n".join(lines),
+            device=devices[shared_by],
+            difference=first_different_line,
+        )
+
+
+def group_that_shares(
+    param: Tensor, process_group: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The ranks that share a parameter; None for one that is this rank's own."""
+    return group_of_mesh(param.device_mesh) if isinstance(param, DTensor) else process_group
 
 
 def sharded_params(

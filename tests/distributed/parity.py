@@ -24,9 +24,14 @@ def weights(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     return [gradient(shape, 999, number) for number, shape in enumerate(shapes)]
 
 
+def spread(tensor: Tensor, mesh, placements) -> DTensor:
+    """A tensor that every rank holds whole, spread over a mesh: nothing is sent."""
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
 def distributed(shapes, mesh, placements) -> list[nn.Parameter]:
-    """Those weights as parameters spread over a mesh."""
-    return [nn.Parameter(distribute_tensor(w, mesh, placements)) for w in weights(shapes)]
+    """The starting weights as parameters spread over a mesh."""
+    return [nn.Parameter(spread(start, mesh, placements)) for start in weights(shapes)]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -98,7 +98,11 @@ class Ranks:
         deadline = time.monotonic() + CASE_SECONDS
         while time.monotonic() < deadline:
             if pipe.poll(0.2):
-                answer: tuple[bool, Any] = pipe.recv()
+                try:
+                    answer: tuple[bool, Any] = pipe.recv()
+                except EOFError:
+                    process.join(5)
+                    return False, f"died with exit code {process.exitcode}"
                 return answer
             if not process.is_alive():
                 return False, f"died with exit code {process.exitcode}"

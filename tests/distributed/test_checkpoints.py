@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from normuon import NorMuon, param_groups
 from tests.distributed.parity import (
@@ -30,6 +30,7 @@ from tests.distributed.parity import (
     distributed,
     gradient,
     local,
+    spread,
     values,
     weights,
     whole,
@@ -78,7 +79,7 @@ def built(layout):
     for start in weights(SHAPES):
         # A vector has no columns: it lies as FSDP2 would lay it, by rows.
         own = [Shard(0) if p == Shard(1) and start.ndim == 1 else p for p in placements]
-        params.append(nn.Parameter(distribute_tensor(start, mesh, own)))
+        params.append(nn.Parameter(spread(start, mesh, own)))
     return params, optimizer_of(params)
 
 
@@ -87,7 +88,7 @@ def train(params, optimizer, steps):
         for number, param in enumerate(params):
             grad = gradient(param.shape, step, number)
             if isinstance(param, DTensor):
-                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+                grad = spread(grad, param.device_mesh, param.placements)
             param.grad = grad
         optimizer.step()
 
@@ -302,7 +303,7 @@ def full_into_shards_case(rank, world_size):
     state_dict = copy.deepcopy(one.state_dict())
     with torch.no_grad():
         for param, start in zip(params, alone, strict=True):
-            param.copy_(distribute_tensor(start.detach(), param.device_mesh, param.placements))
+            param.copy_(spread(start.detach(), param.device_mesh, param.placements))
     optimizer.load_state_dict(state_dict)
     train(params, optimizer, range(SAVED_AFTER, STEPS))
     return differing(values(*uninterrupted(STEPS)), values(params, optimizer))

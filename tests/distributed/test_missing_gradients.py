@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from normuon import MatrixView, NorMuon
 from tests.distributed.parity import (
@@ -21,6 +21,7 @@ from tests.distributed.parity import (
     gradient,
     local,
     snapshot,
+    spread,
     values,
     weights,
     whole,
@@ -55,7 +56,7 @@ def optimizer_of(params, **options):
 
 def set_gradients(params, mesh, placements, step, missing=()):
     for number, param in enumerate(params):
-        grad = distribute_tensor(gradient(param.shape, step, number), mesh, placements)
+        grad = spread(gradient(param.shape, step, number), mesh, placements)
         param.grad = None if number in missing else grad
 
 
@@ -110,7 +111,7 @@ def missing_on_some_case(rank, world_size, layout, options):
     lacks = rank in LACKING[layout]
     for step in range(5):
         for number, (a, b) in enumerate(zip(alone, shared, strict=True)):
-            grad = distribute_tensor(gradient(a.shape, step, number), mesh, placements)
+            grad = spread(gradient(a.shape, step, number), mesh, placements)
             loses = number in MISSING and step % 2 == 0
             if loses and lacks:
                 grad.to_local().zero_()
@@ -168,7 +169,7 @@ def nonfinite_case(rank, world_size, layout, value):
             grad = gradient(a.shape, step, number)
             if step in (0, 3) and number in MISSING:
                 grad[-1, -1] = value  # In the last rank's shard, or the last that has one.
-            a.grad, b.grad = grad, distribute_tensor(grad, mesh, placements)
+            a.grad, b.grad = grad, spread(grad, mesh, placements)
         before = [snapshot(b, optimizer) for b in params]
         kept = [local(b.grad).clone() for b in params]
         one.step()
@@ -217,7 +218,7 @@ def one_matrix_of_several_case(rank, world_size):
             grad = gradient(a.shape, step, number)
             if step == 1:
                 grad[(1, 2, 3) if number == 0 else (7, 1)] = float("nan")
-            a.grad, b.grad = grad, distribute_tensor(grad, mesh, [Shard(0)])
+            a.grad, b.grad = grad, spread(grad, mesh, [Shard(0)])
         one.step()
         many.step()
     counts = [whole(many.state[b]["skipped_steps"]).tolist() for b in shared]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import zip_longest
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,33 @@ import torch.distributed as dist
 from normuon.distributed.canonical import first_difference
 
 
-def check_agreement(group: dist.ProcessGroup, text: str, *, device: torch.device) -> None:
+class FirstDifference(Protocol):
+    """Says in one sentence where two texts differ first, given what to call the two."""
+
+    def __call__(self, first: str, second: str, /, *, names: tuple[str, str]) -> str | None: ...
+
+
+def first_different_line(first: str, second: str, /, *, names: tuple[str, str]) -> str | None:
+    """Where two lists of lines differ first.
+
+    Example:
+        >>> first_different_line("a\nb", "a", names=("rank 0", "rank 1"))
+        "'b' in rank 0, nothing in rank 1"
+    """
+    for one, two in zip_longest(first.splitlines(), second.splitlines()):
+        if one != two:
+            shown = ["nothing" if line is None else repr(line) for line in (one, two)]
+            return f"{shown[0]} in {names[0]}, {shown[1]} in {names[1]}"
+    return None
+
+
+def check_agreement(
+    group: dist.ProcessGroup,
+    text: str,
+    *,
+    device: torch.device,
+    difference: FirstDifference = first_difference,
+) -> None:
     """Compares a text across the ranks of a group; the same outcome on every rank.
 
     Digests of one size are compared first, so that ranks with different texts still issue the same
@@ -20,6 +48,7 @@ def check_agreement(group: dist.ProcessGroup, text: str, *, device: torch.device
         group: the ranks that must agree.
         text: everything they must agree on, a plan's `canonical()`.
         device: of the group's tensors.
+        difference: finds the first difference between two such texts.
 
     Raises:
         ValueError: on every rank, naming two ranks that differ and their first difference.
@@ -40,6 +69,6 @@ def check_agreement(group: dist.ProcessGroup, text: str, *, device: torch.device
     names = (f"rank {ranks[0]}", f"rank {ranks[other]}")
     raise ValueError(
         f"{names[0]} and {names[1]} built different optimizers: "
-        f"{first_difference(texts[0], texts[other], names=names)}. Build the model and its param "
+        f"{difference(texts[0], texts[other], names=names)}. Build the model and its param "
         "groups alike on every rank"
     )

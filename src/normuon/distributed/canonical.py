@@ -6,10 +6,14 @@ Holds integers and names only, no seconds and no sentences, so equal inputs give
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import Any
 
 from normuon.distributed.plan_record import PlanRecord
 from normuon.distributed.region import ShardLayout
+
+SHOWN_CHARACTERS = 120
+"""How much of a long text a message shows."""
 
 FORMAT = 1
 """Raised whenever the text of an unchanged plan changes."""
@@ -145,8 +149,15 @@ def _label(matrix: dict[str, Any]) -> str:
 
 
 def _differ(what: str, first: object, second: object, names: tuple[str, str]) -> str:
-    def short(value: object) -> str:
-        text = str(value)
-        return text if len(text) <= 120 else text[:117] + "..."
+    texts = [str(first), str(second)]
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False)))
 
-    return f"{what}: {short(first)} in {names[0]}, {short(second)} in {names[1]}"
+    def short(text: str) -> str:
+        if len(text) <= SHOWN_CHARACTERS:
+            return text
+        start = min(max(0, same - 40), len(text) - SHOWN_CHARACTERS)  # Where they differ is shown.
+        end = start + SHOWN_CHARACTERS
+        before, after = "..." if start else "", "..." if end < len(text) else ""
+        return before + text[start:end] + after
+
+    return f"{what}: {short(texts[0])} in {names[0]}, {short(texts[1])} in {names[1]}"

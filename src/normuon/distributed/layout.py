@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -85,8 +86,6 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
         )
         return Shards(process_group, layout)
     mesh = param.device_mesh
-    if mesh.get_coordinate() is None:
-        raise ValueError(f"{label}: this rank is not part of the parameter's mesh {mesh}")
     placements = [read_placement(p, label=label, param=param) for p in param.placements]
     group = group_of_mesh(mesh)
     for order in ("fsdp2", "dtensor"):
@@ -96,6 +95,26 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
     raise ValueError(
         f"{label}: its local tensor is {list(param.to_local().shape)}, which {param.placements} on "
         f"{mesh} do not explain; distribute it with fully_shard or distribute_tensor"
+    )
+
+
+def check_gradient_placement(label: str, param: Tensor) -> None:
+    """Checks that a sharded parameter's gradient, where it has one, lies as the parameter does.
+
+    Raises:
+        ValueError: it is a plain tensor, or placed otherwise, such as Partial.
+    """
+    grad = param.grad
+    if grad is None or not isinstance(param, DTensor):
+        return
+    if isinstance(grad, DTensor) and (
+        grad.placements == param.placements and grad.device_mesh == param.device_mesh
+    ):
+        return
+    placed = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
+    raise ValueError(
+        f"{label}: its gradient is {placed} and the parameter {param.placements}; redistribute the "
+        "gradient before the step: param.grad = param.grad.redistribute(placements=...)"
     )
 
 
@@ -155,7 +174,10 @@ def _stored_shape(layout: ShardLayout, rank: int, param: DTensor) -> tuple[int, 
     return tuple(max(ends) for ends in zip(*(region.ends for region in regions), strict=True))
 
 
-_GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# By the world they are part of, so that none outlives `destroy_process_group`.
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
 
 
 def group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -167,13 +189,14 @@ def group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
+    world = dist.group.WORLD
+    assert world is not None
     if len(ranks) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
         return world
-    if ranks not in _GROUPS:
-        _GROUPS[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _GROUPS[ranks]
+    groups = _GROUPS.setdefault(world, {})
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]
 
 
 def sharded_zeros(param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype) -> DTensor:
