@@ -18,6 +18,7 @@ import tyro
 
 from normuon_lab.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
+from normuon_lab.plan_command import PlanCommand
 
 EXIT_RUNS_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -175,6 +176,7 @@ class Tune(ExperimentOptions):
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
 )
 
 
@@ -218,12 +220,12 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
     return rates
 
 
-def _parse(words: list[str]) -> Compare | Tune:
+def _parse(words: list[str]) -> Compare | Tune | PlanCommand:
     """Parse the command line; tyro's boxes become one line."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            command: Compare | Tune = tyro.cli(
+            command: Compare | Tune | PlanCommand = tyro.cli(
                 Command,
                 prog="normuon",
                 description="Compare NorMuon with other optimizers on small language models.",

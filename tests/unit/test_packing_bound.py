@@ -1,4 +1,4 @@
-"""The packing bound never exceeds the best makespan, and settles cases the makespan bound leaves."""
+"""The packing bound never exceeds the best makespan and settles what the makespan bound leaves."""
 
 from __future__ import annotations
 

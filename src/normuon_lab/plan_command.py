@@ -1,0 +1,114 @@
+"""`normuon plan`: its options, what it checks, and where its answer goes.
+
+The figures are `plan_contents.py`'s; the terminal's text is `plan_text.py`'s, the page
+`plan_page.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from normuon_lab.errors import InputError, require
+
+MAX_RANKS = 16_384
+"""Beyond this a plan would take minutes and gigabytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Say who would orthogonalise which matrix on a mesh, and what that costs.
+
+    Needs no GPU, no processes and no weights. Assumed are float32 weights under FSDP2, which
+    shards dim 0 over dp_shard and replicates over dp_replicate, and the tensor-parallel plan that
+    transformers has for the model: q, k, v, gate and up are split by outputs, o and down by inputs,
+    experts each by their intermediate width, GPT-2 as Megatron-LM splits it.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """gpt2-124m, gpt2-350m, llama-1.1b, llama-5.4b, llama3-8b, llama3-70b, mixtral-8x7b, or a
+    transformers config.json."""
+    mesh: str = "dp_shard=8"
+    """Sizes of the mesh, as dp_replicate=R,dp_shard=S,tp=T; what is left out is 1."""
+    json: bool = False
+    """Print everything as JSON."""
+    html: Path | None = None
+    """File for a page with charts."""
+    flops_per_second: float = 2e14
+    """What one rank reaches in Newton-Schulz, for predicted times."""
+    bytes_per_second: float = 5e10
+    """What one rank sends, for predicted times."""
+    balance: Literal["flops", "paper"] = "flops"
+    """How matrices find owners: by FLOPs, or the paper's sort and round-robin."""
+    bucket_bytes: int = 256 * 1024 * 1024
+    """Bound on what a rank packs for one exchange, or twice the largest matrix."""
+    wire_dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    """How matrices travel."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        from normuon_lab.plan_mesh import Mesh
+
+        mesh = Mesh.parse(self.mesh)
+        self._check(mesh.world_size)
+
+        from normuon.distributed.cost import CostModel
+        from normuon_lab.model_matrices import model_shapes
+        from normuon_lab.plan_contents import PlanRequest, plan_contents, plan_model
+
+        request = PlanRequest(
+            mesh=mesh,
+            balance=self.balance,
+            bucket_bytes=self.bucket_bytes,
+            wire_dtype=self.wire_dtype,
+            cost_model=CostModel(
+                flops_per_second=self.flops_per_second, bytes_per_second=self.bytes_per_second
+            ),
+        )
+        contents = plan_contents(plan_model(model_shapes(self.model), request))
+        if self.html is not None:
+            from normuon_lab.plan_page import write_page
+
+            try:
+                write_page(self.html, contents, command=_command_line())
+            except OSError as error:
+                raise InputError(f"cannot write --html {self.html}: {error.strerror}") from None
+        if self.json:
+            from json import dumps
+
+            print(dumps(contents))
+            return 0
+        from rich.console import Console
+
+        from normuon_lab.plan_text import print_plan
+
+        console = Console()
+        print_plan(contents, console)
+        if self.html is not None:
+            console.print(f"Page: {self.html}", highlight=False, soft_wrap=True)
+        return 0
+
+    def _check(self, world_size: int) -> None:
+        """Everything that can be wrong without knowing the model."""
+        require(
+            world_size <= MAX_RANKS, f"--mesh has {world_size:,} ranks; give at most {MAX_RANKS:,}"
+        )
+        for name in ("flops_per_second", "bytes_per_second"):
+            rate = getattr(self, name)
+            option = f"--{name.replace('_', '-')}"
+            require(rate > 0 and math.isfinite(rate), f"{option} {rate:g}: give a positive number")
+        require(self.bucket_bytes >= 1, f"--bucket-bytes {self.bucket_bytes}: give at least 1")
+        if self.html is not None:
+            require(not self.html.is_dir(), f"--html {self.html} is a folder; give a file")
+            folder = self.html.parent
+            require(folder.is_dir(), f"--html {self.html}: there is no folder {folder}")
+
+
+def _command_line() -> str:
+    return shlex.join(["normuon", *sys.argv[1:]])

@@ -1,0 +1,322 @@
+"""Everything that `normuon plan` says, as plain values: the plan, its rivals, traffic and memory.
+
+The plan itself is the library's; the page and the text are `plan_page.py`'s and `plan_text.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from normuon import MatrixView, plan_for
+from normuon.distributed.alternatives import Figures, compute_everywhere, pad_to_world_size
+from normuon.distributed.assignment import Balance
+from normuon.distributed.cost import CostModel
+from normuon.distributed.mesh_layout import Placement, layout_from_placements
+from normuon.distributed.ownership import makespan_bound, packing_bound
+from normuon.distributed.plan import Plan, make_plan
+from normuon.distributed.plan_report import owners_in_words
+from normuon.distributed.region import ShardLayout
+from normuon.matrix_tasks import second_moment_dims
+from normuon_lab.errors import InputError
+from normuon_lab.model_matrices import ModelParam, ModelShapes
+from normuon_lab.plan_mesh import Mesh, placements_in_words
+
+SCHEMA_VERSION = 1
+FLOAT32_BYTES = 4
+"""Weights, gradients, momentum and second moments are taken to be float32, as in the paper."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What to plan for.
+
+    Attributes:
+        mesh: its sizes.
+        balance: "flops" or the "paper"'s round-robin.
+        bucket_bytes: bound on what a rank packs for one exchange.
+        wire_dtype: dtype of matrices on the wire.
+        cost_model: rates.
+    """
+
+    mesh: Mesh
+    balance: Balance
+    bucket_bytes: int
+    wire_dtype: str
+    cost_model: CostModel
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model with its plan and the paper's."""
+
+    model: ModelShapes
+    request: PlanRequest
+    plan: Plan
+    round_robin: Plan
+    plan_seconds: float
+
+
+def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
+    """Draw up the plan and, from the same matrices, the paper's.
+
+    Raises:
+        InputError: the mesh splits tensors and nothing says how this architecture is split.
+    """
+    mesh = request.mesh
+    if mesh.tp > 1 and not model.has_tp_plan:
+        raise InputError(
+            f"--mesh: transformers has no tensor-parallel plan for {model.model_type}; leave tp out"
+        )
+    started = time.perf_counter()
+    plan = plan_for(
+        model.groups,
+        mesh_shape=mesh.shape,
+        placements=placements_of(model, mesh),
+        cost_model=request.cost_model,
+        balance=request.balance,
+        bucket_bytes=request.bucket_bytes,
+        wire_dtype=request.wire_dtype,
+    )
+    seconds = time.perf_counter() - started
+    round_robin = make_plan(
+        plan.tasks,
+        world_size=plan.world_size,
+        cost_model=plan.cost_model,
+        balance="paper",
+        bucket_bytes=plan.bucket_bytes,
+    )
+    return PlannedModel(model, request, plan, round_robin, seconds)
+
+
+def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tuple[Placement, ...]]:
+    """The placements of a model's parameters on a mesh, as `normuon.plan_for` takes them."""
+    styles = {param.name: param.tp_style for param in model.params}
+    return lambda name, param: mesh.placements(tuple(param.shape), styles[name])
+
+
+def plan_contents(planned: PlannedModel) -> dict[str, Any]:
+    """What `--json` prints; docs/lab/plan-schema.md says what each value is."""
+    model, plan, request = planned.model, planned.plan, planned.request
+    costs = plan.flops_by_matrix
+    once = makespan_bound(costs, world_size=plan.world_size)
+    packing = packing_bound(costs, world_size=plan.world_size)
+    return {
+        "kind": "normuon plan",
+        "schema_version": SCHEMA_VERSION,
+        "model": {
+            "name": model.name,
+            "model_type": model.model_type,
+            "num_parameters": model.num_parameters,
+            "num_hidden_parameters": model.num_hidden_parameters,
+            "num_matrices": len(plan.tasks),
+        },
+        "mesh": dict(
+            zip(("dp_replicate", "dp_shard", "tp"), request.mesh.shape, strict=True),
+            world_size=plan.world_size,
+        ),
+        "settings": {
+            "balance": request.balance,
+            "bucket_bytes": request.bucket_bytes,
+            "wire_dtype": request.wire_dtype,
+            "flops_per_second": plan.cost_model.flops_per_second,
+            "bytes_per_second": plan.cost_model.bytes_per_second,
+            "latency_seconds": plan.cost_model.latency_seconds,
+        },
+        "digest": plan.digest(),
+        "makespan_bound": once,
+        "packing_bound": packing,
+        **_scheme(plan, once, packing, planned.plan_seconds),
+        "alternatives": _alternatives(planned, once, packing),
+        "traffic": traffic(model, request.mesh, plan),
+        "memory": memory(model, request.mesh, plan),
+        "kinds": _kinds(planned),
+        "buckets": [
+            {
+                "num_matrices": len(bucket.tasks),
+                "compute_seconds": plan.cost_model.compute_seconds(bucket.flops),
+                "gather_seconds": _exchange_seconds(plan, bucket.gather_bytes),
+                "return_seconds": _exchange_seconds(plan, bucket.return_bytes),
+            }
+            for bucket in plan.buckets
+        ],
+        "matrices": [
+            {
+                "name": task.name,
+                "index": task.index,
+                "rows": task.rows,
+                "cols": task.cols,
+                "owners": owners_in_words(plan, number),
+            }
+            for number, task in enumerate(plan.tasks)
+        ],
+    }
+
+
+def _scheme(plan: Plan, once: int, packing: int, plan_seconds: float) -> dict[str, Any]:
+    """The values that every way of distributing has, of one that is a plan."""
+    busiest = max(plan.flops_by_rank)
+    return {
+        "num_orthogonalisations": sum(map(len, plan.owners)),
+        "flops_by_rank": plan.flops_by_rank,
+        "flops_by_matrix": plan.flops_by_matrix,
+        "imbalance": busiest / once,
+        "packing_imbalance": busiest / packing,
+        "bytes_sent_total": plan.bytes_sent_total,
+        "bytes_least_total": plan.bytes_least_total,
+        "bytes_sent_by_rank": plan.bytes_sent_by_rank,
+        "bytes_sent_busiest": max(plan.bytes_sent_by_rank),
+        "scratch_bytes_max": plan.scratch_bytes_max,
+        "num_buckets": len(plan.buckets),
+        "predicted_step_seconds": plan.predicted_step_seconds,
+        "plan_seconds": plan_seconds,
+    }
+
+
+def _alternatives(planned: PlannedModel, once: int, packing: int) -> dict[str, dict[str, Any]]:
+    paper = planned.round_robin
+    found = {"round_robin": _scheme(paper, once, packing, paper.plan_seconds)}
+    found["round_robin"]["description"] = "sorted by element count, dealt round-robin (the paper)"
+    # One yardstick for all: what the plan's owners must send.
+    found["round_robin"]["bytes_least_total"] = planned.plan.bytes_least_total
+    counts: tuple[tuple[str, str, Callable[[Plan, int], Figures]], ...] = (
+        ("replicate", "every rank gathers and computes every matrix", compute_everywhere),
+        ("padding", "same-shape groups padded to the number of ranks", pad_to_world_size),
+    )
+    for name, description, count in counts:
+        started = time.perf_counter()
+        figures = count(planned.plan, once)
+        found[name] = {
+            "num_orthogonalisations": figures.num_orthogonalisations,
+            "flops_by_rank": figures.flops_by_rank,
+            "flops_by_matrix": planned.plan.flops_by_matrix,
+            "imbalance": figures.imbalance,
+            "packing_imbalance": figures.flops_busiest / packing,
+            "bytes_sent_total": figures.bytes_sent_total,
+            "bytes_least_total": planned.plan.bytes_least_total,
+            "bytes_sent_busiest": -(-figures.bytes_sent_total // planned.plan.world_size),
+            "scratch_bytes_max": figures.scratch_bytes_max,
+            "predicted_step_seconds": figures.predicted_step_seconds,
+            "plan_seconds": time.perf_counter() - started,
+            "description": description,
+        }
+    return found
+
+
+def _exchange_seconds(plan: Plan, num_bytes: int) -> float:
+    return plan.cost_model.send_seconds(num_bytes) if num_bytes else 0.0
+
+
+def traffic(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
+    """A step's bytes beside those of data-parallel training with AdamW, counted in two ways.
+
+    On the wire: float32 weights gathered for forward and for backward and float32 gradients
+    reduce-scattered over `dp_shard`, each sending (S - 1) times what is sharded, then averaged over
+    `dp_replicate` by a ring, sending 2 (R - 1) times it. Activations are left out.
+
+    As the paper counts, a parameter costs 4 + 4 + 4 = 12 bytes, and a hidden matrix twice the wire
+    dtype more, however many ranks receive it.
+    """
+    shards, replicas = mesh.dp_shard, mesh.dp_replicate
+    on_the_wire = 0
+    for param in model.params:
+        placements = mesh.placements(param.shape, param.tp_style)
+        copies = 1 if len(placements[2]) > 1 else mesh.tp
+        passes = 3 * (shards - 1) * replicas + 2 * (replicas - 1)
+        on_the_wire += FLOAT32_BYTES * param.numel * copies * passes
+    extra = 2 * plan.tasks[0].wire_bytes
+
+    def paper(weight_bytes: int) -> dict[str, float]:
+        # Gradients travel in float32 either way.
+        base = 2 * weight_bytes + FLOAT32_BYTES
+        share = model.num_hidden_parameters / model.num_parameters
+        return {
+            "adamw_bytes_per_parameter": base,
+            "normuon_bytes_per_hidden_parameter": base + extra,
+            "increase_percent": 100 * extra / base,
+            "whole_model_increase_percent": 100 * share * extra / base,
+        }
+
+    return {
+        "adamw_bytes_sent_total": on_the_wire,
+        "normuon_bytes_sent_total": on_the_wire + plan.bytes_sent_total,
+        "increase_percent": 100 * plan.bytes_sent_total / on_the_wire if on_the_wire else None,
+        "paper_accounting": {"float32_weights": paper(4), "bfloat16_weights": paper(2)},
+    }
+
+
+def memory(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
+    """Optimizer state of the fullest rank in float32, beside AdamW's, and scratch of a step.
+
+    Hidden matrices keep the momentum and one number per neuron (m n + m), the rest AdamW's two
+    moments. Neurons are replicated where columns are split.
+    """
+    kinds = Counter(
+        (_layout(param, mesh), _neuron_dims(param.view, param.shape)) for param in model.params
+    )
+    state, adamw = [0] * mesh.world_size, [0] * mesh.world_size
+    for (layout, dims), count in kinds.items():
+        for rank in range(mesh.world_size):
+            numel = layout.numel_on(rank)
+            own = 2 * numel if dims is None else numel + _num_neurons(layout, rank, dims)
+            state[rank] += FLOAT32_BYTES * count * own
+            adamw[rank] += FLOAT32_BYTES * count * 2 * numel
+    return {
+        "state_bytes_max": max(state),
+        "state_bytes_total": sum(state),
+        "adamw_state_bytes_max": max(adamw),
+        "adamw_state_bytes_total": sum(adamw),
+        "scratch_bytes_max": plan.scratch_bytes_max,
+    }
+
+
+def _layout(param: ModelParam, mesh: Mesh) -> ShardLayout:
+    return layout_from_placements(
+        param.shape,
+        mesh_shape=mesh.shape,
+        placements=mesh.placements(param.shape, param.tp_style),
+    )
+
+
+def _neuron_dims(view: MatrixView | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    return None if view is None else second_moment_dims(view, shape, "row")
+
+
+def _num_neurons(layout: ShardLayout, rank: int, dims: Iterable[int]) -> int:
+    regions = layout.regions_by_rank[rank]
+    spans = {region.along(tuple(dims)) for region in regions if not region.is_empty}
+    return sum(span.numel for span in spans)
+
+
+def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
+    """Matrices of one shape, placement and reason together."""
+    plan, mesh = planned.plan, planned.request.mesh
+    params: Mapping[str, ModelParam] = {param.name: param for param in planned.model.params}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, task in enumerate(plan.tasks):
+        placements = mesh.placements(task.layout.global_shape, params[task.name].tp_style)
+        shown = placements_in_words(
+            [p for p, size in zip(placements, mesh.shape, strict=True) if size > 1]
+        )
+        leaf = task.name.removesuffix(".weight").rpartition(".")[2]
+        key = (task.rows, task.cols, task.layout.global_shape, shown, plan.reasons[number])
+        groups.setdefault((leaf, *key), []).append(number)
+    return [
+        {
+            "parameter": leaf,
+            "num_matrices": len(numbers),
+            "rows": rows,
+            "cols": cols,
+            "parameter_shape": shape,
+            "placements": shown,
+            "flops_each": plan.flops_by_matrix[numbers[0]],
+            "num_owners": len({owner for n in numbers for owner in plan.owners[n]}),
+            "reason": reason,
+        }
+        for (leaf, rows, cols, shape, shown, reason), numbers in groups.items()
+    ]

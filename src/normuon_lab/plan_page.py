@@ -1,0 +1,283 @@
+"""A plan's contents as one self-contained HTML page: no file beside it, no network.
+
+The sentences and the layout are in templates/plan.html.j2, the numbers `plan_contents.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from normuon.distributed.cost import format_bytes
+from normuon_lab import plan_text
+from normuon_lab.results import write_text
+
+# Okabe and Ito's palette, as in the comparison's report.
+COLORS = {
+    "plan": "#009E73",
+    "round_robin": "#E69F00",
+    "replicate": "#0072B2",
+    "padding": "#CC79A7",
+}
+_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
+_BOUND = "#b42318"
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+_MAX_BARS = 64
+"""Ranks up to which each gets a bar; more become a line."""
+
+
+def write_page(path: Path, contents: Mapping[str, Any], *, command: str) -> None:
+    """Write the page to `path`.
+
+    Args:
+        path: the file.
+        contents: from `plan_contents`.
+        command: what to call to get the page again.
+    """
+    write_text(path, render_page(contents, command=command))
+
+
+def render_page(contents: Mapping[str, Any], *, command: str) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("normuon_lab"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        num_bytes=format_bytes,
+        flops=plan_text.format_flops,
+        seconds=plan_text.format_seconds,
+        ratio=plan_text.format_ratio,
+    )
+    plots = {
+        "work": work_figure(contents),
+        "sent": sent_figure(contents),
+        "schemes": schemes_figure(contents),
+        "buckets": buckets_figure(contents),
+    }
+    mesh = {axis: size for axis, size in contents["mesh"].items() if axis != "world_size"}
+    return environment.get_template("plan.html.j2").render(
+        contents=contents,
+        mesh=mesh,
+        rows=plan_text.scheme_rows(contents),
+        colors=COLORS,
+        imbalance_sentence=plan_text.imbalance_sentence(contents),
+        bytes_ratio=plan_text.bytes_ratio(contents),
+        extra_bytes=contents["bytes_sent_total"] - contents["bytes_least_total"],
+        largest_kind=max(contents["kinds"], key=lambda kind: kind["flops_each"]),
+        num_idle=sum(flops == 0 for flops in contents["flops_by_rank"]),
+        command=command,
+        plots={name: _figure_json(figure) for name, figure in plots.items()},
+        plotly_js=get_plotlyjs(),
+    )
+
+
+def work_figure(contents: Mapping[str, Any]) -> go.Figure:
+    """FLOPs of every rank under the plan, round-robin and padding, with the bound."""
+    figure = go.Figure()
+    schemes = {name: contents["alternatives"][name] for name in ("round_robin", "padding")}
+    shown = [*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"]]
+    unit, size = ("TFLOP", 1e12) if max(shown) >= 1e12 else ("GFLOP", 1e9)
+    for name, scheme in ({"plan": contents} | schemes).items():
+        _add_by_rank(
+            figure,
+            name,
+            [flops / size for flops in scheme["flops_by_rank"]],
+            unit=unit,
+            # Off by default: its scale would flatten the other two.
+            visible="legendonly" if name == "padding" else True,
+        )
+    bound = contents["makespan_bound"] / size
+    figure.add_hline(
+        y=bound,
+        line={"color": _BOUND, "dash": "dot", "width": 1.5},
+        annotation_text=f"no assignment has a busiest rank below {bound:.4g} {unit}",
+        annotation_position="top right",
+        annotation_font={"color": _BOUND, "size": 12},
+        annotation_bgcolor="rgba(255, 255, 255, 0.85)",
+    )
+    _style(figure, height=400)
+    figure.update_xaxes(title_text="rank", **_rank_axis(contents))
+    figure.update_yaxes(
+        title_text=f"{unit} to orthogonalise, per step", range=[0, 1.15 * max(shown) / size]
+    )
+    return figure
+
+
+def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
+    """Bytes that every rank sends under the plan and under round-robin."""
+    figure = go.Figure()
+    schemes = {"plan": contents, "round_robin": contents["alternatives"]["round_robin"]}
+    busiest = max(scheme["bytes_sent_busiest"] for scheme in schemes.values())
+    unit, size = ("GB", 1e9) if busiest >= 1e9 else ("MB", 1e6)
+    for name, scheme in schemes.items():
+        sent = [num_bytes / size for num_bytes in scheme["bytes_sent_by_rank"]]
+        _add_by_rank(figure, name, sent, unit=unit)
+    _style(figure, height=340)
+    figure.update_xaxes(title_text="rank", **_rank_axis(contents))
+    figure.update_yaxes(title_text=f"{unit} sent per step", rangemode="tozero")
+    return figure
+
+
+def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
+    """Imbalance, bytes over the least, and predicted seconds of every way, on logarithmic axes."""
+    least = contents["bytes_least_total"]
+    panels = {
+        "busiest rank / bound": lambda scheme: scheme["imbalance"],
+        "bytes sent / least": lambda scheme: scheme["bytes_sent_total"] / least if least else None,
+        "predicted seconds of a step": lambda scheme: scheme["predicted_step_seconds"],
+    }
+    figure = make_subplots(
+        rows=1,
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.05,
+        subplot_titles=list(panels),
+    )
+    for column, value_of in enumerate(panels.values(), start=1):
+        values = []
+        for name in plan_text.SCHEMES:
+            scheme = contents if name == "plan" else contents["alternatives"][name]
+            values.append(value_of(scheme))
+        figure.add_trace(
+            go.Bar(
+                y=[_wrapped(label) for label in plan_text.SCHEMES.values()],
+                x=values,
+                orientation="h",
+                marker={"color": [COLORS[name] for name in plan_text.SCHEMES]},
+                text=[
+                    "-"
+                    if value is None
+                    else plan_text.format_seconds(value)
+                    if column == 3
+                    else plan_text.format_ratio(value)
+                    for value in values
+                ],
+                textposition="outside",
+                cliponaxis=False,
+                hoverinfo="skip",
+                showlegend=False,
+            ),
+            row=1,
+            col=column,
+        )
+        figure.update_xaxes(type="log", range=_log_range(values, column), row=1, col=column)
+    _style(figure, height=320)
+    figure.update_annotations(font={"size": 13, "color": _INK})
+    figure.update_layout(margin={"l": 170, "t": 72, "b": 24}, bargap=0.35)
+    figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, showline=False)
+    figure.update_yaxes(autorange="reversed", ticks="", showline=False)
+    return figure
+
+
+def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
+    """What each bucket takes on its busiest rank: gather, compute, return."""
+    figure = go.Figure()
+    buckets = contents["buckets"]
+    stages = (
+        ("gather_seconds", "gather to owners", "#56B4E9"),
+        ("compute_seconds", "orthogonalise", COLORS["plan"]),
+        ("return_seconds", "return to shards", "#0072B2"),
+    )
+    for key, label, color in stages:
+        figure.add_trace(
+            go.Bar(
+                x=list(range(len(buckets))),
+                y=[1e3 * bucket[key] for bucket in buckets],
+                name=label,
+                marker={"color": color},
+                customdata=[bucket["num_matrices"] for bucket in buckets],
+                hovertemplate=f"bucket %{{x}}, %{{customdata}} matrices: {label} %{{y:.3g}} ms"
+                "<extra></extra>",
+            )
+        )
+    _style(figure, height=340)
+    figure.update_layout(barmode="group", bargap=0.25 if len(buckets) > 3 else 0.6)
+    figure.update_xaxes(
+        title_text="bucket, in the order of the step",
+        dtick=1 if len(buckets) <= 30 else None,
+        range=[-0.6, len(buckets) - 0.4],
+    )
+    figure.update_yaxes(title_text="ms on the busiest rank", rangemode="tozero")
+    return figure
+
+
+def _add_by_rank(
+    figure: go.Figure, name: str, values: Sequence[float], *, unit: str, visible: bool | str = True
+) -> None:
+    label = plan_text.SCHEMES[name]
+    common = {
+        "x": list(range(len(values))),
+        "y": values,
+        "name": label,
+        "visible": visible,
+        "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}<extra>{label}</extra>",
+    }
+    if len(values) <= _MAX_BARS:
+        figure.add_trace(go.Bar(marker={"color": COLORS[name]}, **common))
+        return
+    is_plan = name == "plan"
+    figure.add_trace(
+        go.Scatter(
+            mode="lines",
+            line={"color": COLORS[name], "width": 1.5 if is_plan else 1.2, "shape": "hvh"},
+            fill="tozeroy" if is_plan else None,
+            fillcolor="rgba(0, 158, 115, 0.18)",
+            **common,
+        )
+    )
+
+
+def _rank_axis(contents: Mapping[str, Any]) -> dict[str, Any]:
+    world_size = contents["mesh"]["world_size"]
+    return {
+        "range": [-0.6, world_size - 0.4],
+        "dtick": 1 if world_size <= 16 else None,
+        "tickformat": ",d",
+    }
+
+
+def _log_range(values: Sequence[float | None], column: int) -> list[float]:
+    """From a little below the shortest bar to where the longest one's number still fits."""
+    shown = [math.log10(value) for value in values if value]
+    # Ratios start at 1, so that a bar's length is what exceeds the bound.
+    low = -0.04 if column < 3 else min(shown) - 0.4
+    high = max([*shown, low + 0.5])
+    return [low, high + 0.35 * (high - low)]
+
+
+def _wrapped(label: str) -> str:
+    words = label.split(" ")
+    half = (len(words) + 1) // 2
+    return label if len(label) < 20 else " ".join(words[:half]) + "<br>" + " ".join(words[half:])
+
+
+def _style(figure: go.Figure, *, height: int) -> None:
+    figure.update_layout(
+        height=height,
+        margin={"l": 70, "r": 30, "t": 46, "b": 56},
+        font={"family": _FONT, "size": 13, "color": _INK},
+        paper_bgcolor="white",
+        plot_bgcolor="white",
+        hoverlabel={"font": {"family": _FONT}},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0},
+    )
+    axis = {"gridcolor": _GRID, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside"}
+    figure.update_xaxes(**axis, tickcolor="#9aa5b1", showgrid=False)
+    figure.update_yaxes(**axis, tickcolor="#9aa5b1")
+
+
+def _figure_json(figure: go.Figure) -> str:
+    """The figure as JSON that can stand inside a script element."""
+    text: str = figure.to_json()
+    return text.replace("<", "\\u003c")

@@ -1,0 +1,191 @@
+"""A plan's contents for the terminal, and the words and units that the page shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from normuon.distributed.cost import format_bytes
+
+SCHEMES = {
+    "plan": "this plan",
+    "round_robin": "the paper's round-robin",
+    "replicate": "every rank computes everything",
+    "padding": "same shapes padded to all ranks",
+}
+"""Ways of distributing, in the order in which they are shown."""
+
+_SHORT = {
+    "plan": "this plan",
+    "round_robin": "round-robin",
+    "replicate": "replicated",
+    "padding": "padded",
+}
+
+
+def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row per way of distributing, every cell in words."""
+    rows = []
+    for name, label in SCHEMES.items():
+        scheme = contents if name == "plan" else contents["alternatives"][name]
+        if name == "plan" and contents["settings"]["balance"] == "paper":
+            label = "this plan (round-robin)"
+        rows.append(
+            {
+                "name": name,
+                "label": label,
+                "num_orthogonalisations": f"{scheme['num_orthogonalisations']:,}",
+                "busiest": format_flops(max(scheme["flops_by_rank"])),
+                "imbalance": format_ratio(scheme["imbalance"]),
+                "bytes_sent": format_bytes(scheme["bytes_sent_total"]),
+                "bytes_ratio": bytes_ratio(scheme),
+                "scratch": format_bytes(scheme["scratch_bytes_max"]),
+                "seconds": format_seconds(scheme["predicted_step_seconds"]),
+            }
+        )
+    return rows
+
+
+def print_plan(contents: Mapping[str, Any], console: Console) -> None:
+    """Totals, the ways of distributing side by side, and one line per kind of matrix."""
+    model, mesh, memory = contents["model"], contents["mesh"], contents["memory"]
+    wire = contents["traffic"]
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if axis != "world_size")
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    say(
+        f"{model['name']}: {model['num_parameters']:,} parameters, "
+        f"{model['num_hidden_parameters']:,} of them in {model['num_matrices']:,} hidden matrices"
+    )
+    say(
+        f"{mesh['world_size']:,} ranks ({axes}), planned in "
+        f"{format_seconds(contents['plan_seconds'])}"
+    )
+    console.print(_schemes_table(contents))
+    say(
+        "Round-robin is the paper's; replicated: every rank computes everything; padded: matrices "
+        "of one shape in groups of one per rank, the last filled up."
+    )
+    say(imbalance_sentence(contents))
+    say(traffic_sentence(wire))
+    say(
+        f"Optimizer state: {format_bytes(memory['state_bytes_max'])} on the fullest rank, AdamW's "
+        f"would be {format_bytes(memory['adamw_state_bytes_max'])}."
+    )
+    console.print(_kinds_table(contents))
+
+
+def imbalance_sentence(contents: Mapping[str, Any]) -> str:
+    """What the imbalance is measured by, and whether more was possible."""
+    text = (
+        f"Imbalance is the busiest rank's FLOPs over {format_flops(contents['makespan_bound'])}, "
+        "below which no assignment brings it"
+    )
+    if contents["num_orthogonalisations"] > contents["model"]["num_matrices"]:
+        return f"{text}; replicas repeat some matrices, which is quicker here than sending them."
+    if contents["imbalance"] > 1.0005 and contents["packing_imbalance"] < 1.0005:
+        return f"{text}; a bin-packing bound proves that {contents['imbalance']:.3f} is the least."
+    return f"{text}."
+
+
+def traffic_sentence(traffic: Mapping[str, Any]) -> str:
+    """The two ways to count what NorMuon adds to AdamW's traffic."""
+    paper = traffic["paper_accounting"]["float32_weights"]
+    counted = (
+        f"As the paper counts: {paper['adamw_bytes_per_parameter']:g} bytes per parameter become "
+        f"{paper['normuon_bytes_per_hidden_parameter']:g} "
+        f"(+{paper['increase_percent']:.0f}%)."
+    )
+    if traffic["increase_percent"] is None:
+        return f"{counted} On this mesh AdamW's data parallelism sends nothing."
+    return (
+        f"On the wire: {format_bytes(traffic['adamw_bytes_sent_total'])} a step with AdamW, "
+        f"+{traffic['increase_percent']:.2g}% with this plan. {counted}"
+    )
+
+
+def bytes_ratio(scheme: Mapping[str, Any]) -> str:
+    """Bytes sent over the least that owners must send, in words."""
+    least = scheme["bytes_least_total"]
+    if not least:
+        return "1.000" if not scheme["bytes_sent_total"] else "-"
+    return format_ratio(scheme["bytes_sent_total"] / least)
+
+
+def format_ratio(ratio: float) -> str:
+    """Three decimals near 1, fewer far from it.
+
+    >>> format_ratio(1.0004), format_ratio(37.25), format_ratio(1024.0)
+    ('1.000', '37.2', '1,024')
+    """
+    if ratio < 10:
+        return f"{ratio:.3f}"
+    return f"{ratio:.1f}" if ratio < 100 else f"{ratio:,.0f}"
+
+
+def format_flops(flops: float) -> str:
+    """FLOPs with a prefix.
+
+    >>> format_flops(4.4e13)
+    '44 TFLOP'
+    """
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if flops >= size:
+            return f"{flops / size:.4g} {prefix}FLOP"
+    return f"{flops:.0f} FLOP"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds with a prefix.
+
+    >>> format_seconds(0.2481), format_seconds(66.1)
+    ('248 ms', '66.1 s')
+    """
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def _schemes_table(contents: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("per step", no_wrap=True)
+    columns = {
+        "busiest": "busiest",
+        "imbalance": "imbalance",
+        "bytes_sent": "sent",
+        "bytes_ratio": "/ least",
+        "scratch": "scratch",
+        "seconds": "time",
+    }
+    for title in columns.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in scheme_rows(contents):
+        style = "bold" if row["name"] == "plan" else None
+        table.add_row(_SHORT[row["name"]], *(row[name] for name in columns), style=style)
+    return table
+
+
+def _kinds_table(contents: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("matrices", justify="right")
+    table.add_column("of", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("each", justify="right", no_wrap=True)
+    table.add_column("owners", justify="right")
+    table.add_column("placed")
+    for kind in contents["kinds"]:
+        table.add_row(
+            f"{kind['num_matrices']:,}",
+            kind["parameter"],
+            f"{kind['rows']} x {kind['cols']}",
+            format_flops(kind["flops_each"]),
+            f"{kind['num_owners']:,}",
+            kind["placements"] or "on one rank",
+        )
+    return table
