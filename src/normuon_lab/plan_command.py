@@ -18,7 +18,7 @@ import tyro
 from normuon_lab.errors import InputError, require
 
 MAX_RANKS = 16_384
-"""Beyond this a plan would take minutes and gigabytes."""
+"""Llama-3-70B on as many is planned in 5 s; a typing error should not cost hours."""
 
 
 @dataclass(frozen=True, kw_only=True)
