@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -130,28 +131,7 @@ class MatrixView:
         Raises:
             ValueError: the view does not fit the shape; says which size is wrong.
         """
-        if self.neuron_dim >= len(shape) or len(shape) - self.batch_dims < 2:
-            raise ValueError(
-                f"{self} needs at least {max(self.neuron_dim + 1, self.batch_dims + 2)} dims"
-            )
-        neurons = shape[self.neuron_dim]
-        batch = math.prod(shape[: self.batch_dims])
-        columns = math.prod(shape[self.batch_dims :]) // neurons if neurons else 0
-        sizes = self.blocks or (neurons,)
-        if sum(sizes) != neurons:
-            raise ValueError(
-                f"blocks={sizes} sum to {sum(sizes)}, and dim {self.neuron_dim} has {neurons}"
-            )
-        heads = self.heads or 1
-        counts = heads if isinstance(heads, tuple) else (heads,) * len(sizes)
-        for size, count in zip(sizes, counts, strict=True):
-            if size % count:
-                raise ValueError(f"a block of {size} neurons does not split into {count} heads")
-        starts = accumulate(sizes, initial=0)
-        return tuple(
-            MatrixBlock(batch * count, size // count, columns, start, size, count)
-            for size, count, start in zip(sizes, counts, starts, strict=False)
-        )
+        return _parts(self, tuple(shape))
 
     def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         """``(batch, m, n)`` of each block of a parameter of this shape."""
@@ -203,6 +183,33 @@ class MatrixView:
             return (v.flatten(self.batch_dims),)
         sizes = [part.batch * _num_neurons(part, neuron_axis) for part in parts]
         return tuple(torch.split(v, sizes))
+
+
+# Asked for every parameter at every step; the answer never changes.
+@lru_cache(maxsize=4096)
+def _parts(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
+    if view.neuron_dim >= len(shape) or len(shape) - view.batch_dims < 2:
+        raise ValueError(
+            f"{view} needs at least {max(view.neuron_dim + 1, view.batch_dims + 2)} dims"
+        )
+    neurons = shape[view.neuron_dim]
+    batch = math.prod(shape[: view.batch_dims])
+    columns = math.prod(shape[view.batch_dims :]) // neurons if neurons else 0
+    sizes = view.blocks or (neurons,)
+    if sum(sizes) != neurons:
+        raise ValueError(
+            f"blocks={sizes} sum to {sum(sizes)}, and dim {view.neuron_dim} has {neurons}"
+        )
+    heads = view.heads or 1
+    counts = heads if isinstance(heads, tuple) else (heads,) * len(sizes)
+    for size, count in zip(sizes, counts, strict=True):
+        if size % count:
+            raise ValueError(f"a block of {size} neurons does not split into {count} heads")
+    starts = accumulate(sizes, initial=0)
+    return tuple(
+        MatrixBlock(batch * count, size // count, columns, start, size, count)
+        for size, count, start in zip(sizes, counts, starts, strict=False)
+    )
 
 
 def flattens_in_place(native: Tensor, *, batch_dims: int, heads: int) -> bool:

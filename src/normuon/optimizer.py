@@ -282,9 +282,11 @@ class NorMuon(Optimizer):
                     "embedding with sparse=False"
                 )
             if is_shared:
-                from normuon.distributed.layout import check_gradient_placement
+                from normuon.distributed.layout import misplaced_gradient
 
-                check_gradient_placement(param_label(group, index), param)
+                problem = misplaced_gradient(param)
+                if problem is not None:
+                    raise ValueError(f"{param_label(group, index)}: {problem}")
             follow_param_(self.state[param], param)
             if group["algorithm"] == "normuon":
                 check_second_moment(group, index, self.state[param]["second_momentum_buffer"])

@@ -98,23 +98,22 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
     )
 
 
-def check_gradient_placement(label: str, param: Tensor) -> None:
-    """Checks that a sharded parameter's gradient, where it has one, lies as the parameter does.
+def misplaced_gradient(param: Tensor) -> str | None:
+    """What is wrong with where a sharded parameter's gradient lies, and the mend; None if nothing.
 
-    Raises:
-        ValueError: it is a plain tensor, or placed otherwise, such as Partial.
+    A gradient must be placed as its parameter is: not a plain tensor, and not Partial.
     """
     grad = param.grad
     if grad is None or not isinstance(param, DTensor):
-        return
+        return None
     if isinstance(grad, DTensor) and (
         grad.placements == param.placements and grad.device_mesh == param.device_mesh
     ):
-        return
+        return None
     placed = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
-    raise ValueError(
-        f"{label}: its gradient is {placed} and the parameter {param.placements}; redistribute the "
-        "gradient before the step: param.grad = param.grad.redistribute(placements=...)"
+    return (
+        f"its gradient is {placed} and the parameter {param.placements}; redistribute the gradient "
+        "before the step: param.grad = param.grad.redistribute(placements=...)"
     )
 
 
