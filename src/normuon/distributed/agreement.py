@@ -22,7 +22,7 @@ def first_different_line(first: str, second: str, /, *, names: tuple[str, str]) 
     """Where two lists of lines differ first.
 
     Example:
-        >>> first_different_line("a\nb", "a", names=("rank 0", "rank 1"))
+        >>> first_different_line("a\\nb", "a", names=("rank 0", "rank 1"))
         "'b' in rank 0, nothing in rank 1"
     """
     for one, two in zip_longest(first.splitlines(), second.splitlines()):
