@@ -45,7 +45,7 @@ class UpdateProbe:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-        self._due = {min(steps - 1, round(stage * steps)) for stage in STAGES}
+        self._due = {max(0, round(stage * steps) - 1) for stage in STAGES}
         self._before: dict[str, Tensor] = {}
         self.measurements: list[dict[str, Any]] = []
 

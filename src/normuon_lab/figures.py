@@ -88,6 +88,7 @@ def tuning_figure(results: Results) -> go.Figure | None:
     """Mean final loss on the tuning seeds against the learning rate; None without tuned arms."""
     figure = go.Figure()
     losses: list[float] = []
+    medians: list[float] = []
     rates: set[float] = set()
     for arm in results.arms:
         rate = results.learning_rates[arm]
@@ -95,6 +96,7 @@ def tuning_figure(results: Results) -> go.Figure | None:
         if not trials:
             continue
         losses.extend(trial["mean_final_loss"] for trial in trials)
+        medians.append(sorted(losses[-len(trials) :])[len(trials) // 2])
         rates.update(trial["learning_rate"] for trial in trials)
         chosen = [trial["learning_rate"] == rate["value"] for trial in trials]
         figure.add_trace(
@@ -124,7 +126,7 @@ def tuning_figure(results: Results) -> go.Figure | None:
         ticktext=[f"{tick:.3g}" for tick in ticks],
     )
     # A rate near divergence would otherwise flatten everything that is of interest.
-    top = min(max(losses), min(losses) + 3 * (sorted(losses)[len(losses) // 2] - min(losses)))
+    top = min(max(losses), min(losses) + 2 * (max(medians) - min(losses)))
     margin = 0.08 * (top - min(losses) or 1.0)
     figure.update_yaxes(
         title_text="mean final loss (nats per byte)",

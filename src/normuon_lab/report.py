@@ -18,8 +18,8 @@ from normuon_lab import figures, update_figures
 from normuon_lab.arms import ARMS
 from normuon_lab.plot_style import color_of
 from normuon_lab.results import Results, write_text
-from normuon_lab.statistics import METHOD, Comparison
-from normuon_lab.summary import estimate_text, fewer_steps_text, label_of, summary_rows
+from normuon_lab.statistics import METHOD, Comparison, PointsBetween
+from normuon_lab.summary import estimate_text, fewer_steps_text, label_of, points_text, summary_rows
 
 
 def write_report(path: Path, results: Results) -> None:
@@ -49,7 +49,8 @@ def render_report(results: Results) -> str:
         reference_label=label_of(results.reference_arm),
         headlines=_headlines(results),
         rows=summary_rows(results),
-        pairs=[_pair(comparison) for comparison in results.comparisons()],
+        pairs=[_pair(results, comparison) for comparison in results.comparisons()],
+        points=[_points(difference) for difference in results.points()],
         problems=_problems(results),
         method=METHOD,
         arms=[_arm(results, arm) for arm in results.arms],
@@ -80,12 +81,32 @@ def _headlines(results: Results) -> list[dict[str, Any]]:
     ]
 
 
-def _pair(comparison: Comparison) -> dict[str, Any]:
+def _points(difference: PointsBetween) -> dict[str, Any]:
+    """One card per pair of arms that are both held against the reference."""
+    return {
+        "label": label_of(difference.arm),
+        "baseline": label_of(difference.baseline),
+        "reference": label_of(difference.reference),
+        "color": color_of(difference.arm),
+        "mean": difference.points.mean,
+        "low": difference.points.low,
+        "high": difference.points.high,
+        "num_seeds": len(difference.points.values),
+    }
+
+
+def _pair(results: Results, comparison: Comparison) -> dict[str, Any]:
+    points = [
+        points_text(difference.points)
+        for difference in results.points()
+        if (difference.arm, difference.baseline) == (comparison.arm, comparison.baseline)
+    ]
     return {
         "arm": label_of(comparison.arm),
         "baseline": label_of(comparison.baseline),
         "num_seeds": len(comparison.seeds),
         "loss": estimate_text(comparison.loss_difference, digits=4, signed=True),
+        "points": points[0] if points else "",
         "fewer_steps": fewer_steps_text(comparison),
     }
 

@@ -15,7 +15,14 @@ from typing import Any
 from normuon_lab.config import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.records import RunRecord
-from normuon_lab.statistics import METHOD, Comparison, Curve, compare_arms
+from normuon_lab.statistics import (
+    METHOD,
+    Comparison,
+    Curve,
+    PointsBetween,
+    compare_arms,
+    points_between,
+)
 
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
@@ -87,6 +94,15 @@ class Results:
             for baseline in order[:i]
         ]
 
+    def points(self) -> list[PointsBetween]:
+        """Differences of efficiency between the arms that are held against the reference."""
+        against_reference = [c for c in self.comparisons() if c.baseline == self.reference_arm]
+        return [
+            points_between(ours, theirs)
+            for i, ours in enumerate(against_reference)
+            for theirs in against_reference[:i]
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """The contents of results.json."""
         return {
@@ -102,6 +118,7 @@ class Results:
                 "reference_arm": self.reference_arm,
                 "method": METHOD,
                 "comparisons": [comparison.to_json() for comparison in self.comparisons()],
+                "efficiency_differences": [difference.to_json() for difference in self.points()],
             },
             "runs": [record.to_json() for record in self.records],
         }

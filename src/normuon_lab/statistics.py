@@ -126,6 +126,44 @@ class Comparison:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointsBetween:
+    """By how many percentage points an arm's training efficiency exceeds another's.
+
+    Both are held against the same reference, as in the paper's Table 1; paired by seed.
+    """
+
+    arm: str
+    baseline: str
+    reference: str
+    points: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return {**asdict(self), "points": self.points.to_json()}
+
+
+def points_between(ours: Comparison, theirs: Comparison) -> PointsBetween:
+    """Subtract two efficiencies against one reference, over the seeds where both exist."""
+    assert ours.baseline == theirs.baseline
+    by_seed = [
+        dict(
+            zip(
+                [seed for seed in comparison.seeds if seed not in comparison.seeds_not_reached],
+                comparison.fewer_steps_percent.values,
+                strict=True,
+            )
+        )
+        for comparison in (ours, theirs)
+    ]
+    if ours.seeds_not_reached or theirs.seeds_not_reached:
+        points = Estimate(values=(), mean=None, low=None, high=None)
+    else:
+        shared = sorted(set(by_seed[0]) & set(by_seed[1]))
+        points = t_interval([by_seed[0][seed] - by_seed[1][seed] for seed in shared])
+    return PointsBetween(arm=ours.arm, baseline=theirs.arm, reference=ours.baseline, points=points)
+
+
 def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curve]]) -> Comparison:
     """Compare two arms over the seeds that both finished.
 

@@ -81,6 +81,11 @@ def fewer_steps_text(comparison: Comparison) -> str:
     return estimate_text(comparison.fewer_steps_percent, digits=1, unit="%")
 
 
+def points_text(points: Estimate) -> str:
+    """A difference of two efficiencies in percentage points, with its interval."""
+    return estimate_text(points, digits=1, unit=" points", signed=True)
+
+
 def print_summary(results: Results, console: Console) -> None:
     """Print the table and what its last column means."""
     reference = label_of(results.reference_arm)
@@ -98,17 +103,17 @@ def print_summary(results: Results, console: Console) -> None:
             row.fewer_steps,
         )
     console.print(table)
-    order = [arm for arm in results.arms if arm != results.reference_arm]
-    for comparison in results.comparisons():
-        if comparison.baseline in order:
-            loss = estimate_text(comparison.loss_difference, digits=4, signed=True)
-            console.print(
-                f"{label_of(comparison.arm)} against {label_of(comparison.baseline)}: loss {loss}, "
-                f"fewer steps to its final loss {fewer_steps_text(comparison)}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+    losses = {(c.arm, c.baseline): c.loss_difference for c in results.comparisons()}
+    for difference in results.points():
+        loss = losses[difference.arm, difference.baseline]
+        console.print(
+            f"{label_of(difference.arm)} against {label_of(difference.baseline)}: "
+            f"loss {estimate_text(loss, digits=4, signed=True)}, "
+            f"{points_text(difference.points)} of steps saved on {reference}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     console.print(
         "Read off the curves of this run, whose learning rate has not decayed at the crossing: "
         "conservative. Intervals: Student's t over paired seeds.",

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from normuon_lab.statistics import Curve, compare_arms, steps_to_target, t_interval
+from normuon_lab.statistics import Curve, compare_arms, points_between, steps_to_target, t_interval
 
 
 def test_interval_by_hand() -> None:
@@ -87,6 +87,31 @@ def test_efficiency_by_hand() -> None:
     assert comparison.loss_difference.values == pytest.approx((-0.5, -0.3))
     # The target is the baseline's loss of the same seed: with seed 0's 2.0 for both, seed 1 would
     # need 95 steps.
+
+
+def test_points_between_two_arms_are_paired_by_seed() -> None:
+    steps = (0, 100)
+
+    def straight_line(final: float) -> Curve:
+        return Curve(steps=steps, losses=(10.0, final))
+
+    # From 10 down to f, a straight line reaches 6 after 400 / (10 - f) steps.
+    curves = {
+        "adamw": {seed: straight_line(6.0) for seed in (0, 1)},
+        "muon": {0: straight_line(5.0), 1: straight_line(2.0)},  # 20% and 50% fewer
+        "normuon": {0: straight_line(2.0), 1: straight_line(0.0)},  # 50% and 60% fewer
+    }
+    muon, normuon = (compare_arms(arm, "adamw", curves) for arm in ("muon", "normuon"))
+    difference = points_between(normuon, muon)
+    assert (difference.arm, difference.baseline, difference.reference) == (
+        "normuon",
+        "muon",
+        "adamw",
+    )
+    assert difference.points.values == pytest.approx((30.0, 10.0))
+    curves["muon"][1] = straight_line(7.0)
+    unreached = compare_arms("muon", "adamw", curves)
+    assert points_between(normuon, unreached).points.mean is None
 
 
 def test_a_seed_that_never_reaches_the_target_leaves_no_mean() -> None:
