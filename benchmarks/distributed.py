@@ -4,8 +4,8 @@ Every contender steps the same GPT-2 124M hidden matrices, row-sharded over Gloo
 thread each, and computes Newton-Schulz in float32 (whoever hard-codes bfloat16 is patched to, since
 on most CPUs bfloat16 is emulated). Reports medians and ratios; passes or fails on nothing.
 
-    python benchmarks/distributed_step.py --world-size 2 --layers 4 --dion PATH_TO_DION \
-        --out benchmarks/results/distributed_step_2.json
+    python benchmarks/distributed.py --world-size 2 --layers 4 --dion PATH_TO_DION \
+        --out benchmarks/results/distributed_2.json
 
 Peers: muonium and muon-fsdp2 from PyPI where installed, microsoft/dion from a checkout.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import platform
 import statistics
@@ -124,8 +125,29 @@ def run_rank(rank: int, arguments: argparse.Namespace) -> None:
         for name, (optimizer, params) in built.items():
             seconds[name].append(timed_step(optimizer, params, grads))
     if rank == 0:
-        report(seconds, failures, arguments)
+        report(seconds, failures, counted(built["normuon"][0]), arguments)
     dist.destroy_process_group()
+
+
+def counted(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """What the plan counts, and the bytes of the message buffers that this rank really holds."""
+    (step,) = optimizer._planned_steps()
+    messages = [
+        message
+        for routes in (*step.gathers, *step.returns)
+        if routes.exchange is not None
+        for message in (routes.exchange.outgoing, routes.exchange.incoming)
+    ]
+    storages = {m.bytes.untyped_storage().data_ptr(): m.bytes.untyped_storage() for m in messages}
+    plan = step.plan
+    return {
+        "imbalance": plan.imbalance,
+        "bytes_sent_total": plan.bytes_sent_total,
+        "bytes_least_total": plan.bytes_least_total,
+        "buckets": len(plan.buckets),
+        "bucket_bytes": plan.bucket_bytes,
+        "message_buffer_bytes": sum(storage.nbytes() for storage in storages.values()),
+    }
 
 
 def timed_step(optimizer: torch.optim.Optimizer, params: Params, grads: list) -> float:
@@ -140,7 +162,10 @@ def timed_step(optimizer: torch.optim.Optimizer, params: Params, grads: list) ->
 
 
 def report(
-    seconds: dict[str, list[float]], failures: dict[str, str], arguments: argparse.Namespace
+    seconds: dict[str, list[float]],
+    failures: dict[str, str],
+    counts: dict[str, float],
+    arguments: argparse.Namespace,
 ) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     peers = {name: value for name, value in medians.items() if not name.startswith("normuon")}
@@ -155,9 +180,10 @@ def report(
         print(f"  {name:24} {1e3 * value:8.0f} ms{ratio}")
     for name, message in failures.items():
         print(f"  {name:24} not run: {message}")
+    print(f"  counted: {counts}")
     if arguments.out:
         content = {
-            "command": "python benchmarks/distributed_step.py "
+            "command": "python benchmarks/distributed.py "
             f"--world-size {arguments.world_size} --layers {arguments.layers} "
             f"--repeats {arguments.repeats}" + (" --dion PATH" if arguments.dion else ""),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -177,6 +203,13 @@ def report(
             },
             "median_step_ms": {name: round(1e3 * value, 1) for name, value in medians.items()},
             "best_peer": best,
+            "ratio_to_best_peer": {
+                name: round(statistics.median(map(operator.truediv, values, seconds[best])), 3)
+                for name, values in seconds.items()
+            }
+            if best
+            else None,
+            "counted": counts,
             "not_run": failures,
         }
         Path(arguments.out).write_text(json.dumps(content, indent=1) + "\n")
