@@ -108,7 +108,9 @@ class ShardedStep:
 
     def step_(self) -> None:
         """Lines 2 to 7 for every matrix of the group. Every rank calls it at every step."""
-        self.steps = [_local_step(entry) for entry in self.params]
+        groups = {id(entry.group): entry.group for entry in self.params}
+        options = {key: MatrixOptions.from_group(group) for key, group in groups.items()}
+        self.steps = [_local_step(entry, options[id(entry.group)]) for entry in self.params]
         counts = any(step.options.skip_nonfinite for step in self.steps)
         self.skipped = (
             torch.zeros(len(self.plan.tasks), dtype=torch.int32, device=self.device)
@@ -178,7 +180,7 @@ class ShardedStep:
         step = self._step_of(route.task)
         at = step.entry.shards.local_slices(route.region)
         momentum = step.momentum[at]
-        grad = None if step.grad is None else _ascending(step)[at]
+        grad = None if step.grad is None else _ascending(step, at)
         if step.deferred:
             momentum = _advanced(momentum, grad, step.options)
         direction = momentum
@@ -243,8 +245,8 @@ class ShardedStep:
         if v is not None and update.v_BV is not None and v_BV is not None:
             v = torch.where(moves_B[:, None], update.v_BV, v_BV).view(v.shape)
         if self.skipped is not None and step.options.skip_nonfinite:
-            where = torch.tensor(batch, device=self.device)
-            self.skipped[where] = (flags == NONFINITE).to(torch.int32)
+            for index, number in enumerate(batch):
+                self.skipped[number].copy_(flags[index] == NONFINITE)
         for index, number in enumerate(batch):
             task = self.plan.tasks[number]
             for route, slots in returned.get(number, ()):
@@ -284,7 +286,7 @@ class ShardedStep:
             )
         if moves is not None:
             momentum = step.momentum[at]
-            grad = None if step.grad is None else _ascending(step)[at]
+            grad = None if step.grad is None else _ascending(step, at)
             momentum.copy_(torch.where(moves, _advanced(momentum, grad, options), momentum))
         weight = step.weight[at]
         work_dtype = step.entry.stats_dtype
@@ -321,8 +323,8 @@ class ShardedStep:
                 local_tensor(state["skipped_steps"])[index].add_(count)
 
 
-def _local_step(entry: ShardedParam) -> LocalStep:
-    options, grad = entry.options, entry.local_gradient()
+def _local_step(entry: ShardedParam, options: MatrixOptions) -> LocalStep:
+    grad = entry.local_gradient()
     v = entry.state.get("second_momentum_buffer")
     return LocalStep(
         entry=entry,
@@ -335,9 +337,11 @@ def _local_step(entry: ShardedParam) -> LocalStep:
     )
 
 
-def _ascending(step: LocalStep) -> Tensor:
+def _ascending(step: LocalStep, at: tuple[slice, ...] = ()) -> Tensor:
+    """The local gradient, or a piece of it, in the direction that the step goes against."""
     assert step.grad is not None
-    return -step.grad if step.options.maximize else step.grad
+    grad = step.grad[at] if at else step.grad
+    return -grad if step.options.maximize else grad
 
 
 def _advanced(momentum: Tensor, grad: Tensor | None, options: MatrixOptions) -> Tensor:
