@@ -131,7 +131,9 @@ class MatrixView:
         Raises:
             ValueError: the view does not fit the shape; says which size is wrong.
         """
-        return _parts(self, tuple(shape))
+        if torch.compiler.is_compiling():
+            return _cut(self, tuple(shape))  # A traced step runs this once, and caches confuse it.
+        return _remembered_cut(self, tuple(shape))
 
     def shapes(self, shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
         """``(batch, m, n)`` of each block of a parameter of this shape."""
@@ -185,9 +187,7 @@ class MatrixView:
         return tuple(torch.split(v, sizes))
 
 
-# Asked for every parameter at every step; the answer never changes.
-@lru_cache(maxsize=4096)
-def _parts(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
+def _cut(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
     if view.neuron_dim >= len(shape) or len(shape) - view.batch_dims < 2:
         raise ValueError(
             f"{view} needs at least {max(view.neuron_dim + 1, view.batch_dims + 2)} dims"
@@ -210,6 +210,10 @@ def _parts(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
         MatrixBlock(batch * count, size // count, columns, start, size, count)
         for size, count, start in zip(sizes, counts, starts, strict=False)
     )
+
+
+# Asked for every parameter at every step; the answer never changes.
+_remembered_cut = lru_cache(maxsize=4096)(_cut)
 
 
 def flattens_in_place(native: Tensor, *, batch_dims: int, heads: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normuon.distributed.assignment import Balance
-from normuon.distributed.cost import DTYPE_BYTES, CostModel
+from normuon.distributed.cost import DTYPE_BYTES, CostModel, newton_schulz_flops
 from normuon.distributed.mesh_layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
@@ -30,7 +30,7 @@ from normuon.options import (
     check_sharing,
     param_label,
 )
-from normuon.orthogonalize import newton_schulz_flops, transport_dtype
+from normuon.orthogonalize import transport_dtype
 from normuon.state import is_dtensor, view_of
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
     steps = max(
         (len(MatrixOptions.from_group(group).coefficients) for group in matrix_groups), default=5
     )
-    return CostModel(flops=lambda m, n: newton_schulz_flops(m, n, steps))
+    return CostModel(flops=lambda m, n: newton_schulz_flops(m, n, num_steps=steps))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

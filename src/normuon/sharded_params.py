@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from normuon.distributed.agreement import check_agreement, first_different_line
-from normuon.distributed.cost import CostModel
+from normuon.distributed.cost import CostModel, newton_schulz_flops
 from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.region import Region
 from normuon.distributed.task import MatrixTask
 from normuon.matrix_tasks import second_moment_dims, tasks_of_param
 from normuon.matrix_view import MatrixView
 from normuon.options import MatrixOptions, param_label
-from normuon.orthogonalize import newton_schulz_flops, resolve_ns_dtype, transport_dtype
+from normuon.orthogonalize import resolve_ns_dtype, transport_dtype
 from normuon.state import view_of
 
 MatrixState = dict[str, Tensor]
@@ -248,7 +248,7 @@ def cost_model_for(params: Sequence[ShardedParam]) -> CostModel:
     num_steps = max(steps)
 
     def flops(m: int, n: int) -> int:
-        return newton_schulz_flops(m, n, num_steps)
+        return newton_schulz_flops(m, n, num_steps=num_steps)
 
     if params[0].param.device.type == "cpu":
         # One thread of a CPU, and Gloo over loopback or a 10 Gbit/s network.

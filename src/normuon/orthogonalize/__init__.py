@@ -17,7 +17,6 @@ from normuon.orthogonalize.coefficients import (
 )
 from normuon.orthogonalize.newton_schulz import (
     newton_schulz,
-    newton_schulz_flops,
     normalize_frobenius,
 )
 
@@ -30,7 +29,6 @@ __all__ = [
     "is_faster_batched",
     "multiplies_bfloat16_natively",
     "newton_schulz",
-    "newton_schulz_flops",
     "normalize_frobenius",
     "orthogonalize",
     "resolve_coefficients",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 Triple = tuple[float, float, float]
 
@@ -133,7 +132,6 @@ def _hashable(value: object) -> object:
     return tuple(_hashable(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-@lru_cache(maxsize=64)
 def _named(name: str, ns_steps: int) -> tuple[Triple, ...]:
     table = COEFFICIENT_TABLES.get(name)
     if table is None:
@@ -147,7 +145,6 @@ def _named(name: str, ns_steps: int) -> tuple[Triple, ...]:
     return table.rows * ns_steps if table.repeats else table.rows[:ns_steps]
 
 
-@lru_cache(maxsize=64)
 def _given(value: object, ns_steps: int) -> tuple[Triple, ...]:
     if _is_triple(value):
         return (_triple(value),) * ns_steps

@@ -74,17 +74,3 @@ def newton_schulz(x_BMN: Tensor, coefficients: Sequence[Triple]) -> Tensor:
         left, right = (poly, x_BMN) if wide else (x_BMN, poly)
         x_BMN = torch.baddbmm(x_BMN, left, right, beta=a)
     return x_BMN
-
-
-def newton_schulz_flops(m: int, n: int, ns_steps: int) -> int:
-    """FLOPs (multiply and add counted apart) of `newton_schulz` on one m x n matrix.
-
-    A step costs ``2 s^2 l`` for the Gram matrix, ``2 s^3`` for its square and ``2 s^2 l`` for the
-    product with X, where s is the short side and l the long one.
-
-    Example:
-        >>> newton_schulz_flops(768, 3072, 5) == 5 * (4 * 768**2 * 3072 + 2 * 768**3)
-        True
-    """
-    short, long = min(m, n), max(m, n)
-    return ns_steps * (4 * short * short * long + 2 * short**3)
