@@ -239,7 +239,11 @@ def test_state_follows_a_parameter_that_is_moved():
 def test_empty_parameters_are_left_alone():
     empty = nn.Parameter(torch.zeros(0, 5))
     empty.grad = torch.zeros(0, 5)
-    NorMuon([empty, *with_grads((3, 3))]).step()
+    (other,) = with_grads((3, 3))
+    before = other.detach().clone()
+    NorMuon([empty, other]).step()
+    assert empty.shape == (0, 5)
+    assert not torch.equal(other, before)
 
 
 class NoHostSync(TorchDispatchMode):
@@ -268,5 +272,13 @@ def test_a_step_never_waits_for_the_device(options):
     muon = {"params": with_grads((6, 4)), "algorithm": "muon"}
     optimizer = NorMuon([{"params": matrices}, muon, adamw], **options)
     optimizer.step()
+    before = [param.detach().clone() for param in matrices]
     with NoHostSync():
         optimizer.step()
+    assert not any(torch.equal(p, b) for p, b in zip(matrices, before, strict=True))
+
+
+def test_waiting_for_the_device_would_be_noticed():
+    """The check above can fail: reading a value inside the mode is an error."""
+    with NoHostSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        torch.ones(1).item()
