@@ -159,3 +159,15 @@ def test_a_cpu_multiplies_bfloat16_natively_with_amx_or_avx512_bf16(
         assert multiplies_bfloat16_natively("cpu") is native
     finally:
         multiplies_bfloat16_natively.cache_clear()
+
+
+@pytest.mark.parametrize(("amx", "avx512", "native"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_older_torch_is_asked_in_its_own_way(monkeypatch, amx, avx512, native):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    multiplies_bfloat16_natively.cache_clear()
+    try:
+        assert multiplies_bfloat16_natively("cpu") is native
+    finally:
+        multiplies_bfloat16_natively.cache_clear()

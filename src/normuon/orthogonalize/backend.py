@@ -129,7 +129,8 @@ def multiplies_bfloat16_natively(device_type: str) -> bool:
     a CPU is several times slower than float32.
     """
     if device_type == "cpu":
-        # One query of torch's CPU dispatcher; older releases lack some of the keys.
+        if not hasattr(torch.cpu, "get_capabilities"):  # Older releases have private queries only.
+            return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return device_type == "cuda"
