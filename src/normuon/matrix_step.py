@@ -177,7 +177,8 @@ def scratch_bytes(m: int, n: int, *, ns_dtype: torch.dtype, param_dtype: torch.d
 
     The larger of the two peaks: while the direction is normalised (itself, its stacked copy and the
     scaled copy, in at least float32, and the result), and while Newton-Schulz multiplies (its
-    input, two iterates and two s x s products in ``ns_dtype``, beside the direction).
+    input, two iterates and the s x s products of this Newton-Schulz step and the last in
+    ``ns_dtype``, beside the direction).
 
     Example:
         >>> scratch_bytes(4, 8, ns_dtype=torch.float32, param_dtype=torch.float32)

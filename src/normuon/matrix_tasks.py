@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from normuon.distributed.region import Region, ShardLayout
@@ -110,6 +111,11 @@ def tasks_of_param(
         )
         for index, (part, region) in enumerate(matrix_regions(view, shape))
     ]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as the planner spells it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def as_matrices(native: Tensor, view: MatrixView, rows: int, columns: int) -> Tensor:

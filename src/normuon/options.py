@@ -38,6 +38,12 @@ def param_label(group: Mapping[str, Any], index: int) -> str:
     return f"{name} {list(group['params'][index].shape)}"
 
 
+def planned_name(group: Mapping[str, Any], number: int, index: int) -> str:
+    """How a plan calls a parameter, alike on every rank: its name, or its group and place."""
+    names = group.get("param_names")
+    return names[index] if names else f"group {number} parameter {index}"
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixOptions:
     """A `normuon` or `muon` group's options, resolved for one step (learning rate apart).

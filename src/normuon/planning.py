@@ -21,7 +21,7 @@ from normuon.distributed.cost import DTYPE_BYTES, CostModel, newton_schulz_flops
 from normuon.distributed.mesh_layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
-from normuon.matrix_tasks import tasks_of_param
+from normuon.matrix_tasks import dtype_name, tasks_of_param
 from normuon.optimizer import NorMuon
 from normuon.options import (
     MatrixOptions,
@@ -29,6 +29,7 @@ from normuon.options import (
     check_options,
     check_sharing,
     param_label,
+    planned_name,
 )
 from normuon.orthogonalize import transport_dtype
 from normuon.state import is_dtensor, view_of
@@ -175,10 +176,9 @@ def _placed_tasks(
     if group["algorithm"] == "adamw":
         return []
     options = MatrixOptions.from_group(group)
-    names = group.get("param_names")
     tasks = []
     for index, param in enumerate(group["params"]):
-        name = names[index] if names else f"group {number} parameter {index}"
+        name = planned_name(group, number, index)
         chosen = placements(name, param) if callable(placements) else placements
         try:
             layout = layout_from_placements(param.shape, mesh_shape=mesh_shape, placements=chosen)
@@ -196,15 +196,15 @@ def _placed_tasks(
             neuron_axis=options.neuron_axis,
             normalizes_neurons=options.normalizes_neurons,
             key=f"group {number}, {param.dtype}",
-            wire_dtype=_dtype_name(wire),
-            neuron_dtype=_dtype_name(side),
+            wire_dtype=dtype_name(wire),
+            neuron_dtype=dtype_name(side),
         )
     return tasks
 
 
 def _sent_as(task: MatrixTask, wire_dtype: str) -> MatrixTask:
     side = torch.promote_types(getattr(torch, task.neuron_dtype), getattr(torch, wire_dtype))
-    return replace(task, wire_dtype=wire_dtype, neuron_dtype=_dtype_name(side))
+    return replace(task, wire_dtype=wire_dtype, neuron_dtype=dtype_name(side))
 
 
 def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
@@ -213,7 +213,3 @@ def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
         (len(MatrixOptions.from_group(group).coefficients) for group in matrix_groups), default=5
     )
     return CostModel(flops=lambda m, n: newton_schulz_flops(m, n, num_steps=steps))
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

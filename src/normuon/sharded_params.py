@@ -20,9 +20,9 @@ from normuon.distributed.cost import CostModel, newton_schulz_flops
 from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.region import Region
 from normuon.distributed.task import MatrixTask
-from normuon.matrix_tasks import second_moment_dims, tasks_of_param
+from normuon.matrix_tasks import dtype_name, second_moment_dims, tasks_of_param
 from normuon.matrix_view import MatrixView
-from normuon.options import MatrixOptions, param_label
+from normuon.options import MatrixOptions, param_label, planned_name
 from normuon.orthogonalize import resolve_ns_dtype, transport_dtype
 from normuon.state import view_of
 
@@ -129,11 +129,6 @@ def flag_nonfinite(flag: Tensor, grad: Tensor) -> Tensor:
     return torch.where(finite, flag, NONFINITE)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as the planner spells it: ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _options_text(group: Mapping[str, Any], param: Tensor) -> str:
     """Everything about a group that ranks must agree on, in words that are equal on all of them."""
     options = MatrixOptions.from_group(group)
@@ -218,8 +213,7 @@ def sharded_params(
                     f"{label}: neuron_axis='short' with a view that splits the parameter is not "
                     "supported for parameters that ranks share; use neuron_axis='row'"
                 )
-            names = group.get("param_names")
-            name = names[index] if names else f"group {number} parameter {index}"
+            name = planned_name(group, number, index)
             # By param group, because each one's options may change at any step.
             key = f"group {number}: {_options_text(group, param)}"
             ranks = tuple(dist.get_process_group_ranks(shards.group))
