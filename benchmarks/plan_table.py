@@ -20,10 +20,10 @@ from typing import Any
 from normuon.distributed.cost import CostModel, format_bytes
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon_lab.machine import describe_machine, utc_now
-from normuon_lab.model_matrices import ModelShapes, model_shapes
-from normuon_lab.plan_contents import PlanRequest, plan_contents, plan_model
-from normuon_lab.plan_mesh import Mesh
-from normuon_lab.plan_text import format_ratio
+from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
+from normuon_lab.plan.mesh import Mesh
+from normuon_lab.plan.model_matrices import ModelShapes, model_shapes
+from normuon_lab.plan.text import format_ratio
 from normuon_lab.presets import PRESETS
 
 COMMAND = "python benchmarks/plan_table.py --out benchmarks/results"

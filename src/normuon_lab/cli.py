@@ -16,9 +16,9 @@ from typing import Annotated
 
 import tyro
 
-from normuon_lab.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
-from normuon_lab.plan_command import PlanCommand
+from normuon_lab.plan.command import PlanCommand
+from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 
 EXIT_RUNS_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -111,8 +111,8 @@ class Compare(ExperimentOptions):
         rates = parse_rates(self.lr)
         from rich.console import Console
 
-        from normuon_lab.compare import ComparisonRequest, run_comparison
-        from normuon_lab.summary import print_summary
+        from normuon_lab.compare.comparison import ComparisonRequest, run_comparison
+        from normuon_lab.compare.summary import print_summary
 
         console = Console()
         request = ComparisonRequest(
@@ -152,7 +152,7 @@ class Tune(ExperimentOptions):
         experiment = self.experiment()
         from rich.console import Console
 
-        from normuon_lab.tuning import TuneRequest, run_tuning
+        from normuon_lab.tune.tuning import TuneRequest, run_tuning
 
         request = TuneRequest(
             experiment=experiment,

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normuon_lab.config import Experiment, ModelConfig, TrainConfig
-from normuon_lab.corpus import Corpus, load_corpus
+from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
+from normuon_lab.runs.corpus import Corpus, load_corpus
 
 TINY_STEPS = 6
 

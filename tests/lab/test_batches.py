@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from normuon_lab.batches import BatchSampler, validation_batches
-from normuon_lab.config import Experiment, ModelConfig, TrainConfig
-from normuon_lab.corpus import Corpus, check_lengths
 from normuon_lab.errors import InputError
-from normuon_lab.schedule import learning_rate_factor
+from normuon_lab.runs.batches import BatchSampler, validation_batches
+from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
+from normuon_lab.runs.corpus import Corpus, check_lengths
+from normuon_lab.runs.schedule import learning_rate_factor
 
 
 def sampler(seed: int = 0, *, num_tokens: int = 101, batch_size: int = 4) -> BatchSampler:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from normuon_lab import corpus as corpus_module
-from normuon_lab.corpus import END_OF_DOCUMENT, Corpus, load_corpus
 from normuon_lab.errors import InputError
+from normuon_lab.runs import corpus as corpus_module
+from normuon_lab.runs.corpus import END_OF_DOCUMENT, Corpus, load_corpus
 
 
 @pytest.fixture(scope="module")

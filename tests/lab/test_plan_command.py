@@ -23,10 +23,10 @@ from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import read_placement
 from normuon.distributed.ownership import makespan_bound
 from normuon_lab.cli import main
-from normuon_lab.model_matrices import model_shapes, shapes_of
-from normuon_lab.plan_contents import PlanRequest, plan_contents, plan_model
-from normuon_lab.plan_mesh import Mesh
-from normuon_lab.plan_page import render_page
+from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
+from normuon_lab.plan.mesh import Mesh
+from normuon_lab.plan.model_matrices import model_shapes, shapes_of
+from normuon_lab.plan.page import render_page
 from normuon_lab.presets import PRESETS
 from tests.lab.conftest import Outcome, run_command
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from normuon_lab.report import render_report
-from normuon_lab.results import Results
+from normuon_lab.compare.report import render_report
+from normuon_lab.compare.results import Results
 from tests.lab.conftest import Outcome
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

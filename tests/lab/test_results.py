@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from normuon_lab.config import first_difference
-from normuon_lab.errors import InputError
-from normuon_lab.records import RunRecord
-from normuon_lab.results import (
+from normuon_lab.atomic_files import write_json
+from normuon_lab.compare.results import (
     RESULTS_FILE,
     SCHEMA_VERSION,
     Results,
     missing_runs,
     open_results,
-    write_json,
 )
+from normuon_lab.errors import InputError
+from normuon_lab.runs.config import first_difference
+from normuon_lab.runs.records import RunRecord
 
 
 def record(arm: str, seed: int, final: float | None) -> RunRecord:

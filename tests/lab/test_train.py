@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from normuon_lab import train as train_module
 from normuon_lab.arms import ARMS, split_parameters
-from normuon_lab.config import Experiment, ModelConfig, RunSpec, TrainConfig
-from normuon_lab.corpus import Corpus
-from normuon_lab.diagnostics import describe_matrix, update_matrix
-from normuon_lab.models import build_model
-from normuon_lab.records import RunRecord
-from normuon_lab.train import train_run
+from normuon_lab.runs import train as train_module
+from normuon_lab.runs.config import Experiment, ModelConfig, RunSpec, TrainConfig
+from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.models import build_model
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.train import train_run
+from normuon_lab.runs.update_probe import describe_matrix, update_matrix
 
 LEARNING_RATE = 0.004
 

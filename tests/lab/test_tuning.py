@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from normuon_lab.config import Experiment, RunSpec
+from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InputError
-from normuon_lab.grid import best_rate, check_grid, is_interior, next_rate
-from normuon_lab.records import RunRecord
-from normuon_lab.results import write_json
-from normuon_lab.tuned_rates import TunedRates
-from normuon_lab.tuning import FinalLosses, mean_losses, tune, tuning_to_json
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.tune.grid import best_rate, check_grid, is_interior, next_rate
+from normuon_lab.tune.tuned_rates import TunedRates
+from normuon_lab.tune.tuning import FinalLosses, mean_losses, tune, tuning_to_json
 
 LossOf = Callable[[RunSpec], float | None]
 

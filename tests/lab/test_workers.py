@@ -8,9 +8,9 @@ import signal
 
 import pytest
 
-from normuon_lab.config import Experiment, RunSpec, TrainConfig
-from normuon_lab.corpus import Corpus
-from normuon_lab.workers import Event, Failed, Finished, Job, Started, run_jobs
+from normuon_lab.runs.config import Experiment, RunSpec, TrainConfig
+from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.workers import Event, Failed, Finished, Job, Started, run_jobs
 
 
 @pytest.mark.timeout(120)

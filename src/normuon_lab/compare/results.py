@@ -6,15 +6,15 @@ The fields are described in docs/lab/results-schema.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.config import first_difference
+from normuon_lab.atomic_files import read_json
 from normuon_lab.errors import InputError, require
-from normuon_lab.records import RunRecord
+from normuon_lab.runs.config import first_difference
+from normuon_lab.runs.records import RunRecord
 from normuon_lab.statistics import (
     METHOD,
     Comparison,
@@ -134,43 +134,6 @@ class Results:
             created=values["created"],
             records=[RunRecord.from_json(run) for run in values["runs"]],
         )
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON beside `path` and rename it there, so that a reader never sees half a file."""
-    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text beside `path` and rename it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
-    """Read a file of ours.
-
-    Raises:
-        InputError: it is unreadable, of another kind, or of another schema version.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON") from error
-    found = values.get("kind") if isinstance(values, dict) else None
-    require(found == kind, f"{path} was not written by `{kind}`")
-    version = values.get("schema_version")
-    require(
-        version == schema_version,
-        f"{path} has schema version {version}; this version of normuon reads {schema_version}",
-    )
-    return dict(values)
 
 
 def open_results(out: Path, new: Results, *, resume: bool) -> Results:

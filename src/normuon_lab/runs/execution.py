@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from normuon_lab.config import Experiment
-from normuon_lab.corpus import Corpus
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.machine import default_num_workers
-from normuon_lab.progress import RunDisplay
-from normuon_lab.records import RunRecord
-from normuon_lab.workers import (
+from normuon_lab.runs.config import Experiment
+from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.progress import RunDisplay
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.workers import (
     Failed,
     Finished,
     Job,

@@ -9,11 +9,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from normuon_lab.compare.results import Results
+from normuon_lab.compare.summary import label_of
 from normuon_lab.plot_style import INK, MUTED, apply_style, color_of, marker_of
-from normuon_lab.records import RunRecord
-from normuon_lab.results import Results
+from normuon_lab.runs.records import RunRecord
 from normuon_lab.statistics import Comparison, steps_to_target
-from normuon_lab.summary import label_of
 
 
 def loss_figure(results: Results, *, against: str) -> go.Figure:

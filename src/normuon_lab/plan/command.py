@@ -1,7 +1,7 @@
 """`normuon plan`: its options, what it checks, and where its answer goes.
 
-The figures are `plan_contents.py`'s; the terminal's text is `plan_text.py`'s, the page
-`plan_page.py`'s.
+The figures are `contents.py`'s; the terminal's text is `text.py`'s, the page
+`page.py`'s.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class PlanCommand:
 
     def run(self) -> int:
         """Do it and return the exit code."""
-        from normuon_lab.plan_mesh import Mesh
+        from normuon_lab.plan.mesh import Mesh
 
         mesh = Mesh.parse(self.mesh)
         self._check(mesh.world_size)
 
         from normuon.distributed.cost import CostModel
-        from normuon_lab.model_matrices import model_shapes
-        from normuon_lab.plan_contents import PlanRequest, plan_contents, plan_model
+        from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
+        from normuon_lab.plan.model_matrices import model_shapes
 
         request = PlanRequest(
             mesh=mesh,
@@ -73,7 +73,7 @@ class PlanCommand:
         )
         contents = plan_contents(plan_model(model_shapes(self.model), request))
         if self.html is not None:
-            from normuon_lab.plan_page import write_page
+            from normuon_lab.plan.page import write_page
 
             try:
                 write_page(self.html, contents, command=_command_line())
@@ -86,7 +86,7 @@ class PlanCommand:
             return 0
         from rich.console import Console
 
-        from normuon_lab.plan_text import print_plan
+        from normuon_lab.plan.text import print_plan
 
         console = Console()
         print_plan(contents, console)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from normuon_lab.config import Experiment, RunSpec
-from normuon_lab.corpus import Corpus
-from normuon_lab.records import RunRecord
-from normuon_lab.train import train_run
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.train import train_run
 
 # Pipes would otherwise carry a message per step of a tiny model.
 _SECONDS_BETWEEN_PROGRESS = 0.2

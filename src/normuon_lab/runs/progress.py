@@ -15,8 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from normuon_lab.config import RunSpec
-from normuon_lab.records import RunRecord
+from normuon_lab.runs.config import RunSpec
+from normuon_lab.runs.records import RunRecord
 
 
 class RunDisplay:

@@ -10,21 +10,21 @@ from typing import Any
 from rich.console import Console
 
 from normuon_lab.arms import check_arms
-from normuon_lab.config import Experiment, RunSpec
-from normuon_lab.corpus import Corpus, check_lengths, load_corpus
-from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
-from normuon_lab.machine import default_num_workers, describe_machine, utc_now
-from normuon_lab.records import RunRecord
-from normuon_lab.results import (
+from normuon_lab.atomic_files import write_json
+from normuon_lab.compare.results import (
     REPORT_FILE,
     RESULTS_FILE,
     Results,
     missing_runs,
     open_results,
-    write_json,
 )
-from normuon_lab.tensorboard import write_scalars
-from normuon_lab.tuned_rates import TunedRates
+from normuon_lab.compare.tensorboard import write_scalars
+from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
+from normuon_lab.machine import default_num_workers, describe_machine, utc_now
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.corpus import Corpus, check_lengths, load_corpus
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.tune.tuned_rates import TunedRates
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -146,8 +146,8 @@ def _planned(request: ComparisonRequest, corpus: Corpus) -> Results:
 def _do_missing_runs(
     results: Results, request: ComparisonRequest, corpus: Corpus, console: Console
 ) -> None:
-    from normuon_lab.execution import execute
-    from normuon_lab.workers import Job
+    from normuon_lab.runs.execution import execute
+    from normuon_lab.runs.workers import Job
 
     def keep(record: RunRecord) -> None:
         results.records.append(record)
@@ -188,7 +188,7 @@ def _announce(results: Results, console: Console) -> None:
 
 def _write_report(results: Results, out: Path) -> None:
     # Plotly takes a second to import, which an error in the request should not wait for.
-    from normuon_lab.report import write_report
+    from normuon_lab.compare.report import write_report
 
     write_json(out / RESULTS_FILE, results.to_json())
     write_report(out / REPORT_FILE, results)

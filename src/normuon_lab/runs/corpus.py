@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from normuon_lab.config import Experiment
 from normuon_lab.errors import InputError, require
+from normuon_lab.runs.config import Experiment
 
 Tokens = npt.NDArray[np.uint8]
 

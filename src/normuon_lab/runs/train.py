@@ -15,13 +15,13 @@ from contextlib import contextmanager
 import torch
 
 from normuon_lab.arms import ARMS
-from normuon_lab.batches import BatchSampler, validation_batches
-from normuon_lab.config import Experiment, RunSpec
-from normuon_lab.corpus import Corpus
-from normuon_lab.diagnostics import UpdateProbe, choose_matrices
-from normuon_lab.models import build_model, hidden_matrix_kinds, next_token_loss
-from normuon_lab.records import RunRecord
-from normuon_lab.schedule import learning_rate_factor
+from normuon_lab.runs.batches import BatchSampler, validation_batches
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.models import build_model, hidden_matrix_kinds, next_token_loss
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.schedule import learning_rate_factor
+from normuon_lab.runs.update_probe import UpdateProbe, choose_matrices
 
 ProgressCallback = Callable[[int, float], None]
 

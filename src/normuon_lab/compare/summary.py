@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon_lab.arms import ARMS
-from normuon_lab.results import Results
+from normuon_lab.compare.results import Results
 from normuon_lab.statistics import Comparison, Estimate, t_interval
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: `train.py` fills it, `results.py` keeps it."""
+"""What a finished run leaves behind: `train.py` fills it, `compare/results.py` keeps it."""
 
 from __future__ import annotations
 

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon_lab.arms import ARMS, check_arms
-from normuon_lab.config import Experiment, RunSpec
-from normuon_lab.corpus import check_lengths, load_corpus
+from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InterruptedRunsError, require
-from normuon_lab.grid import best_rate, check_grid, is_done, is_interior, next_rate
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
-from normuon_lab.records import RunRecord
-from normuon_lab.results import write_json
-from normuon_lab.tuned_rates import KIND, SCHEMA_VERSION
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.corpus import check_lengths, load_corpus
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.tune.grid import best_rate, check_grid, is_done, is_interior, next_rate
+from normuon_lab.tune.tuned_rates import KIND, SCHEMA_VERSION
 
 # Far from the seeds a comparison uses, which count from 0.
 FIRST_TUNING_SEED = 1000
@@ -184,8 +184,8 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
         "created": utc_now(),
     }
     # Not before the request is known to be good: an error should not wait for torch.
-    from normuon_lab.execution import execute
-    from normuon_lab.workers import Job
+    from normuon_lab.runs.execution import execute
+    from normuon_lab.runs.workers import Job
 
     contents: dict[str, Any] = {}
 

@@ -1,6 +1,6 @@
 """Everything that `normuon plan` says, as plain values: the plan, its rivals, traffic and memory.
 
-The plan itself is the library's; the page and the text are `plan_page.py`'s and `plan_text.py`'s.
+The plan itself is the library's; the page and the text are `page.py`'s and `text.py`'s.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from normuon.distributed.plan_report import owners_in_words
 from normuon.distributed.region import ShardLayout
 from normuon.matrix_tasks import second_moment_dims
 from normuon_lab.errors import InputError
-from normuon_lab.model_matrices import ModelParam, ModelShapes
-from normuon_lab.plan_mesh import Mesh, placements_in_words
+from normuon_lab.plan.mesh import Mesh, placements_in_words
+from normuon_lab.plan.model_matrices import ModelParam, ModelShapes
 
 SCHEMA_VERSION = 1
 FLOAT32_BYTES = 4

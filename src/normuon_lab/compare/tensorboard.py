@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from normuon_lab.records import RunRecord
+from normuon_lab.runs.records import RunRecord
 
 
 def write_scalars(folder: Path, record: RunRecord) -> None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from normuon_lab.diagnostics import layer_of
+from normuon_lab.compare.results import Results
+from normuon_lab.compare.summary import label_of
 from normuon_lab.plot_style import apply_style, arm_index, color_of
-from normuon_lab.results import Results
-from normuon_lab.summary import label_of
+from normuon_lab.runs.update_probe import layer_of
 
 
 def singular_value_figure(results: Results) -> go.Figure | None:

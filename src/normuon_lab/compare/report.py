@@ -14,12 +14,19 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from normuon_lab import figures, update_figures
 from normuon_lab.arms import ARMS
+from normuon_lab.atomic_files import write_text
+from normuon_lab.compare import figures, update_figures
+from normuon_lab.compare.results import Results
+from normuon_lab.compare.summary import (
+    estimate_text,
+    fewer_steps_text,
+    label_of,
+    points_text,
+    summary_rows,
+)
 from normuon_lab.plot_style import color_of
-from normuon_lab.results import Results, write_text
 from normuon_lab.statistics import METHOD, Comparison, PointsBetween
-from normuon_lab.summary import estimate_text, fewer_steps_text, label_of, points_text, summary_rows
 
 
 def write_report(path: Path, results: Results) -> None:
@@ -30,7 +37,7 @@ def write_report(path: Path, results: Results) -> None:
 def render_report(results: Results) -> str:
     """The page as text; works for partial results too, and says so."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normuon_lab"),
+        loader=jinja2.PackageLoader("normuon_lab.compare"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

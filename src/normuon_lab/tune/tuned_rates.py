@@ -11,9 +11,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.config import Experiment, first_difference
+from normuon_lab.atomic_files import read_json
 from normuon_lab.errors import InputError, require
-from normuon_lab.results import read_json
+from normuon_lab.runs.config import Experiment, first_difference
 
 SCHEMA_VERSION = 1
 KIND = "normuon tune"
@@ -35,7 +35,7 @@ class TunedRates:
     def load(cls, path: str | None = None) -> TunedRates:
         """Read `path`, or the file shipped with the package."""
         if path is None:
-            with resources.as_file(resources.files("normuon_lab") / "tuned.json") as shipped:
+            with resources.as_file(resources.files("normuon_lab.tune") / "tuned.json") as shipped:
                 require(shipped.exists(), "no tuned rates are shipped: give --lr ARM=VALUE")
                 return cls("shipped tuned.json", _read(shipped))
         require(Path(path).is_file(), f"--tuned: no such file: {path}")

@@ -1,7 +1,7 @@
 """A model's parameters by shape alone: built on the meta device, no weight is ever allocated.
 
 Which parameters are hidden matrices is `normuon.param_groups`' verdict; where they lie on a mesh is
-`plan_mesh.py`'s.
+`mesh.py`'s.
 """
 
 from __future__ import annotations

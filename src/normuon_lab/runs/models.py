@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normuon_lab.config import ModelConfig
+from normuon_lab.runs.config import ModelConfig
 
 
 def build_model(config: ModelConfig, *, seed: int) -> nn.Module:

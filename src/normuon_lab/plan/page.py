@@ -1,6 +1,6 @@
 """A plan's contents as one self-contained HTML page: no file beside it, no network.
 
-The sentences and the layout are in templates/plan.html.j2, the numbers `plan_contents.py`'s.
+The sentences and the layout are in templates/plan.html.j2, the numbers `contents.py`'s.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from normuon.distributed.cost import format_bytes
-from normuon_lab import plan_text
-from normuon_lab.results import write_text
+from normuon_lab.atomic_files import write_text
+from normuon_lab.plan import text as plan_text
 
 # Okabe and Ito's palette, as in the comparison's report.
 COLORS = {
@@ -47,7 +47,7 @@ def write_page(path: Path, contents: Mapping[str, Any], *, command: str) -> None
 def render_page(contents: Mapping[str, Any], *, command: str) -> str:
     """The page as text."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normuon_lab"),
+        loader=jinja2.PackageLoader("normuon_lab.plan"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normuon_lab.corpus import Tokens
+from normuon_lab.runs.corpus import Tokens
 
 
 class BatchSampler:

@@ -1,0 +1,48 @@
+"""Files of ours, JSON and text, that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from normuon_lab.errors import InputError, require
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON beside `path` and rename it there, so that a reader never sees half a file."""
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text beside `path` and rename it there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
+    """Read a file of ours.
+
+    Raises:
+        InputError: it is unreadable, of another kind, or of another schema version.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON") from error
+    found = values.get("kind") if isinstance(values, dict) else None
+    require(found == kind, f"{path} was not written by `{kind}`")
+    version = values.get("schema_version")
+    require(
+        version == schema_version,
+        f"{path} has schema version {version}; this version of normuon reads {schema_version}",
+    )
+    return dict(values)

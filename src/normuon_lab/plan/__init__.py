@@ -1,0 +1,1 @@
+"""`normuon plan`: who orthogonalises what, and what travels, before any training."""
