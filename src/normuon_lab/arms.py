@@ -1,15 +1,15 @@
 """The optimizers that are compared, each a name and a way to build plain torch optimizers.
 
 Every arm takes the same partition of the model, `normuon.param_groups`': hidden matrices on one
-side, embeddings, head, norms and biases on the other, and one peak learning rate for both. To add
-an arm, write its builder and list it in `ARMS`.
+side, embeddings, head, norms and biases on the other, and one peak learning rate for both unless
+`ArmOptions` says otherwise. To add an arm, write its builder and list it in `ARMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import require
 
@@ -25,6 +25,32 @@ HIDDEN_WEIGHT_DECAY = 0.1  # 0 elsewhere, as in the paper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArmOptions:
+    """Hyperparameters besides the peak learning rate of hidden matrices.
+
+    Attributes:
+        adam_lr: peak learning rate of everything else; None: that of hidden matrices.
+        embedding_lr: that of the input embedding; None: `adam_lr`.
+        head_lr: that of the output head, tied or not; None: `adam_lr`.
+        weight_decay: of hidden matrices; 0 elsewhere, as in the paper.
+        betas: AdamW's.
+        momentum: Muon's, and NorMuon's first beta.
+        beta2: NorMuon's second beta.
+    """
+
+    adam_lr: float | None = None
+    embedding_lr: float | None = None
+    head_lr: float | None = None
+    weight_decay: float = HIDDEN_WEIGHT_DECAY
+    betas: tuple[float, float] = ADAM_BETAS
+    momentum: float = 0.95
+    beta2: float = 0.95
+
+
+DEFAULT_OPTIONS = ArmOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
     """One optimizer of the comparison.
 
@@ -32,13 +58,14 @@ class Arm:
         name: what `--arms` calls it.
         label: what the report calls it.
         description: one line for the report's configuration table.
-        build: from the model and the peak learning rate to the optimizers that step together.
+        build: from the model, the peak learning rate and, if they are not the defaults,
+            `ArmOptions`, to the optimizers that step together.
     """
 
     name: str
     label: str
     description: str
-    build: Callable[[nn.Module, float], list[Optimizer]]
+    build: Callable[..., list[Optimizer]]
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
@@ -52,22 +79,60 @@ def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters
     return hidden, other
 
 
+def other_rates(
+    model: nn.Module, parameters: NamedParameters, lr: float, options: ArmOptions
+) -> dict[float, NamedParameters]:
+    """The parameters that AdamW trains, by their peak learning rate, in the model's order.
+
+    A head that is tied to the embedding takes the head's rate.
+    """
+    from normuon.module_rules import output_heads
+
+    heads = output_heads(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = {id(parameter) for parameter in embedding.parameters()} if embedding else set()
+    rest = options.adam_lr or lr
+    found: dict[float, NamedParameters] = {}
+    for name, parameter in parameters:
+        rate = rest
+        if id(parameter) in heads:
+            rate = options.head_lr or rest
+        elif id(parameter) in embeddings:
+            rate = options.embedding_lr or rest
+        found.setdefault(rate, []).append((name, parameter))
+    return found
+
+
 def _tensors(parameters: NamedParameters) -> list[Tensor]:
     return [parameter for _, parameter in parameters]
 
 
-def _build_adamw(model: nn.Module, lr: float) -> list[Optimizer]:
+def _other_groups(
+    model: nn.Module, other: NamedParameters, lr: float, options: ArmOptions
+) -> list[dict[str, Any]]:
+    rates = other_rates(model, other, lr, options)
+    return [
+        {"params": _tensors(parameters), "lr": rate, "weight_decay": 0.0}
+        for rate, parameters in rates.items()
+    ]
+
+
+def _build_adamw(
+    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+) -> list[Optimizer]:
     from torch.optim import AdamW
 
     hidden, other = split_parameters(model)
     groups = [
-        {"params": _tensors(hidden), "weight_decay": HIDDEN_WEIGHT_DECAY},
-        {"params": _tensors(other), "weight_decay": 0.0},
+        {"params": _tensors(hidden), "weight_decay": options.weight_decay},
+        *_other_groups(model, other, lr, options),
     ]
-    return [AdamW(groups, lr=lr, betas=ADAM_BETAS)]
+    return [AdamW(groups, lr=lr, betas=options.betas)]
 
 
-def _build_muon(model: nn.Module, lr: float) -> list[Optimizer]:
+def _build_muon(
+    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+) -> list[Optimizer]:
     from torch.optim import AdamW, Muon
 
     hidden, other = split_parameters(model)
@@ -75,18 +140,33 @@ def _build_muon(model: nn.Module, lr: float) -> list[Optimizer]:
         Muon(
             _tensors(hidden),
             lr=lr,
-            weight_decay=HIDDEN_WEIGHT_DECAY,
-            momentum=0.95,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
             adjust_lr_fn="match_rms_adamw",
         ),
-        AdamW(_tensors(other), lr=lr, betas=ADAM_BETAS, weight_decay=0.0),
+        AdamW(_other_groups(model, other, lr, options), lr=lr, betas=options.betas),
     ]
 
 
-def _build_normuon(model: nn.Module, lr: float) -> list[Optimizer]:
+def _build_normuon(
+    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+) -> list[Optimizer]:
     from normuon import NorMuon, param_groups
 
-    return [NorMuon(param_groups(model), lr=lr, weight_decay=HIDDEN_WEIGHT_DECAY)]
+    _, other = split_parameters(model)
+    groups = [group for group in param_groups(model) if group["algorithm"] != "adamw"]
+    for rate, parameters in other_rates(model, other, lr, options).items():
+        groups.append({"params": parameters, "algorithm": "adamw", "lr": rate, "weight_decay": 0.0})
+    return [
+        NorMuon(
+            groups,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            beta2=options.beta2,
+            betas=options.betas,
+        )
+    ]
 
 
 ARMS: dict[str, Arm] = {

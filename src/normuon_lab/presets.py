@@ -1,4 +1,4 @@
-"""Named model configurations: the paper's models and those that plans are usually asked for.
+"""Named model configurations: the paper's, those that plans are usually asked for, and small ones.
 
 Only sizes are here; building a model from a configuration is the caller's.
 """
@@ -63,6 +63,25 @@ def _paper_llama(depth: int, *, description: str) -> Preset:
     return Preset(description, "llama", options)
 
 
+def _small_llama(
+    *, layers: int, width: int, heads: int, mlp_width: int, description: str
+) -> Preset:
+    """A Llama over bytes, which trains on a CPU."""
+    options = {
+        "vocab_size": 256,
+        "hidden_size": width,
+        "intermediate_size": mlp_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return Preset(description, "llama", options)
+
+
 def _llama3(*, layers: int, width: int, heads: int, mlp_width: int, description: str) -> Preset:
     options = {
         "vocab_size": 128_256,
@@ -83,6 +102,12 @@ PRESETS: dict[str, Preset] = {
     "gpt2-350m": _gpt2(layers=24, width=1024, heads=16, description="GPT-2 medium"),
     "llama-1.1b": _paper_llama(16, description="the paper's 1.1B model, depth 16"),
     "llama-5.4b": _paper_llama(28, description="the paper's 5.4B model, depth 28"),
+    "llama-tiny": _small_llama(
+        layers=2, width=64, heads=4, mlp_width=176, description="0.1M parameters over bytes"
+    ),
+    "llama-small": _small_llama(
+        layers=6, width=256, heads=8, mlp_width=688, description="4.5M parameters over bytes"
+    ),
     "llama3-8b": _llama3(
         layers=32, width=4096, heads=32, mlp_width=14_336, description="Llama 3 8B"
     ),

@@ -32,8 +32,8 @@ class PlanCommand:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """gpt2-124m, gpt2-350m, llama-1.1b, llama-5.4b, llama3-8b, llama3-70b, mixtral-8x7b, or a
-    transformers config.json."""
+    """gpt2-124m, gpt2-350m, llama-1.1b, llama-5.4b, llama3-8b, llama3-70b, mixtral-8x7b,
+    llama-tiny, llama-small, or a transformers config.json."""
     mesh: str = "dp_shard=8"
     """Sizes of the mesh, as dp_replicate=R,dp_shard=S,tp=T; what is left out is 1."""
     json: bool = False
