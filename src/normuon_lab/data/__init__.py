@@ -1,0 +1,1 @@
+"""Text becomes tokens, and tokens the batches of a pretraining run."""

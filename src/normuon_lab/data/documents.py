@@ -1,0 +1,245 @@
+"""Reads documents, in order, through `datasets`, and says which of them are held out.
+
+Every reader streams: nothing is copied into a cache of `datasets`, and a position can be saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from normuon_lab.data.config import DataConfig
+from normuon_lab.data.sources import Stream, TextFiles, builder_of
+from normuon_lab.errors import InputError, require
+
+# Importing `datasets` takes seconds.
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+Part = Literal["train", "validation"]
+PARTS: tuple[Part, ...] = ("train", "validation")
+
+HoldOut = Literal["none", "all", "by_hash", "tail"]
+"""Which documents of a group are held out: none, all, those whose hash says so, or the last part
+of the only one."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentGroup:
+    """Rows that one builder of `datasets` reads.
+
+    Attributes:
+        builder: text, json, parquet, or the name of a data set on the Hub.
+        config: the Hub data set's configuration, or None.
+        paths: local files; empty for the Hub.
+        split: split of a Hub data set.
+        hold_out: which of them are for validation.
+    """
+
+    builder: str
+    config: str | None
+    paths: tuple[Path, ...]
+    split: str
+    hold_out: HoldOut
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and the part of the data it belongs to."""
+
+    text: str
+    part: Part
+
+
+def document_groups(config: DataConfig, source: TextFiles | Stream) -> list[DocumentGroup]:
+    """The groups of a source, and of the validation source where there is one."""
+    if config.validation:
+        from normuon_lab.data.sources import resolve_source
+
+        validation = resolve_source(config.validation)
+        require(
+            isinstance(validation, (TextFiles, Stream)),
+            "the validation data is .bin shards and the training data text: prepare both",
+        )
+        assert isinstance(validation, (TextFiles, Stream))
+        return [
+            *_groups(source, config.split, "none"),
+            *_groups(validation, config.split, "all"),
+        ]
+    texts_only = isinstance(source, TextFiles) and all(
+        builder_of(path) == "text" for path in source.paths
+    )
+    if not texts_only:
+        return _groups(source, config.split, "by_hash")
+    assert isinstance(source, TextFiles)
+    if len(source.paths) == 1:
+        return _groups(source, config.split, "tail")
+    held_out = _held_out_files(source.paths, config.validation_fraction, config.seed)
+    kept = tuple(path for path in source.paths if path not in held_out)
+    others = tuple(path for path in source.paths if path in held_out)
+    return [
+        *_groups(TextFiles(kept), config.split, "none"),
+        *_groups(TextFiles(others), config.split, "all"),
+    ]
+
+
+class DocumentReader:
+    """Iterates over the rows of groups, as lists of documents, from any position it has given.
+
+    Args:
+        groups: what to read, in order.
+        text_field: the rows' field of text; text files have their own.
+        fraction: share of the documents to hold out, where a group asks for it.
+        seed: decides which.
+
+    Raises:
+        InputError: while iterating: a file cannot be read, or rows lack the field.
+    """
+
+    def __init__(
+        self, groups: Sequence[DocumentGroup], *, text_field: str, fraction: float, seed: int
+    ) -> None:
+        self._groups = list(groups)
+        self._text_field = text_field
+        self._fraction = fraction
+        self._seed = seed
+        self._number = 0
+        self._rows: IterableDataset | None = None
+        self._rows_state: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[list[Document]]:
+        while self._number < len(self._groups):
+            group = self._groups[self._number]
+            with readable(group):
+                self._rows = open_rows(group)
+                if self._rows_state is not None:
+                    self._rows.load_state_dict(self._rows_state)
+                for row in self._rows:
+                    yield self._documents(group, row)
+            self._number, self._rows, self._rows_state = self._number + 1, None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last row that was taken, in plain values."""
+        rows = self._rows.state_dict() if self._rows is not None else self._rows_state
+        return {"group": self._number, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position that `state_dict` gave."""
+        self._number, self._rows, self._rows_state = state["group"], None, state["rows"]
+
+    def _documents(self, group: DocumentGroup, row: dict[str, Any]) -> list[Document]:
+        text = text_of(group, row, self._text_field)
+        if not text.strip():
+            return []
+        if group.hold_out == "tail":
+            cut = _tail_start(text, self._fraction)
+            return [Document(text[:cut], "train"), Document(text[cut:], "validation")]
+        if group.hold_out == "by_hash":
+            held_out = is_held_out(text, fraction=self._fraction, seed=self._seed)
+        else:
+            held_out = group.hold_out == "all"
+        return [Document(text, "validation" if held_out else "train")]
+
+
+def open_rows(group: DocumentGroup) -> IterableDataset:
+    """The group's rows as a streaming data set."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    options: dict[str, Any] = {"split": group.split}
+    if group.paths:
+        options = {"data_files": [str(path.resolve()) for path in group.paths], "split": "train"}
+    if group.builder == "text":
+        options["sample_by"] = "document"
+    rows = datasets.load_dataset(group.builder, group.config, streaming=True, **options)
+    assert isinstance(rows, datasets.IterableDataset)
+    return rows
+
+
+def text_of(group: DocumentGroup, row: dict[str, Any], text_field: str) -> str:
+    """A row's text."""
+    field = "text" if group.builder == "text" else text_field
+    text = row.get(field)
+    require(
+        isinstance(text, str),
+        f"rows of {_label(group)} have no text in a field {field!r}: they have "
+        f"{', '.join(row)}; name another text_field",
+    )
+    return str(text)
+
+
+def is_held_out(text: str, *, fraction: float, seed: int) -> bool:
+    """Whether a document is held out: by its text, so that copies of it fall on the same side."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
+    return int.from_bytes(digest, "little") < fraction * 2.0**64
+
+
+@contextmanager
+def readable(group: DocumentGroup) -> Iterator[None]:
+    """Turn what `datasets` raises into one line that names the data."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{_undecodable(group)} is not text in UTF-8 ({error.reason})") from error
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"cannot read {_label(group)}: {reason}") from error
+
+
+def _groups(source: TextFiles | Stream, split: str, hold_out: HoldOut) -> list[DocumentGroup]:
+    if isinstance(source, Stream):
+        return [DocumentGroup(source.builder, source.config, source.paths, split, hold_out)]
+    by_builder: dict[str, list[Path]] = {}
+    for path in source.paths:
+        by_builder.setdefault(builder_of(path), []).append(path)
+    return [
+        DocumentGroup(builder, None, tuple(paths), split, hold_out)
+        for builder, paths in by_builder.items()
+    ]
+
+
+def _held_out_files(paths: Sequence[Path], fraction: float, seed: int) -> set[Path]:
+    """Text files for validation: in the order of their names' hashes, as many as fit the share.
+
+    At least one, the smallest, so that there is something to validate on.
+    """
+    sizes = {path: path.stat().st_size for path in paths}
+    left = fraction * sum(sizes.values())
+    held_out: set[Path] = set()
+    for path in sorted(
+        paths, key=lambda path: hashlib.sha256(f"{seed},{path.name}".encode()).digest()
+    ):
+        if 0 < sizes[path] <= left:
+            held_out.add(path)
+            left -= sizes[path]
+    return held_out or {min(paths, key=lambda path: (sizes[path], path.name))}
+
+
+def _tail_start(text: str, fraction: float) -> int:
+    """Where the held-out end of a text begins: after a line, where there is one."""
+    cut = len(text) - int(fraction * len(text))
+    line_end = text.find("\n", cut)
+    return line_end + 1 if 0 <= line_end < len(text) - 1 else cut
+
+
+def _label(group: DocumentGroup) -> str:
+    if not group.paths:
+        return f"hub:{group.builder}" + (f":{group.config}" if group.config else "")
+    more = f" or one of {len(group.paths) - 1} files after it" if len(group.paths) > 1 else ""
+    return f"{group.paths[0]}{more}"
+
+
+def _undecodable(group: DocumentGroup) -> str:
+    for path in group.paths:
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return str(path)
+    return _label(group)

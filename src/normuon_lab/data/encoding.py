@@ -1,0 +1,162 @@
+"""Documents become tokens, in this process or in several, in the order of the documents."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from normuon_lab.data.documents import PARTS, Document, Part
+from normuon_lab.data.shards import Tokens
+from normuon_lab.data.tokenizer import TextTokenizer
+from normuon_lab.errors import RunsFailedError
+
+MAX_PIECE_CHARACTERS = 1 << 20
+"""Longer documents are tokenised piece by piece, cut at the ends of lines: a tokenizer takes 50
+times the memory of its text."""
+
+_BATCH_CHARACTERS = 1 << 20
+
+Mark = TypeVar("Mark")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """A document, or one of the pieces of a long one.
+
+    Attributes:
+        text: the text.
+        part: the part of the data it belongs to.
+        begins_document: whether the separator comes before it.
+    """
+
+    text: str
+    part: Part
+    begins_document: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch(Generic[Mark]):
+    """Pieces that are encoded together, and a mark that comes back with their tokens.
+
+    Attributes:
+        pieces: in order.
+        mark: the reader's position after them; None within a document.
+        num_documents: how many documents begin in them.
+    """
+
+    pieces: list[TextPiece]
+    mark: Mark | None
+    num_documents: int
+
+
+def pieces_of(document: Document) -> Iterator[TextPiece]:
+    """The document whole, or cut at the ends of lines into pieces of about a million characters."""
+    text, start = document.text, 0
+    while start < len(text):
+        stop = min(start + MAX_PIECE_CHARACTERS, len(text))
+        if stop < len(text):
+            line_end = text.rfind("\n", start, stop)
+            stop = line_end + 1 if line_end >= start else stop
+        yield TextPiece(text[start:stop], document.part, start == 0)
+        start = stop
+
+
+def batches_of(rows: Iterable[tuple[list[Document], Mark]]) -> Iterator[TextBatch[Mark]]:
+    """Pieces in batches of about a megabyte, so that processes have work that is worth sending."""
+    pieces: list[TextPiece] = []
+    characters = num_documents = 0
+    mark: Mark | None = None
+    for documents, mark in rows:
+        for document in documents:
+            for piece in pieces_of(document):
+                if characters >= _BATCH_CHARACTERS:
+                    yield TextBatch(pieces, None, num_documents)
+                    pieces, characters, num_documents = [], 0, 0
+                pieces.append(piece)
+                characters += len(piece.text)
+                num_documents += piece.begins_document
+        if characters >= _BATCH_CHARACTERS:
+            yield TextBatch(pieces, mark, num_documents)
+            pieces, characters, num_documents = [], 0, 0
+    if pieces:
+        yield TextBatch(pieces, mark, num_documents)
+
+
+def encode_pieces(tokenizer: TextTokenizer, pieces: Sequence[TextPiece]) -> dict[Part, Tokens]:
+    """The pieces' tokens by part, uint16, the separator before every document."""
+    encoded = tokenizer.encode([piece.text for piece in pieces])
+    separator = np.array([tokenizer.separator_id])
+    found: dict[Part, list[Any]] = {part: [] for part in PARTS}
+    for piece, ids in zip(pieces, encoded, strict=True):
+        if piece.begins_document:
+            found[piece.part].append(separator)
+        found[piece.part].append(ids)
+    return {
+        part: np.concatenate(arrays).astype(np.uint16) if arrays else np.empty(0, np.uint16)
+        for part, arrays in found.items()
+    }
+
+
+def encode_in_order(
+    tokenizer: TextTokenizer, batches: Iterable[TextBatch[Mark]], *, processes: int
+) -> Iterator[tuple[TextBatch[Mark], dict[Part, Tokens]]]:
+    """Every batch with its tokens, in order, whatever the number of processes.
+
+    Raises:
+        RunsFailedError: a process died.
+    """
+    if processes == 1 or tokenizer.backend is None:
+        # Bytes are copied faster than they are sent.
+        for batch in batches:
+            yield batch, encode_pieces(tokenizer, batch.pieces)
+        return
+    with ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer,),
+    ) as pool:
+        waiting: deque[tuple[TextBatch[Mark], Future[dict[Part, Tokens]]]] = deque()
+        try:
+            for batch in batches:
+                waiting.append((batch, pool.submit(_encode_in_worker, batch.pieces)))
+                if len(waiting) > 2 * processes:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool as error:
+            raise RunsFailedError(
+                "a process that tokenises text died, perhaps for lack of memory: run the same "
+                "command again, with fewer processes"
+            ) from error
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+_worker_tokenizer: TextTokenizer | None = None
+
+
+def _start_worker(tokenizer: TextTokenizer) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = tokenizer
+    # The parent ends its workers; Ctrl-C reaches them too and would print their tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One thread each: there are as many processes as cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _encode_in_worker(pieces: list[TextPiece]) -> dict[Part, Tokens]:
+    assert _worker_tokenizer is not None
+    return encode_pieces(_worker_tokenizer, pieces)

@@ -1,0 +1,285 @@
+"""Tokenises a source into a folder of shards with a manifest: whole, repeatable, resumable.
+
+The same source and options give the same bytes, whatever the number of processes and however
+often the work was interrupted. The manifest is written last: a folder without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from normuon_lab.atomic_files import read_json, write_json, write_text
+from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
+from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
+from normuon_lab.data.encoding import batches_of, encode_in_order
+from normuon_lab.data.shard_writer import ShardWriter
+from normuon_lab.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_BYTES
+from normuon_lab.data.sources import MANIFEST, Stream, TextFiles, resolve_source
+from normuon_lab.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
+from normuon_lab.errors import InputError, require
+from normuon_lab.runs.config import first_difference
+
+KIND = "normuon data prepare"
+SCHEMA_VERSION = 1
+PROGRESS = "progress.json"
+
+_TOKENS_BETWEEN_SAVES = 16_000_000
+
+OnProgress = Callable[[int, int], None]
+"""Called with the documents and tokens so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareRequest:
+    """What to tokenise, and where to.
+
+    Attributes:
+        config: the source and how it becomes tokens.
+        out: the folder; absent, empty, or one that the same request began or finished.
+        shard_tokens: tokens of every shard but the last.
+        processes: processes that tokenise.
+    """
+
+    config: DataConfig
+    out: Path
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.shard_tokens >= 1, f"shard_tokens {self.shard_tokens}: give at least 1")
+        require(self.processes >= 1, f"processes {self.processes}: give at least 1")
+
+
+def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> dict[str, Any]:
+    """Tokenise, or finish what was begun, and return the manifest.
+
+    Several processes may ask for the same folder; one works and the others wait for it.
+
+    Raises:
+        InputError: the source cannot be read, the folder belongs to something else, or the disk is
+            full. What was done is kept, and the same request goes on with it.
+    """
+    source = resolve_source(request.config.source)
+    require(
+        isinstance(source, (TextFiles, Stream)),
+        f"{request.config.source[0]} is shards of tokens already",
+    )
+    assert isinstance(source, (TextFiles, Stream))
+    tokenizer = load_tokenizer(request.config.tokenizer, separator=request.config.separator)
+    require(
+        tokenizer.vocab_size <= MAX_VOCAB_SIZE,
+        f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, and shards hold "
+        f"numbers below {MAX_VOCAB_SIZE}; stream the data instead (stream: or hub:)",
+    )
+    job = describe_job(request, source, tokenizer)
+    try:
+        _make_folder(request.out)
+        with FileLock(request.out / ".lock"):
+            finished = _finished(request.out, job)
+            if finished is None:
+                finished = _Preparation(request, source, tokenizer, job).run(on_progress)
+            return finished
+    except OSError as error:
+        raise InputError(
+            f"cannot write {request.out}: {error.strerror}; what was done is kept, and the same "
+            "command goes on with it"
+        ) from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A prepared folder's manifest, checked against the sizes of its files.
+
+    Raises:
+        InputError: it is unreadable, or a shard is missing or has another size.
+    """
+    manifest = read_json(folder / MANIFEST, kind=KIND, schema_version=SCHEMA_VERSION)
+    for part in PARTS:
+        for shard in manifest["parts"][part]["shards"]:
+            path = folder / shard["file"]
+            require(path.exists(), f"the shard {path} of {folder / MANIFEST} is missing")
+            expected = HEADER_BYTES + TOKEN_BYTES * shard["tokens"]
+            size = path.stat().st_size
+            require(
+                size == expected,
+                f"the shard {path} is {'truncated' if size < expected else 'damaged'}: it has "
+                f"{size} bytes, and the manifest says {expected}; prepare it again (normuon data "
+                "prepare) or copy it again",
+            )
+    return manifest
+
+
+def describe_job(
+    request: PrepareRequest, source: TextFiles | Stream, tokenizer: TextTokenizer
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the shards, in plain values."""
+    config = request.config
+    sources = [source]
+    if config.validation:
+        validation = resolve_source(config.validation)
+        sources += [validation] if isinstance(validation, (TextFiles, Stream)) else []
+    return {
+        "files": [
+            {"name": path.name, "bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+            for one in sources
+            for path in one.paths
+        ],
+        "hub": [
+            f"{one.builder}:{one.config}:{config.split}"
+            for one in sources
+            if isinstance(one, Stream) and not one.paths
+        ],
+        "validation": list(config.validation),
+        "validation_fraction": config.validation_fraction,
+        "seed": config.seed,
+        "text_field": config.text_field,
+        "tokenizer": tokenizer.describe(),
+        "shard_tokens": request.shard_tokens,
+    }
+
+
+class _Preparation:
+    """One run of `prepare`, alone in its folder."""
+
+    def __init__(
+        self,
+        request: PrepareRequest,
+        source: TextFiles | Stream,
+        tokenizer: TextTokenizer,
+        job: dict[str, Any],
+    ) -> None:
+        self._request = request
+        self._tokenizer = tokenizer
+        self._job = job
+        self._out = request.out
+        config = request.config
+        self._reader = DocumentReader(
+            document_groups(config, source),
+            text_field=config.text_field,
+            fraction=config.validation_fraction,
+            seed=config.seed,
+        )
+        saved = self._load_progress()
+        if saved is not None:
+            self._reader.load_state_dict(saved["reader"])
+        self._documents = saved["documents"] if saved is not None else 0
+        self._writers = {
+            part: ShardWriter(
+                self._out,
+                part,
+                shard_tokens=request.shard_tokens,
+                state=saved["writers"][part] if saved is not None else None,
+            )
+            for part in PARTS
+        }
+        self._saved_tokens = self._num_tokens
+
+    def run(self, on_progress: OnProgress | None) -> dict[str, Any]:
+        try:
+            batches = encode_in_order(
+                self._tokenizer, batches_of(self._rows()), processes=self._request.processes
+            )
+            for batch, tokens in batches:
+                for part in PARTS:
+                    self._writers[part].append(tokens[part])
+                self._documents += batch.num_documents
+                if batch.mark is not None:
+                    self._maybe_save(batch.mark)
+                if on_progress is not None:
+                    on_progress(self._documents, self._num_tokens)
+            require(
+                self._writers["train"].num_tokens > 0,
+                f"no text was found in {', '.join(self._request.config.source)}",
+            )
+            for writer in self._writers.values():
+                writer.finish()
+        finally:
+            for writer in self._writers.values():
+                writer.close()
+        return self._write_manifest()
+
+    @property
+    def _num_tokens(self) -> int:
+        return sum(writer.num_tokens for writer in self._writers.values())
+
+    def _rows(self) -> Iterator[tuple[list[Document], dict[str, Any]]]:
+        for documents in self._reader:
+            yield documents, self._reader.state_dict()
+
+    def _maybe_save(self, position: dict[str, Any]) -> None:
+        if self._num_tokens - self._saved_tokens < _TOKENS_BETWEEN_SAVES:
+            return
+        writers = {part: writer.state_dict() for part, writer in self._writers.items()}
+        progress = {"reader": position, "documents": self._documents, "writers": writers}
+        write_json(
+            self._out / PROGRESS,
+            {"kind": KIND, "schema_version": SCHEMA_VERSION, "job": self._job, **progress},
+        )
+        self._saved_tokens = self._num_tokens
+
+    def _load_progress(self) -> dict[str, Any] | None:
+        path = self._out / PROGRESS
+        if not path.exists():
+            return None
+        saved = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+        _check_same_job(self._out, saved["job"], self._job)
+        return saved
+
+    def _write_manifest(self) -> dict[str, Any]:
+        # When a file was last changed says nothing about its text, and differs between copies.
+        files = [{k: v for k, v in f.items() if k != "mtime_ns"} for f in self._job["files"]]
+        parts = {
+            part: {"tokens": writer.num_tokens, "shards": writer.shards}
+            for part, writer in self._writers.items()
+        }
+        manifest = {
+            "kind": KIND,
+            "schema_version": SCHEMA_VERSION,
+            "tokenizer": self._job["tokenizer"],
+            "documents": self._documents,
+            "parts": parts,
+            "fingerprint": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+            "job": {**self._job, "files": files},
+        }
+        write_text(self._out / TOKENIZER_FILE, self._tokenizer.serialized())
+        write_json(self._out / MANIFEST, manifest)
+        (self._out / PROGRESS).unlink(missing_ok=True)
+        return manifest
+
+
+def _make_folder(out: Path) -> None:
+    require(not out.exists() or out.is_dir(), f"{out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    known = {MANIFEST, PROGRESS, ".lock"}
+    foreign = [path.name for path in out.iterdir() if path.name not in known]
+    ours = (out / MANIFEST).exists() or (out / PROGRESS).exists()
+    # What was stopped before it could save its progress is begun again.
+    unfinished = all(name.startswith((*PARTS, *(f".{part}" for part in PARTS))) for name in foreign)
+    require(
+        ours or unfinished,
+        f"{out} holds other files, such as {', '.join(foreign[:1])}; name another folder",
+    )
+
+
+def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    if not (out / MANIFEST).exists():
+        return None
+    manifest = read_manifest(out)
+    files = [{k: v for k, v in f.items() if k != "mtime_ns"} for f in job["files"]]
+    _check_same_job(out, manifest["job"], {**job, "files": files})
+    return manifest
+
+
+def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    difference = first_difference(old, new)
+    require(
+        difference is None,
+        f"{out} was made with another {difference[0] if difference else ''} "
+        f"({difference[1:] if difference else ''}); name another folder",
+    )

@@ -1,0 +1,152 @@
+"""What the words of a data source name: files of text, shards of tokens, or a stream.
+
+Names are resolved and checked here, before anything is read.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from normuon_lab.errors import require
+
+MANIFEST = "manifest.json"
+HUB_PREFIX = "hub:"
+STREAM_PREFIX = "stream:"
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+"""Endings whose rows have a field of text, and the `datasets` builder that reads them. Any other
+file is plain text."""
+
+_COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """Local files of text, jsonl or parquet, in order."""
+
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFolder:
+    """A folder that `normuon data prepare` wrote."""
+
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """Shards of tokens from elsewhere, in order."""
+
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows that are tokenised while training reads them.
+
+    Attributes:
+        builder: the name of a data set on the Hub, or of the `datasets` builder of local files.
+        config: the Hub data set's configuration, or None.
+        paths: local files; empty for the Hub.
+    """
+
+    builder: str
+    config: str | None
+    paths: tuple[Path, ...]
+
+
+Source = TextFiles | PreparedFolder | ShardFiles | Stream
+
+
+def resolve_source(words: Sequence[str]) -> Source:
+    """What a source names.
+
+    Raises:
+        InputError: a file is missing, or kinds are mixed.
+
+    Example:
+        >>> resolve_source(["hub:HuggingFaceFW/fineweb:sample-10BT"])
+        Stream(builder='HuggingFaceFW/fineweb', config='sample-10BT', paths=())
+    """
+    if any(word.startswith((HUB_PREFIX, STREAM_PREFIX)) for word in words):
+        require(len(words) == 1, f"a stream stands alone; the data names {', '.join(words)}")
+        return _stream(words[0])
+    if tuple(words) == ("stdlib",):
+        from normuon_lab.runs.corpus import stdlib_files
+
+        return TextFiles(tuple(stdlib_files()))
+    if len(words) == 1 and Path(words[0]).is_dir():
+        return _folder(Path(words[0]))
+    paths = _matching_files(words)
+    num_shards = sum(path.suffix == ".bin" for path in paths)
+    require(
+        num_shards in (0, len(paths)),
+        "the data mixes .bin shards with text; prepare the text too (normuon data prepare)",
+    )
+    return ShardFiles(paths) if num_shards else TextFiles(paths)
+
+
+def builder_of(path: Path) -> str:
+    """The `datasets` builder that reads a file.
+
+    >>> builder_of(Path("part-0.jsonl.zst")), builder_of(Path("notes.md"))
+    ('json', 'text')
+    """
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
+    return BUILDERS.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def _matching_files(words: Sequence[str]) -> tuple[Path, ...]:
+    paths: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.exists():
+            require(not path.is_dir(), f"{word} is a folder among several sources; name its files")
+            paths.append(path)
+            continue
+        found = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())
+        require(bool(found), f"no such file of data: {word}")
+        paths.extend(found)
+    resolved = [path.resolve() for path in paths]
+    require(len(set(resolved)) == len(resolved), "the data names the same file twice")
+    return tuple(paths)
+
+
+def _folder(folder: Path) -> Source:
+    if (folder / MANIFEST).exists():
+        return PreparedFolder(folder)
+    require(
+        not (folder / "progress.json").exists(),
+        f"{folder} is prepared in part; run the same normuon data prepare again to finish it",
+    )
+    require(
+        not any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")),
+        f"{folder} was saved by datasets.save_to_disk; write it with to_parquet or to_json instead",
+    )
+    shards = tuple(sorted(folder.glob("*.bin")))
+    require(
+        bool(shards), f"{folder} holds neither a {MANIFEST} nor .bin shards; name its files instead"
+    )
+    return ShardFiles(shards)
+
+
+def _stream(word: str) -> Stream:
+    if word.startswith(HUB_PREFIX):
+        name, _, config = word.removeprefix(HUB_PREFIX).partition(":")
+        require(bool(name), f"{word}: write hub:NAME or hub:NAME:CONFIG")
+        return Stream(name, config or None, ())
+    paths = _matching_files([word.removeprefix(STREAM_PREFIX)])
+    builders = {builder_of(path) for path in paths}
+    require(
+        len(builders) == 1 and "text" not in builders,
+        f"{word}: a stream reads jsonl or parquet files, all of one kind",
+    )
+    return Stream(builders.pop(), None, paths)

@@ -1,0 +1,178 @@
+"""Tokenizers by one interface: bytes, a `tokenizers` file, or a transformers tokenizer.
+
+Downloads nothing except where a name is not a local path; then transformers asks the Hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from normuon_lab.errors import InputError, require
+
+# They take a second to import, and reading bytes needs neither.
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+Ids = npt.NDArray[np.int64]
+
+BYTES = "bytes"
+TOKENIZER_FILE = "tokenizer.json"
+
+_KNOWN_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """Text to token numbers, without special tokens.
+
+    Attributes:
+        name: as the configuration calls it.
+        vocab_size: numbers are below it.
+        separator_id: the token that begins every document.
+        backend: the tokenizer; None is bytes.
+    """
+
+    name: str
+    vocab_size: int
+    separator_id: int
+    backend: Tokenizer | None = None
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """The tokens of each text, int64."""
+        if self.backend is None:
+            return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+
+    def serialized(self) -> str:
+        """The tokenizer as JSON of `tokenizers`."""
+        backend = self.backend if self.backend is not None else byte_tokenizer()
+        return str(backend.to_str(pretty=False))
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest records of it."""
+        return {
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "separator_id": self.separator_id,
+            "sha256": hashlib.sha256(self.serialized().encode()).hexdigest(),
+        }
+
+
+def load_tokenizer(name: str, *, separator: str | None = None) -> TextTokenizer:
+    """The tokenizer that a configuration names.
+
+    Args:
+        name: bytes, a JSON file of `tokenizers`, or what transformers' AutoTokenizer takes.
+        separator: the token that begins a document; None finds the end-of-text token.
+
+    Raises:
+        InputError: it cannot be loaded, or has no such token.
+
+    Example:
+        >>> load_tokenizer("bytes").encode(["hé"])[0].tolist()
+        [104, 195, 169]
+    """
+    if name == BYTES:
+        require(separator is None, "separator: bytes have none but byte 0; leave it out")
+        return TextTokenizer(BYTES, 256, 0)
+    path = Path(name)
+    if path.suffix == ".json":
+        require(path.exists(), f"tokenizer: no such file: {name}")
+        return _from_file(name, path, separator)
+    return _from_transformers(name, separator)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A `tokenizers` tokenizer whose numbers are the bytes of the text in UTF-8."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def save_for_transformers(tokenizer: TextTokenizer, folder: Path) -> None:
+    """Write the files from which AutoTokenizer loads it; a transformers folder's are copied."""
+    source = Path(tokenizer.name)
+    if source.is_dir():
+        for file in source.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_")):
+                shutil.copy(file, folder / file.name)
+        return
+    transformers_tokenizer(tokenizer).save_pretrained(folder)
+
+
+def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
+    """The same tokenizer as a class of transformers."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = tokenizer.backend if tokenizer.backend is not None else byte_tokenizer()
+    separator = backend.id_to_token(tokenizer.separator_id)
+    if tokenizer.backend is None:
+        # Byte 0 is an ordinary byte: made a special token, a text with it would not survive.
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=separator, bos_token=separator
+    )
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's printable character for every byte: Latin-1's own, and 256 onwards for the rest."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
+
+
+def _from_file(name: str, path: Path, separator: str | None) -> TextTokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions.
+        raise InputError(f"tokenizer: {name} is not a file of `tokenizers`: {error}") from error
+    return _with_backend(name, backend, separator)
+
+
+def _from_transformers(name: str, separator: str | None) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"tokenizer: {name} is neither bytes, a tokenizers file, nor a transformers tokenizer "
+            f"that can be loaded: {reason}"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    require(backend is not None, f"tokenizer: {name} has no fast version in `tokenizers`")
+    assert backend is not None
+    return _with_backend(name, backend, separator or loaded.eos_token)
+
+
+def _with_backend(name: str, backend: Tokenizer, separator: str | None) -> TextTokenizer:
+    backend.no_padding()
+    backend.no_truncation()
+    if separator is None:
+        known = [token for token in _KNOWN_SEPARATORS if backend.token_to_id(token) is not None]
+        require(
+            bool(known),
+            f"tokenizer: {name} does not say which token ends a text; name it as separator",
+        )
+        separator = known[0]
+    separator_id = backend.token_to_id(separator)
+    require(separator_id is not None, f"separator: {name} has no token {separator!r}")
+    return TextTokenizer(name, backend.get_vocab_size(), int(separator_id), backend)
