@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normuon.flattened import check_not_flattened
 from normuon.matrix_view import MatrixView
 from normuon.module_rules import Verdict, judge, output_heads, owners_of
 from normuon.options import ALGORITHMS
@@ -46,8 +47,9 @@ def param_groups(
         Param groups with named parameters, views and reasons; `describe_groups` prints them.
 
     Raises:
-        ValueError: a parameter of two or more dims that nothing but its shape could place, an
-            override that matches nothing, or a model without a hidden matrix.
+        ValueError: a parameter of two or more dims that nothing but its shape could place, one
+            that FSDP1 or DeepSpeed ZeRO-3 has flattened, an override that matches nothing, or
+            a model without a hidden matrix.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4))
@@ -62,6 +64,7 @@ def param_groups(
     unplaced: list[str] = []
     unused = set(overrides)
     for name, param, owners in owners_of(model):
+        check_not_flattened(f"{name} {list(param.shape)}", param)
         pattern = next((p for p in overrides if fnmatchcase(name, p)), None)
         verdict = judge(param, owners, heads)
         options: dict[str, Any] = {}

@@ -99,7 +99,11 @@ def judge(param: Tensor, owners: list[Owner], heads: set[int]) -> Verdict | None
             return Verdict("adamw", f"embedding{tied}")
     if id(param) in heads or any(_is_head_by_name(owner) for owner in owners):
         return Verdict("adamw", "output head")
-    return _judge_by_type(param, owners[0]) or _judge_by_name(owners[0])
+    verdict = _judge_by_type(param, owners[0]) or _judge_by_name(owners[0])
+    if verdict is None and param.numel() == max(param.shape):
+        # No matrix in any reading: a temperature per head, or a scale per channel of an image.
+        return Verdict("adamw", f"vector {list(param.shape)}: {_where(owners[0])}")
+    return verdict
 
 
 def _where(owner: Owner) -> str:
@@ -166,4 +170,6 @@ def _judge_convolution(module: nn.modules.conv._ConvNd, owner: Owner) -> Verdict
 def _judge_by_name(owner: Owner) -> Verdict | None:
     if any(part in owner.param_name for part in EMBEDDING_NAME_PARTS):
         return Verdict("adamw", f"embedding, by its name: {_where(owner)}")
+    if "bias" in owner.param_name:
+        return Verdict("adamw", f"bias, by its name: {_where(owner)}")
     return None

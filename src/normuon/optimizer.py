@@ -17,21 +17,24 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from normuon.adamw import step_adamw_
 from normuon.distributed.assignment import Balance
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
+from normuon.flattened import check_not_flattened
+from normuon.learning_rate import warn_if_muon_sized
 from normuon.matrix_step import MatrixParam, step_matrices_
 from normuon.options import (
     STRUCTURE_KEYS,
     MatrixOptions,
-    check_matrix_param,
+    check_group,
     check_options,
+    check_params,
     check_sharing,
-    check_trainable_tensor,
     described,
     param_label,
 )
-from normuon.orthogonalize import Orthogonalizer
+from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
 from normuon.rule import AdjustLrFn, NeuronAxis
 from normuon.state import (
-    check_second_moment,
+    adopt_params_,
+    check_state_fits,
     follow_param_,
     initial_state,
     is_dtensor,
@@ -84,12 +87,14 @@ class NorMuon(Optimizer):
             gradient's scale.
         adjust_lr_fn: ``"match_rms_adamw"`` is the paper's last line; ``"original"`` the authors'
             released code: the norm before neuron scaling restored, times ``max(1, m / n)^0.5``.
-            That step is about 50 times larger at equal lr, so its learning rates are Muon's (0.02).
+            That step's RMS is about lr / sqrt(n), so its learning rates are Muon's (0.02).
             A `muon` group takes torch.optim.Muon's factors of these names.
         neuron_axis: ``"row"``, the paper's, or ``"short"``, statistics along the short side: the
             neurons of a wide matrix are then its columns, and its state is m n + n.
-        orthogonalizer: ``"auto"``, a name, or a callable ``[B, m, n] -> [B, m, n]`` that takes
-            matrices of Frobenius norm 1.
+        orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one of them with fewer
+            FLOPs, or a callable ``[B, m, n] -> [B, m, n]`` that takes matrices of norm 1.
+        ns_backend: ``"eager"``, ``"compile"`` (torch.compile), ``"kernels"`` (gram-newton-schulz's,
+            for Hopper and later) or ``"auto"``: those kernels where they run, eager elsewhere.
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
         momentum_dtype: dtype of the momentum; None: the parameter's.
@@ -140,6 +145,7 @@ class NorMuon(Optimizer):
         *,
         neuron_axis: NeuronAxis = "row",
         orthogonalizer: str | Orthogonalizer = "auto",
+        ns_backend: Backend = "auto",
         ns_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
         cautious_weight_decay: bool = False,
@@ -165,6 +171,7 @@ class NorMuon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "neuron_axis": neuron_axis,
             "orthogonalizer": orthogonalizer,
+            "ns_backend": ns_backend,
             "ns_dtype": ns_dtype,
             "momentum_dtype": momentum_dtype,
             "cautious_weight_decay": cautious_weight_decay,
@@ -176,10 +183,12 @@ class NorMuon(Optimizer):
         }
         check_options(defaults)
         check_sharing(balance, bucket_bytes)
+        check_params(params)
         self._process_group = process_group
         self._balance = balance
         self._bucket_bytes = bucket_bytes
         self._sharded_steps: list[ShardedStep] | None = None
+        self._workspace = Workspace()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -193,36 +202,13 @@ class NorMuon(Optimizer):
         param_group = dict(param_group)
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-        self._check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        warn_if_muon_sized(group)
         for param in group["params"]:
             self.state[param] = initial_state(param, group)
         self._sharded_steps = None
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_options(group)
-        adamw = group["algorithm"] == "adamw"
-        if adamw and group["cautious_weight_decay"] and group["weight_decay"] != 0:
-            raise ValueError(
-                "cautious_weight_decay=True is for 'normuon' and 'muon' groups; this 'adamw' group "
-                f"has weight_decay={group['weight_decay']}: set it to 0, or "
-                "'cautious_weight_decay': False in the group"
-            )
-        params = group["params"]
-        entries = [params] if isinstance(params, Tensor) else list(params)
-        named = [entry for entry in entries if isinstance(entry, tuple)]
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            return  # torch's own add_param_group says it best.
-        labelled = {**group, "params": tensors}
-        if len(named) == len(entries):
-            labelled["param_names"] = [name for name, _ in named]
-        for index, tensor in enumerate(tensors):
-            label = param_label(labelled, index)
-            check_trainable_tensor(label, tensor)
-            if group["algorithm"] != "adamw":
-                check_matrix_param(label, tensor, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -244,6 +230,7 @@ class NorMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._adopt_params()
         prepared = [self._prepared(group) for group in self.param_groups]
         # Ranks that disagree must find out before the first of their collectives, AdamW's included.
         shares = any(shared for _, shared in prepared)
@@ -257,10 +244,15 @@ class NorMuon(Optimizer):
                     lr=group["lr"],
                     weight_decay=group["weight_decay"],
                     options=MatrixOptions.from_group(group),
+                    workspace=self._workspace,
                 )
         for sharded_step in sharded_steps:
             sharded_step.step_()
         return loss
+
+    def _adopt_params(self) -> None:
+        if adopt_params_(self.state, self.param_groups):
+            self._sharded_steps = None
 
     def _prepared(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """A group's parameters to step: this rank's own with gradients, and all that ranks share.
@@ -273,6 +265,7 @@ class NorMuon(Optimizer):
             if is_shared:
                 shared.append(param)
             if param.grad is None or not param.numel():
+                check_not_flattened(param_label(group, index), param)
                 continue
             if not is_shared:
                 alone.append(param)
@@ -288,8 +281,7 @@ class NorMuon(Optimizer):
                 if problem is not None:
                     raise ValueError(f"{param_label(group, index)}: {problem}")
             follow_param_(self.state[param], param)
-            if group["algorithm"] == "normuon":
-                check_second_moment(group, index, self.state[param]["second_momentum_buffer"])
+            check_state_fits(group, index, self.state[param])
         if group["skip_nonfinite"]:
             for param in (*alone, *shared):
                 if "skipped_steps" not in self.state[param]:
@@ -347,6 +339,7 @@ class NorMuon(Optimizer):
         What describes the model or the program (views, reasons, a callable orthogonaliser) stays
         out: it is taken from the live optimizer when the state is loaded.
         """
+        self._adopt_params()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             for key in STRUCTURE_KEYS & group.keys():
@@ -384,6 +377,7 @@ class NorMuon(Optimizer):
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
         self._sharded_steps = None
+        self._workspace = Workspace()
         # Process groups and plans belong to the processes that run, not to what is saved.
         for name, default in (
             ("_process_group", None),

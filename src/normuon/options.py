@@ -9,18 +9,52 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from normuon.flattened import check_not_flattened
 from normuon.matrix_view import MatrixView
-from normuon.orthogonalize import NS_DTYPES, ORTHOGONALIZERS, Orthogonalizer, resolve_coefficients
-from normuon.orthogonalize.coefficients import Triple
+from normuon.orthogonalize import (
+    BACKENDS,
+    METHODS,
+    NS_DTYPES,
+    Backend,
+    Orthogonalizer,
+    Triple,
+    check_backend,
+    resolve_coefficients,
+)
 from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
 
 Algorithm = Literal["normuon", "muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("normuon", "muon", "adamw")
+
+OPTION_NAMES = frozenset(
+    (
+        *("algorithm", "lr", "weight_decay", "momentum", "beta2", "nesterov", "ns_coefficients"),
+        *("ns_steps", "eps", "adjust_lr_fn", "neuron_axis", "orthogonalizer", "ns_dtype"),
+        *(
+            "ns_backend",
+            "momentum_dtype",
+            "cautious_weight_decay",
+            "skip_nonfinite",
+            "maximize",
+            "betas",
+        ),
+        *("adamw_eps", "max_scratch_bytes", "view"),
+    )
+)
+"""Everything a group may set."""
+
+GROUP_KEYS = frozenset({"params", "param_names", "reasons", "initial_lr"})
+"""What a group carries besides."""
+
+MISSPELT = 0.85
+"""How alike a key must be to an option's name to be a misspelling of it. Schedulers' own keys, such
+as ``max_momentum`` (0.8), are further away."""
 
 STRUCTURE_KEYS = frozenset({"view", "reasons", "orthogonalizer"})
 """Group keys that describe the model and the program, not hyperparameters: never loaded."""
@@ -60,6 +94,7 @@ class MatrixOptions:
     neuron_axis: NeuronAxis
     coefficients: tuple[Triple, ...]
     orthogonalizer: str | Orthogonalizer
+    ns_backend: Backend
     ns_dtype: torch.dtype | None
     skip_nonfinite: bool
     maximize: bool
@@ -79,6 +114,7 @@ class MatrixOptions:
             neuron_axis=group["neuron_axis"],
             coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
             orthogonalizer=group["orthogonalizer"],
+            ns_backend=group["ns_backend"],
             ns_dtype=group["ns_dtype"],
             skip_nonfinite=group["skip_nonfinite"],
             maximize=group["maximize"],
@@ -113,7 +149,9 @@ def check_options(group: Mapping[str, Any]) -> None:
     _check_choice("neuron_axis", group["neuron_axis"], NEURON_AXES)
     orthogonalizer = group["orthogonalizer"]
     if not callable(orthogonalizer):
-        _check_choice("orthogonalizer", orthogonalizer, ("auto", *ORTHOGONALIZERS), "a callable")
+        _check_choice("orthogonalizer", orthogonalizer, ("auto", *METHODS), "a callable")
+    _check_choice("ns_backend", group["ns_backend"], BACKENDS)
+    check_backend(group["ns_backend"])
     for name in ("ns_dtype", "momentum_dtype"):
         if group[name] is not None:
             _check_choice(name, group[name], NS_DTYPES, "None")
@@ -126,6 +164,59 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"view={view!r} must be a normuon.MatrixView")
 
 
+def check_params(params: object) -> None:
+    """Checks what the optimizer was given to train.
+
+    Raises:
+        TypeError: a module.
+    """
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"NorMuon takes parameters, and was given a {type(params).__name__}: pass "
+            "normuon.param_groups(model)"
+        )
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Checks a param group as the user gave it, defaults filled in: options and parameters.
+
+    Raises:
+        ValueError: names the option or the parameter, and what to do.
+    """
+    check_options(group)
+    _check_spelling(group)
+    adamw = group["algorithm"] == "adamw"
+    if adamw and group["cautious_weight_decay"] and group["weight_decay"] != 0:
+        raise ValueError(
+            "cautious_weight_decay=True is for 'normuon' and 'muon' groups; this 'adamw' group "
+            f"has weight_decay={group['weight_decay']}: set it to 0, or "
+            "'cautious_weight_decay': False in the group"
+        )
+    params = group["params"]
+    entries = [params] if isinstance(params, Tensor) else list(params)
+    named = [entry for entry in entries if isinstance(entry, tuple)]
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return  # torch's own add_param_group says it best.
+    labelled = {**group, "params": tensors}
+    if len(named) == len(entries):
+        labelled["param_names"] = [name for name, _ in named]
+    for index in range(len(tensors)):
+        check_param(labelled, index)
+
+
+def check_param(group: Mapping[str, Any], index: int) -> None:
+    """Checks that a group's algorithm and view can train one of its parameters.
+
+    Raises:
+        ValueError: names the parameter and what to do.
+    """
+    label, param = param_label(group, index), group["params"][index]
+    check_trainable_tensor(label, param)
+    if group["algorithm"] != "adamw":
+        check_matrix_param(label, param, group)
+
+
 def check_sharing(balance: str, bucket_bytes: int) -> None:
     """Checks the options that say how ranks share matrices.
 
@@ -134,6 +225,14 @@ def check_sharing(balance: str, bucket_bytes: int) -> None:
     """
     _check_choice("balance", balance, ("flops", "paper"))
     _check_number("bucket_bytes", bucket_bytes, low=1)
+
+
+def _check_spelling(group: Mapping[str, Any]) -> None:
+    """torch lets a group carry any key, so a slip of the pen would silently keep the default."""
+    for key in sorted(group.keys() - OPTION_NAMES - GROUP_KEYS):
+        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=MISSPELT)
+        if close:
+            raise ValueError(f"{key!r} is not an option of a group; did you mean {close[0]!r}?")
 
 
 def _check_lr(lr: object) -> None:
@@ -193,16 +292,12 @@ def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> N
 
 
 def check_trainable_tensor(label: str, param: Tensor) -> None:
-    """Checks for what cannot be trained: FSDP1's, other ranks', complex, sparse and integer ones.
+    """Checks for what cannot be trained: flattened, other ranks', complex, sparse, integer ones.
 
     Raises:
         ValueError: names the parameter and what it is.
     """
-    if type(param).__name__ == "FlatParameter":
-        raise ValueError(
-            f"{label}: FSDP1 flattens matrices away, so they cannot be orthogonalised; use FSDP2 "
-            "(torch.distributed.fsdp.fully_shard)"
-        )
+    check_not_flattened(label, param)
     mesh = getattr(param, "device_mesh", None)
     if mesh is not None and mesh.get_coordinate() is None:
         raise ValueError(

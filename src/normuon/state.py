@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normuon.flattened import USE_FSDP2, check_not_flattened
 from normuon.matrix_tasks import second_moment_dims
 from normuon.matrix_view import MatrixView
-from normuon.options import STRUCTURE_KEYS, param_label
+from normuon.options import STRUCTURE_KEYS, check_param, param_label
 from normuon.rule import NeuronAxis
 
 State = dict[str, Tensor]
@@ -164,20 +165,74 @@ def _copy_(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(value)
 
 
-def check_second_moment(group: Mapping[str, Any], index: int, v: Tensor) -> None:
-    """Checks that the second moment still fits a group whose options may have been changed.
+def check_state_fits(group: Mapping[str, Any], index: int, state: State) -> None:
+    """Checks that a parameter's state still has its shapes: neither may change after construction.
 
     Raises:
-        ValueError: ``neuron_axis`` or ``view`` asks for another number of neurons.
+        ValueError: another parameter shape, ``neuron_axis`` or ``view`` than when the state was
+            made.
     """
-    shape = group["params"][index].shape
-    needed = view_of(group).second_moment_shape(shape, neuron_axis=group["neuron_axis"])
+    param = group["params"][index]
+    key = "exp_avg" if group["algorithm"] == "adamw" else "momentum_buffer"
+    if state[key].shape != param.shape:
+        label = param_label(group, index)
+        check_not_flattened(label, param)
+        raise ValueError(
+            f"{label}: it had shape {list(state[key].shape)} when the optimizer was built; build "
+            "the optimizer after whatever reshapes the model"
+        )
+    if group["algorithm"] != "normuon":
+        return
+    v, neuron_axis = state["second_momentum_buffer"], group["neuron_axis"]
+    needed = view_of(group).second_moment_shape(param.shape, neuron_axis=neuron_axis)
     if v.shape != needed:
         raise ValueError(
             f"{param_label(group, index)}: its 'second_momentum_buffer' has shape "
-            f"{list(v.shape)}, and neuron_axis={group['neuron_axis']!r} with its view needs "
+            f"{list(v.shape)}, and neuron_axis={neuron_axis!r} with its view needs "
             f"{list(needed)}; these two options cannot change once the optimizer is built"
         )
+
+
+def adopt_params_(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Starts the state of parameters that have taken the place of others in the groups.
+
+    Accelerate builds the optimizer first and puts FSDP2's shards into its groups later; DeepSpeed
+    puts flat pieces there, which are refused.
+
+    Args:
+        state: the optimizer's; what belongs to no parameter of the groups any more is dropped.
+        groups: the optimizer's.
+
+    Returns:
+        Whether there was any.
+
+    Raises:
+        ValueError: such a parameter cannot be trained by its group; names it.
+    """
+    adopted = False
+    for group in groups:
+        for index, param in enumerate(group["params"]):
+            if param in state:
+                continue
+            _check_replacement(group, index)
+            state[param] = initial_state(param, group)
+            adopted = True
+    if adopted:
+        kept = {id(param) for group in groups for param in group["params"]}
+        for param in [key for key in state if isinstance(key, Tensor) and id(key) not in kept]:
+            del state[param]
+    return adopted
+
+
+def _check_replacement(group: Mapping[str, Any], index: int) -> None:
+    param = group["params"][index]
+    if group["algorithm"] != "adamw" and param.ndim < 2 and not is_dtensor(param):
+        raise ValueError(
+            f"{param_label(group, index)}: this took a matrix's place after the optimizer was "
+            "built, as DeepSpeed ZeRO (stages 1 to 3) flattens a group into one vector; "
+            f"{USE_FSDP2}, or DeepSpeed with zero_optimization.stage 0"
+        )
+    check_param(group, index)
 
 
 def follow_param_(state: State, param: Tensor) -> None:

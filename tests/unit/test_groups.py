@@ -51,6 +51,13 @@ class PatchEmbed(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, 6))
 
 
+class WindowAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(torch.randn(9, 2))
+        self.temperature = nn.Parameter(torch.randn(4, 1, 1))
+
+
 LINEAR = MatrixView.linear()
 
 
@@ -81,6 +88,8 @@ LINEAR = MatrixView.linear()
         (TopKRouter(), "weight", "adamw", None, "router: TopKRouter"),
         (PatchEmbed(), "pos_embed", "adamw", None, "embedding, by its name"),
         (PatchEmbed(), "cls_token", "adamw", None, "embedding, by its name"),
+        (WindowAttention(), "relative_position_bias_table", "adamw", None, "bias, by its name"),
+        (WindowAttention(), "temperature", "adamw", None, "vector [4, 1, 1]: WindowAttention"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )

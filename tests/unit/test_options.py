@@ -153,15 +153,6 @@ def test_a_parameter_without_a_name_is_named_by_its_place():
         NorMuon([matrix(), matrix(7)])
 
 
-def test_fsdp1s_flat_parameter_is_refused_even_for_adamw():
-    class FlatParameter(nn.Parameter):
-        pass
-
-    flat = FlatParameter(torch.zeros(12))
-    with pytest.raises(ValueError, match="FSDP1 flattens matrices away"):
-        NorMuon([{"params": [flat], "algorithm": "adamw"}])
-
-
 def test_sparse_gradients_are_refused_by_name():
     embedding = nn.Embedding(9, 4, sparse=True)
     optimizer = NorMuon([{"params": [("table", embedding.weight)], "algorithm": "adamw"}])

@@ -1,0 +1,305 @@
+"""The state of another optimizer as NorMuon's, so that a run can switch in its middle.
+
+Knows the state_dicts of torch.optim.AdamW, torch.optim.Muon and the authors' released NorMuon. What
+NorMuon's own state holds is `state.py`'s; loading it is the optimizer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normuon.learning_rate import suggest_lr
+from normuon.module_rules import WRAPPER_PREFIXES
+from normuon.state import view_of
+
+Kind = Literal["AdamW", "Muon", "NorMuon"]
+Groups = Sequence[Mapping[str, Any]]
+
+NEEDED_STATE: dict[Kind, tuple[str, ...]] = {
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "Muon": ("momentum_buffer",),
+    "NorMuon": ("momentum_buffer", "second_momentum_buffer"),
+}
+MUON_KEYS = {"momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedParam:
+    """What another optimizer knows of one parameter.
+
+    Args:
+        kind: the algorithm that its group ran.
+        label: its name, or its place in the state_dict: how messages call it.
+        name: its name, where there is one.
+        param: the tensor itself, where the optimizer is alive.
+        state: its state; empty if it has never been stepped.
+    """
+
+    kind: Kind
+    label: str
+    name: str | None
+    param: Tensor | None
+    state: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of the state, for the user to read."""
+
+    carried: dict[str, int] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def count(self, what: str) -> None:
+        self.carried[what] = self.carried.get(what, 0) + 1
+
+    def __str__(self) -> str:
+        facts = [f"{number} x {what}" for what, number in self.carried.items()]
+        if self.started:
+            facts.append(f"{len(self.started)} start at zero: {', '.join(self.started)}")
+        advice = [f"learning rate: {line}" for line in self.advice]
+        return "\n".join(f"normuon.convert_state: {line}" for line in facts + advice)
+
+
+def convert_state(
+    *sources: Optimizer | Mapping[str, Any],
+    to: Optimizer | Iterable[Mapping[str, Any]],
+    params: Iterable[Tensor] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """A state_dict for NorMuon from the state of the optimizers that trained the model so far.
+
+    First moments are carried over: AdamW's ``exp_avg``, Muon's ``momentum_buffer`` and NorMuon's
+    are all ``b x + (1 - b) g``. Parameters that AdamW still trains keep its whole state. Second
+    moments per neuron come from the authors' NorMuon, and start at zero from the others, as in
+    a new run: their scale divides out of the step. The learning rate is not converted, but what
+    to do with it is printed.
+
+    Args:
+        sources: optimizers, or their state_dicts: one AdamW, or Muon and the AdamW beside it.
+        to: the groups that NorMuon will train, from `param_groups`, or that NorMuon. Give the
+            optimizer where its constructor sets ``neuron_axis``.
+        params: only for state_dicts without parameter names, which is what an optimizer built from
+            ``model.parameters()`` saves: the parameters, in the order of the old optimizer's
+            groups, one source after another.
+        quiet: print nothing.
+
+    Returns:
+        What ``NorMuon(groups).load_state_dict`` takes. Its groups hold no options: those are the
+        new optimizer's.
+
+    Raises:
+        ValueError: an optimizer that is not known, a parameter that cannot be matched, or a shape
+            that does not fit; says which.
+
+    Example:
+        >>> import torch, normuon
+        >>> model = torch.nn.Linear(4, 8)
+        >>> adamw = torch.optim.AdamW(model.parameters(), lr=3e-4)
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> adamw.step()
+        >>> optimizer = normuon.NorMuon(normuon.param_groups(model), lr=3e-4)
+        >>> optimizer.load_state_dict(normuon.convert_state(adamw, to=optimizer))
+        normuon.convert_state: 1 x AdamW's first moment carried over
+        normuon.convert_state: 1 x AdamW's state kept whole
+        normuon.convert_state: learning rate: AdamW's 0.0003 serves: both step by about 0.2 lr RMS
+    """
+    groups = list(to.param_groups if isinstance(to, Optimizer) else to)
+    saved_groups = [_groups_of(source) for source in sources]
+    saved = [
+        entry
+        for source, found in zip(sources, saved_groups, strict=True)
+        for entry in _saved_params(source, found)
+    ]
+    if not any(entry.state for entry in saved):
+        raise ValueError("no parameter of the given optimizers has any state to convert")
+    matched = _matched(saved, groups, None if params is None else list(params))
+    report = Report()
+    state: dict[int, dict[str, Tensor]] = {}
+    new_groups: list[dict[str, Any]] = []
+    index = 0
+    for group in groups:
+        members = list(_members(group))
+        new_groups.append({"params": list(range(index, index + len(members)))})
+        for name, param in members:
+            entry = matched.get(id(param))
+            converted = {} if entry is None else _converted(entry, name, param, group, report)
+            if converted:
+                state[index] = converted
+            else:
+                report.started.append(name or f"parameter {index}")
+            index += 1
+    report.advice = _advice([group for found in saved_groups for group in found], groups)
+    if not quiet:
+        print(report)
+    return {"state": state, "param_groups": new_groups}
+
+
+def _groups_of(source: Optimizer | Mapping[str, Any]) -> Groups:
+    if isinstance(source, Optimizer):
+        return source.param_groups
+    if isinstance(source, Mapping) and {"state", "param_groups"} <= source.keys():
+        groups: Groups = source["param_groups"]
+        return groups
+    found = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
+    raise ValueError(
+        "convert_state takes optimizers and their state_dicts ('state', 'param_groups'); "
+        f"got {found}"
+    )
+
+
+def _kind_of(group: Mapping[str, Any]) -> Kind:
+    """Which known algorithm a saved group's options belong to."""
+    keys = group.keys()
+    if "algorithm" in keys:
+        raise ValueError("this is a NorMuon's state already: give it to load_state_dict as it is")
+    if keys >= MUON_KEYS:
+        return "Muon"
+    if {"momentum", "beta2"} <= keys and group.get("use_muon", True):
+        return "NorMuon"
+    if {"betas", "eps"} <= keys and ("amsgrad" in keys or group.get("use_muon") is False):
+        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+            raise ValueError(
+                f"torch.optim.Adam with weight_decay={group['weight_decay']} has the decay inside "
+                "its first moment, which cannot be carried over; only AdamW's, or Adam's without"
+            )
+        return "AdamW"
+    options = sorted(str(key) for key in keys - {"params", "param_names"})
+    raise ValueError(
+        f"a group with the options {options} belongs to no optimizer that convert_state knows: "
+        "torch.optim.AdamW, torch.optim.Muon and the authors' NorMuon"
+    )
+
+
+def _saved_params(source: Optimizer | Mapping[str, Any], groups: Groups) -> Iterator[SavedParam]:
+    states = source.state if isinstance(source, Optimizer) else source["state"]
+    for number, group in enumerate(groups):
+        kind = _kind_of(group)
+        names = group.get("param_names")
+        for index, key in enumerate(group["params"]):
+            name = names[index] if names else key if isinstance(key, str) else None
+            label = name or f"param_groups[{number}]['params'][{index}]"
+            state = states.get(key, {})
+            missing = [needed for needed in NEEDED_STATE[kind] if needed not in state]
+            if state and missing:
+                raise ValueError(
+                    f"{label}: its state has {sorted(map(str, state))}, and {kind}'s has {missing} "
+                    "too; it was written by another optimizer"
+                )
+            param = key if isinstance(key, Tensor) else None
+            yield SavedParam(kind, label, name, param, state)
+
+
+def _members(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """A group's parameters with their names, which are empty where there are none."""
+    names = group.get("param_names")
+    for index, entry in enumerate(group["params"]):
+        yield entry if isinstance(entry, tuple) else (names[index] if names else "", entry)
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what DDP and torch.compile put before it."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _matched(
+    saved: Sequence[SavedParam], groups: Groups, params: list[Tensor] | None
+) -> dict[int, SavedParam]:
+    """Saved parameters by the ``id`` of the tensors in the new groups."""
+    if params is not None and len(params) != len(saved):
+        raise ValueError(
+            f"params= lists {len(params)} parameters, and the old optimizers have {len(saved)}"
+        )
+    by_name = {_bare(name): param for group in groups for name, param in _members(group) if name}
+    trained = {id(param) for group in groups for _, param in _members(group)}
+    matched: dict[int, SavedParam] = {}
+    for index, entry in enumerate(saved):
+        param: Tensor | None
+        if params is not None:
+            param = params[index]
+        elif entry.param is not None:
+            param = entry.param
+        elif entry.name is not None:
+            param = by_name.get(_bare(entry.name))
+        else:
+            raise ValueError(
+                f"{entry.label}: this state_dict has no parameter names; give the old optimizer "
+                "itself, or its parameters in their order with params=list(model.parameters())"
+            )
+        if param is None or id(param) not in trained:
+            if entry.state:
+                raise ValueError(f"{entry.label}: no group of to= holds this parameter")
+            continue
+        matched[id(param)] = entry
+    return matched
+
+
+def _converted(
+    entry: SavedParam, name: str, param: Tensor, group: Mapping[str, Any], report: Report
+) -> dict[str, Tensor]:
+    """The new state of one parameter; empty where it has to start at zero."""
+    if not entry.state:
+        return {}
+    moment = entry.state["exp_avg" if entry.kind == "AdamW" else "momentum_buffer"]
+    if moment.shape != param.shape:
+        raise ValueError(
+            f"{name or entry.label} {list(param.shape)}: its first moment has shape "
+            f"{list(moment.shape)}; check the order of params="
+        )
+    algorithm = group.get("algorithm", "normuon")
+    if algorithm == "adamw":
+        if entry.kind != "AdamW":
+            return {}  # A first moment without a second would make AdamW's first steps huge.
+        report.count("AdamW's state kept whole")
+        kept = {key: entry.state[key] for key in ("exp_avg", "exp_avg_sq")}
+        return {**kept, "step": torch.as_tensor(entry.state["step"], dtype=torch.float32)}
+    report.count(f"{entry.kind}'s first moment carried over")
+    if algorithm == "muon":
+        return {"momentum_buffer": moment}
+    v = _second_moments(entry, param, group, report)
+    return {"momentum_buffer": moment, "second_momentum_buffer": v}
+
+
+def _second_moments(
+    entry: SavedParam, param: Tensor, group: Mapping[str, Any], report: Report
+) -> Tensor:
+    """The authors' second moments where ours mean the same, else zeros."""
+    view = view_of(group)
+    shape = view.second_moment_shape(param.shape, neuron_axis=group.get("neuron_axis", "row"))
+    saved = entry.state.get("second_momentum_buffer")
+    # Theirs is [*batch, m, 1]: one entry for each row of a whole matrix as it is stored.
+    as_stored = view.is_whole and view.neuron_dim == view.batch_dims
+    if as_stored and isinstance(saved, Tensor) and saved.shape == (*shape, 1):
+        report.count("NorMuon's second moments carried over")
+        return saved[..., 0]
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.zeros(shape, dtype=dtype, device=param.device)
+
+
+def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
+    """What to do with each learning rate of the old optimizers, each line once."""
+    kinds = [_kind_of(group) for group in saved_groups]
+    lines = []
+    for kind, group in zip(kinds, saved_groups, strict=True):
+        lr = float(group.get("initial_lr", group["lr"]))
+        if lr <= 0:
+            continue
+        if kind == "AdamW" and set(kinds) != {"AdamW"}:
+            lines.append(f"AdamW's {lr:g} was for the other half: other={{'lr': {lr:g}}} keeps it")
+        elif kind == "AdamW" or group.get("adjust_lr_fn") == "match_rms_adamw":
+            lines.append(f"{kind}'s {lr:g} serves: both step by about 0.2 lr RMS")
+        else:
+            equal = suggest_lr(lr, coming_from="muon_original", to=groups)
+            lines.append(
+                f"keep {kind}'s {lr:g} with adjust_lr_fn='original'; with the default scaling take "
+                f"{equal:.2g}, and weight decay times {lr / equal:.2g}"
+            )
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,123 @@
+"""Learning rates of other optimizers in this one's terms, and a warning for the known mistake.
+
+The options themselves are `options.py`'s; the scalings that the arithmetic rests on, `rule.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normuon.matrix_view import MatrixView
+from normuon.rule import ADAMW_RMS
+
+Origin = Literal["adamw", "muon_match_rms_adamw", "muon_original"]
+
+MUON_SIZED_LR = 0.02
+"""Muon's customary learning rate. With AdamW-sized steps even models of a million parameters, which
+take the largest rates, are trained below it."""
+
+
+def suggest_lr(
+    lr: float,
+    *,
+    coming_from: Origin,
+    to: Optimizer | Iterable[Mapping[str, Any]] | None = None,
+) -> float:
+    r"""The learning rate at which NorMuon's default scaling makes steps as large as another's.
+
+    With ``adjust_lr_fn="match_rms_adamw"`` a step's RMS is 0.2 lr, as AdamW's usually is. Muon's
+    ``original`` scaling steps by lr max(1, m / n)^0.5 O, and the RMS of an orthogonal O of m rows
+    and n columns is 1 / sqrt(max(m, n)): together lr / sqrt(n). So, over all hidden matrices::
+
+        lr_normuon = 5 lr_muon sqrt(sum m / sum m n)
+
+    which is 0.0036 for a 768-wide model and Muon's 0.02. It is a start for tuning, not the end.
+
+    Args:
+        lr: the peak learning rate that the other optimizer was tuned to.
+        coming_from: ``"adamw"`` and ``"muon_match_rms_adamw"`` (torch.optim.Muon with that
+            ``adjust_lr_fn``, Moonlight's scaling) keep their learning rate;
+            ``"muon_original"`` is torch.optim.Muon's default, Keller Jordan's Muon and the
+            authors' released NorMuon.
+        to: the param groups, or the NorMuon that holds them; needed for ``"muon_original"``,
+            whose step depends on the matrices' widths.
+
+    Returns:
+        The learning rate for NorMuon with ``adjust_lr_fn="match_rms_adamw"``.
+
+    Raises:
+        ValueError: an unknown origin, a learning rate out of range, or no matrices to go by.
+
+    Example:
+        >>> from torch import nn
+        >>> from normuon import param_groups
+        >>> suggest_lr(3e-4, coming_from="adamw")
+        0.0003
+        >>> groups = param_groups(nn.Sequential(nn.Linear(400, 100), nn.Linear(100, 400)))
+        >>> round(suggest_lr(0.02, coming_from="muon_original", to=groups), 6)
+        0.007906
+    """
+    if coming_from not in get_args(Origin):
+        known = ", ".join(repr(origin) for origin in get_args(Origin))
+        raise ValueError(f"coming_from={coming_from!r} is not known; choose from {known}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} must be a number above 0 and finite")
+    if coming_from != "muon_original":
+        return lr
+    if to is None:
+        raise ValueError(
+            "coming_from='muon_original' needs to=param_groups(model): the step of that scaling "
+            "depends on the widths of the matrices"
+        )
+    rows, entries = _rows_and_entries(to.param_groups if isinstance(to, Optimizer) else to)
+    if not entries:
+        raise ValueError("the groups given as to= hold no matrix, so there is nothing to go by")
+    return lr / ADAMW_RMS * math.sqrt(rows / entries)
+
+
+def _rows_and_entries(groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Rows and entries of all matrices of the groups."""
+    rows = entries = 0
+    for group in groups:
+        if group.get("algorithm", "normuon") == "adamw":
+            continue
+        view = group.get("view") or MatrixView.linear()
+        for entry in group["params"]:
+            param = entry[1] if isinstance(entry, tuple) else entry
+            for batch, m, n in view.shapes(param.shape):
+                rows += batch * m
+                entries += batch * m * n
+    return rows, entries
+
+
+def warn_if_muon_sized(group: Mapping[str, Any]) -> None:
+    """Warns, once for each value, of a Muon-sized learning rate on AdamW-sized steps.
+
+    Args:
+        group: a checked param group. A learning rate that is a tensor is not looked at, since that
+            would wait for the device.
+    """
+    lr, scaling = group["lr"], group["adjust_lr_fn"]
+    if group["algorithm"] == "adamw" or scaling != "match_rms_adamw" or isinstance(lr, Tensor):
+        return
+    if lr >= MUON_SIZED_LR:
+        _warn_once(float(lr))
+
+
+@cache
+def _warn_once(lr: float) -> None:
+    warnings.warn(
+        f"lr={lr:g} with adjust_lr_fn='match_rms_adamw' looks like a learning rate that was tuned "
+        f"for Muon: every step would move the weights by {ADAMW_RMS * lr:g} RMS, which usually "
+        "diverges. Keep it with adjust_lr_fn='original', or convert it with "
+        f"normuon.suggest_lr({lr:g}, coming_from='muon_original', to=param_groups(model))",
+        UserWarning,
+        stacklevel=6,  # The line that builds the optimizer.
+    )
