@@ -16,15 +16,7 @@ PACKAGE = Path(normuon.__file__).parent
 # Each file may import from normuon only what stands before it.
 ORDER = [
     "orthogonalize.coefficients",
-    "orthogonalize.precision",
-    "orthogonalize.flops",
-    "orthogonalize.segments",
-    "orthogonalize.symmetric",
-    "orthogonalize.workspace",
-    "orthogonalize.normalize",
-    "orthogonalize.iteration",
-    "orthogonalize.compiled",
-    "orthogonalize.kernels",
+    "orthogonalize.newton_schulz",
     "orthogonalize.backend",
     "orthogonalize",
     "rule",
