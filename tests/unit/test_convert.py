@@ -1,0 +1,271 @@
+"""A run that switches in its middle goes on from the moments it had."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normuon import MatrixView, NorMuon, convert_state, param_groups
+from tests.reference import relative_to_distance_moved
+
+
+class AuthorsNorMuon(torch.optim.Optimizer):
+    """The authors' released step, in full precision: what its state means is what is tested."""
+
+    def __init__(self, params, lr: float = 0.02, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": 0.95}
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+                    state["second_momentum_buffer"] = torch.zeros_like(param[..., :1])
+                m, n = param.shape
+                momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
+                o = quintic(torch.lerp(param.grad, momentum, group["momentum"]))
+                v = state["second_momentum_buffer"]
+                v.lerp_(o.square().mean(-1, keepdim=True), 1 - group["beta2"])
+                normalized = o / v.sqrt()
+                size = o.norm() / normalized.norm() * max(1, m / n) ** 0.5
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                param.sub_(normalized * size * group["lr"])
+
+
+def quintic(x: Tensor) -> Tensor:
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 6)).double()
+
+
+def train(model: nn.Module, optimizers, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        torch.manual_seed(100 + step)
+        model(torch.randn(8, 6, dtype=torch.float64)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [param for param in model.parameters() if param.ndim == 2]
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module, start: nn.Module, bound: float) -> None:
+    zipped = zip(ours.parameters(), theirs.parameters(), start.parameters(), strict=True)
+    for a, b, c in zipped:
+        assert relative_to_distance_moved(a.detach(), b.detach(), c.detach()) < bound
+
+
+def clone(model: nn.Module) -> nn.Module:
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_authors_normuon_goes_on_as_if_nothing_had_happened():
+    """With their scaling and learning rate the ten steps after the switch are theirs."""
+    theirs = small_model()
+    for param in theirs.parameters():
+        param.requires_grad_(param.ndim == 2)
+    old = AuthorsNorMuon(matrices(theirs))
+    train(theirs, [old], 10)
+    start, ours = clone(theirs), clone(theirs)
+    for param in ours.parameters():
+        param.requires_grad_(param.ndim == 2)
+    new = NorMuon(param_groups(ours), lr=0.02, weight_decay=0.0, adjust_lr_fn="original", eps=0.0)
+    state = convert_state(old.state_dict(), to=new, params=matrices(ours), quiet=True)
+    new.load_state_dict(state)
+    train(theirs, [old], 10, first=10)
+    train(ours, [new], 10, first=10)
+    # Both in float64, where 10 steps of rounding stay far below 1e-9 of the distance.
+    for a, b, c in zip(matrices(ours), matrices(theirs), matrices(start), strict=True):
+        assert relative_to_distance_moved(a.detach(), b.detach(), c.detach()) < 1e-9
+
+
+def test_muon_and_adamw_go_on_together(monkeypatch):
+    """Two old optimizers become one: `muon` groups step as torch.optim.Muon, the rest as AdamW."""
+    # torch.optim.Muon casts with .bfloat16(); this keeps float64, so that the two can be compared.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
+    theirs = small_model()
+    others = [param for param in theirs.parameters() if param.ndim < 2]
+    muon = torch.optim.Muon(matrices(theirs), lr=0.02, weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    train(theirs, [muon, adamw], 10)
+    start, ours = clone(theirs), clone(theirs)
+    groups = param_groups(ours, overrides={"[02].weight": "muon"})
+    for group in groups:
+        group["lr"] = 0.02 if group["algorithm"] == "muon" else 1e-3
+    new = NorMuon(groups, adjust_lr_fn="original", weight_decay=0.0)
+    old_order = [
+        *matrices(ours),
+        *(param for param in ours.parameters() if param.ndim < 2),
+    ]
+    state = convert_state(
+        muon.state_dict(), adamw.state_dict(), to=new, params=old_order, quiet=True
+    )
+    new.load_state_dict(state)
+    train(theirs, [muon, adamw], 10, first=10)
+    train(ours, [new], 10, first=10)
+    # torch.optim.Muon adds 1e-7 to the norm that Newton-Schulz divides by.
+    assert_same_weights(ours, theirs, start, 1e-4)
+
+
+def test_adamws_half_goes_on_bit_by_bit():
+    theirs = small_model()
+    old = torch.optim.AdamW(theirs.named_parameters(), lr=1e-3, betas=(0.9, 0.95))
+    train(theirs, [old], 5)
+    groups = param_groups(theirs, other={"weight_decay": 0.01})
+    new = NorMuon(groups, lr=1e-3)
+    new.load_state_dict(convert_state(old.state_dict(), to=new, quiet=True))
+    norm = theirs[1].weight
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(new.state[norm][key].double(), old.state[norm][key].double())
+    hidden = theirs[0].weight
+    assert torch.equal(new.state[hidden]["momentum_buffer"], old.state[hidden]["exp_avg"])
+    assert new.state[hidden]["second_momentum_buffer"].count_nonzero() == 0
+
+
+def test_groups_without_an_optimizer_and_a_saved_file_are_enough():
+    """What a script has on hand: a file, and the groups it is about to train."""
+    model = small_model()
+    old = torch.optim.AdamW([("module." + n, p) for n, p in model.named_parameters()], lr=3e-4)
+    train(model, [old], 2)
+    file = io.BytesIO()
+    torch.save(old.state_dict(), file)
+    file.seek(0)
+    groups = param_groups(model)
+    new = NorMuon(groups, lr=3e-4)
+    new.load_state_dict(convert_state(torch.load(file, weights_only=True), to=groups, quiet=True))
+    assert torch.equal(
+        new.state[model[2].weight]["momentum_buffer"], old.state[model[2].weight]["exp_avg"]
+    )
+    assert [group["lr"] for group in new.param_groups] == [3e-4, 3e-4]
+
+
+def test_names_as_keys_match_too():
+    """torch.distributed.checkpoint.state_dict keys the state by parameter names."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = small_model()
+    old = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    train(model, [old], 2)
+    saved = get_optimizer_state_dict(model, old)
+    state = convert_state(saved, to=param_groups(model), quiet=True)
+    assert sum("momentum_buffer" in entry for entry in state["state"].values()) == 2
+
+
+def test_what_starts_at_zero_and_what_to_do_with_the_rate_is_printed(capsys):
+    model = small_model()
+    muon = torch.optim.Muon(matrices(model), lr=0.02)
+    train(model, [muon], 1)
+    convert_state(muon, to=param_groups(model))
+    assert capsys.readouterr().out.splitlines() == [
+        "normuon.convert_state: 2 x Muon's first moment carried over",
+        "normuon.convert_state: 4 start at zero: 0.bias, 1.weight, 1.bias, 2.bias",
+        "normuon.convert_state: learning rate: keep Muon's 0.02 with adjust_lr_fn='original'; with "
+        "the default scaling take 0.037, and weight decay times 0.55",
+    ]
+
+
+def test_second_moments_of_another_layout_start_at_zero():
+    """The authors' rows of a Conv1D are inputs: equal sizes must not carry them over."""
+    weight = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    old = AuthorsNorMuon([weight])
+    weight.grad = torch.randn_like(weight)
+    old.step()
+    group = {"params": [("w", weight)], "view": MatrixView.transposed()}
+    state = convert_state(old, to=[group], quiet=True)["state"][0]
+    assert state["second_momentum_buffer"].count_nonzero() == 0
+    assert torch.equal(state["momentum_buffer"], old.state[weight]["momentum_buffer"])
+
+
+def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimizer:
+    optimizer = optimizer_class(model.parameters(), **options)
+    train(model, [optimizer], 1)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (
+            lambda model: convert_state(
+                stepped(torch.optim.AdamW, model).state_dict(), to=param_groups(model)
+            ),
+            r"^param_groups\[0\]\['params'\]\[0\]: this state_dict has no parameter names; give "
+            r"the old optimizer itself, or its parameters in their order",
+        ),
+        (
+            lambda model: convert_state(
+                stepped(torch.optim.AdamW, model), to=param_groups(model[:1])
+            ),
+            r"^param_groups\[0\]\['params'\]\[2\]: no group of to= holds this parameter",
+        ),
+        (
+            lambda model: convert_state(
+                stepped(torch.optim.AdamW, model),
+                to=param_groups(model),
+                params=list(model.parameters())[::-1],
+            ),
+            r"^0\.weight \[10, 6\]: its first moment has shape \[6\]; check the order of params=",
+        ),
+        (
+            lambda model: convert_state(
+                stepped(torch.optim.AdamW, model), to=param_groups(model), params=[]
+            ),
+            "^params= lists 0 parameters, and the old optimizers have 6",
+        ),
+        (
+            lambda model: convert_state(
+                stepped(torch.optim.Adam, model, weight_decay=0.1), to=param_groups(model)
+            ),
+            r"^torch\.optim\.Adam with weight_decay=0\.1 has the decay inside its first moment",
+        ),
+        (
+            lambda model: convert_state(
+                NorMuon(param_groups(model)).state_dict(), to=param_groups(model)
+            ),
+            "^this is a NorMuon's state already: give it to load_state_dict as it is",
+        ),
+        (
+            lambda model: convert_state(
+                torch.optim.AdamW(model.parameters()), to=param_groups(model)
+            ),
+            "^no parameter of the given optimizers has any state to convert",
+        ),
+        (
+            lambda model: convert_state(model.state_dict(), to=param_groups(model)),
+            r"^convert_state takes optimizers and their state_dicts .* got \['0\.bias'",
+        ),
+        (
+            lambda model: convert_state(
+                {
+                    "state": {"w": {"exp_avg": torch.zeros(2)}},
+                    "param_groups": [
+                        {"params": ["w"], **torch.optim.AdamW([torch.ones(1)]).defaults}
+                    ],
+                },
+                to=param_groups(model),
+            ),
+            r"^w: its state has \['exp_avg'\], and AdamW's has \['step', 'exp_avg_sq'\] too",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(convert, message):
+    with pytest.raises(ValueError, match=message):
+        convert(small_model())
