@@ -18,6 +18,7 @@ import tyro
 
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
 from normuon_lab.plan.command import PlanCommand
+from normuon_lab.pretrain.command import Train, default_command
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 
 EXIT_RUNS_FAILED = 1
@@ -177,6 +178,7 @@ Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
 )
 
 
@@ -220,17 +222,20 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
     return rates
 
 
-def _parse(words: list[str]) -> Compare | Tune | PlanCommand:
+def _parse(words: list[str]) -> Compare | Tune | PlanCommand | Train:
     """Parse the command line; tyro's boxes become one line."""
     shown = io.StringIO()
+    # The defaults of these flags are those of --preset and --config, which are read first.
+    defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
     try:
         with contextlib.redirect_stderr(shown):
-            command: Compare | Tune | PlanCommand = tyro.cli(
+            command: Compare | Tune | PlanCommand | Train = tyro.cli(
                 Command,
                 prog="normuon",
-                description="Compare NorMuon with other optimizers on small language models.",
+                description="Train language models with NorMuon, and compare it with others.",
                 args=words,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **defaults,
             )
     except SystemExit as leaving:
         if leaving.code in (0, None):

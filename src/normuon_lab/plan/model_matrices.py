@@ -103,7 +103,7 @@ def model_shapes(model: str) -> ModelShapes:
     Raises:
         InputError: no such preset or file, no configuration, or a model without hidden matrices.
     """
-    config = preset_config(model) if model in PRESETS else _read_config(model)
+    config = preset_config(model) if model in PRESETS else read_config(model)
     return shapes_of(_on_meta(config, model), name=model)
 
 
@@ -154,7 +154,12 @@ def tp_style_of(name: str, plan: Mapping[str, str]) -> str | None:
     return None
 
 
-def _read_config(model: str) -> PretrainedConfig:
+def read_config(model: str) -> PretrainedConfig:
+    """The transformers configuration in a config.json, or in a folder that has one.
+
+    Raises:
+        InputError: it cannot be read, or the installed transformers does not know it.
+    """
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"

@@ -1,0 +1,140 @@
+"""Where the numbers of a run go: metrics.jsonl always, trackers by name. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from normuon_lab.atomic_files import write_text
+from normuon_lab.errors import RunsFailedError, require
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Where numbers can be sent."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send the numbers of a step."""
+
+    def close(self) -> None:
+        """Nothing more will be sent."""
+
+
+class MetricsLog:
+    """Writes rows of numbers, each as one JSON object on a line, and sends them to trackers.
+
+    Args:
+        run_dir: the run's folder.
+        step: the step that the run goes on from; rows of later steps, which a run that was killed
+            left behind, are dropped.
+        trackers: names from `config.TRACKERS`.
+        config: what trackers show of the run.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, step: int, trackers: Sequence[str], config: Mapping[str, Any]
+    ) -> None:
+        self._path = run_dir / METRICS_FILE
+        self._trackers = [_TRACKERS[name](run_dir, step, config) for name in trackers]
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        # A line at a time: a row is written whole or, after a crash, is the last and torn.
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a row.
+
+        Raises:
+            RunsFailedError: the disk is full, or took the file away.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise RunsFailedError(f"cannot write {self._path}: {error.strerror}") from None
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `InputError` unless the package of every tracker is installed."""
+    for name in names:
+        is_installed = find_spec(name) is not None
+        require(is_installed, f"--trackers {name}: the package {name} is not installed")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a torn last line is passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Hides what a killed run wrote after the checkpoint this one goes on from.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="normuon", name=run_dir.name, dir=str(run_dir), config=dict(config)
+        )
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project="normuon", name=run_dir.name, config=dict(config), resume="allow")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._trackio.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
