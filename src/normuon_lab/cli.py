@@ -16,6 +16,7 @@ from typing import Annotated
 
 import tyro
 
+from normuon_lab.data.command import DataCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
 from normuon_lab.plan.command import PlanCommand
 from normuon_lab.pretrain.command import Train, default_command
@@ -174,11 +175,13 @@ class Tune(ExperimentOptions):
         return 0
 
 
+AnyCommand = Compare | Tune | PlanCommand | Train | DataCommand
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[DataCommand, tyro.conf.subcommand("data")]
 )
 
 
@@ -222,14 +225,14 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
     return rates
 
 
-def _parse(words: list[str]) -> Compare | Tune | PlanCommand | Train:
+def _parse(words: list[str]) -> AnyCommand:
     """Parse the command line; tyro's boxes become one line."""
     shown = io.StringIO()
     # The defaults of these flags are those of --preset and --config, which are read first.
     defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
     try:
         with contextlib.redirect_stderr(shown):
-            command: Compare | Tune | PlanCommand | Train = tyro.cli(
+            command: AnyCommand = tyro.cli(
                 Command,
                 prog="normuon",
                 description="Train language models with NorMuon, and compare it with others.",

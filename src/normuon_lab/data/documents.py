@@ -67,23 +67,36 @@ def document_groups(config: DataConfig, source: TextFiles | Stream) -> list[Docu
         )
         assert isinstance(validation, (TextFiles, Stream))
         return [
-            *_groups(source, config.split, "none"),
-            *_groups(validation, config.split, "all"),
+            *groups_of(source, config.split, "none"),
+            *groups_of(validation, config.split, "all"),
         ]
     texts_only = isinstance(source, TextFiles) and all(
         builder_of(path) == "text" for path in source.paths
     )
     if not texts_only:
-        return _groups(source, config.split, "by_hash")
+        return groups_of(source, config.split, "by_hash")
     assert isinstance(source, TextFiles)
     if len(source.paths) == 1:
-        return _groups(source, config.split, "tail")
+        return groups_of(source, config.split, "tail")
     held_out = _held_out_files(source.paths, config.validation_fraction, config.seed)
     kept = tuple(path for path in source.paths if path not in held_out)
     others = tuple(path for path in source.paths if path in held_out)
     return [
-        *_groups(TextFiles(kept), config.split, "none"),
-        *_groups(TextFiles(others), config.split, "all"),
+        *groups_of(TextFiles(kept), config.split, "none"),
+        *groups_of(TextFiles(others), config.split, "all"),
+    ]
+
+
+def groups_of(source: TextFiles | Stream, split: str, hold_out: HoldOut) -> list[DocumentGroup]:
+    """A source's groups, one for each kind of file, all of whose documents are held out alike."""
+    if isinstance(source, Stream):
+        return [DocumentGroup(source.builder, source.config, source.paths, split, hold_out)]
+    by_builder: dict[str, list[Path]] = {}
+    for path in source.paths:
+        by_builder.setdefault(builder_of(path), []).append(path)
+    return [
+        DocumentGroup(builder, None, tuple(paths), split, hold_out)
+        for builder, paths in by_builder.items()
     ]
 
 
@@ -191,18 +204,6 @@ def readable(group: DocumentGroup) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise InputError(f"cannot read {_label(group)}: {reason}") from error
-
-
-def _groups(source: TextFiles | Stream, split: str, hold_out: HoldOut) -> list[DocumentGroup]:
-    if isinstance(source, Stream):
-        return [DocumentGroup(source.builder, source.config, source.paths, split, hold_out)]
-    by_builder: dict[str, list[Path]] = {}
-    for path in source.paths:
-        by_builder.setdefault(builder_of(path), []).append(path)
-    return [
-        DocumentGroup(builder, None, tuple(paths), split, hold_out)
-        for builder, paths in by_builder.items()
-    ]
 
 
 def _held_out_files(paths: Sequence[Path], fraction: float, seed: int) -> set[Path]:

@@ -234,7 +234,7 @@ class ValidationBatches:
 def prepare_in_cache(config: DataConfig, source: TextFiles) -> Path:
     """Tokenise text into the cache, unless it is there, and return its folder."""
     processes = config.processes or default_num_workers(64)
-    root = Path(config.cache) if config.cache else _default_cache()
+    root = cache_folder(config)
     request = PrepareRequest(config=config, out=root, processes=processes)
     tokenizer = load_tokenizer(config.tokenizer, separator=config.separator)
     job = describe_job(request, source, tokenizer)
@@ -244,7 +244,10 @@ def prepare_in_cache(config: DataConfig, source: TextFiles) -> Path:
     return root / key
 
 
-def _default_cache() -> Path:
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenised text is kept."""
+    if config.cache:
+        return Path(config.cache)
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "normuon" / "data"
 
@@ -267,7 +270,7 @@ def _open_shards(config: DataConfig, source: PreparedFolder | ShardFiles) -> Ope
     )
     assert isinstance(validation, (PreparedFolder, ShardFiles))
     train = opened.train if isinstance(source, PreparedFolder) else TokenShards(source.paths)
-    return replace(opened, train=train, validation=_validation_shards(validation))
+    return replace(opened, train=train, validation=open_validation_shards(validation))
 
 
 def _open_folder(folder: Path) -> OpenedShards:
@@ -280,7 +283,7 @@ def _open_folder(folder: Path) -> OpenedShards:
     return OpenedShards(train, validation, int(tokenizer["vocab_size"]), tokenizer["name"])
 
 
-def _validation_shards(source: PreparedFolder | ShardFiles) -> TokenShards:
+def open_validation_shards(source: PreparedFolder | ShardFiles) -> TokenShards:
     """All of other shards; of a prepared folder its held-out part, or all where there is none."""
     if isinstance(source, ShardFiles):
         return TokenShards(source.paths)

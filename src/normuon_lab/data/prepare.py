@@ -19,16 +19,16 @@ from normuon_lab.atomic_files import read_json, write_json, write_text
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
 from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
 from normuon_lab.data.encoding import batches_of, encode_in_order
-from normuon_lab.data.shard_writer import ShardWriter
+from normuon_lab.data.shard_writer import ShardWriter, sha256_of
 from normuon_lab.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_BYTES
-from normuon_lab.data.sources import MANIFEST, Stream, TextFiles, resolve_source
+from normuon_lab.data.sources import MANIFEST, PROGRESS, Stream, TextFiles, resolve_source
 from normuon_lab.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from normuon_lab.errors import InputError, require
 from normuon_lab.runs.config import first_difference
 
 KIND = "normuon data prepare"
 SCHEMA_VERSION = 1
-PROGRESS = "progress.json"
+LOCK = ".lock"
 
 _TOKENS_BETWEEN_SAVES = 16_000_000
 
@@ -81,7 +81,7 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
     job = describe_job(request, source, tokenizer)
     try:
         _make_folder(request.out)
-        with FileLock(request.out / ".lock"):
+        with FileLock(request.out / LOCK):
             finished = _finished(request.out, job)
             if finished is None:
                 finished = _Preparation(request, source, tokenizer, job).run(on_progress)
@@ -111,6 +111,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"the shard {path} is {'truncated' if size < expected else 'damaged'}: it has "
                 f"{size} bytes, and the manifest says {expected}; prepare it again (normuon data "
                 "prepare) or copy it again",
+            )
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compare every shard with the SHA-256 of the manifest, and return the manifest.
+
+    Raises:
+        InputError: a shard is missing or differs; names the first.
+    """
+    require(
+        (folder / MANIFEST).exists(), f"{folder} has no {MANIFEST}: it is not a prepared folder"
+    )
+    manifest = read_manifest(folder)
+    for part in PARTS:
+        for shard in manifest["parts"][part]["shards"]:
+            path = folder / shard["file"]
+            require(
+                sha256_of(path) == shard["sha256"],
+                f"the shard {path} is damaged: its bytes are not those that the manifest was "
+                "written for; prepare it again (normuon data prepare) or copy it again",
             )
     return manifest
 
@@ -179,6 +200,9 @@ class _Preparation:
             for part in PARTS
         }
         self._saved_tokens = self._num_tokens
+        if saved is None:
+            # From the first moment on the folder says that it is unfinished.
+            self._save(self._reader.state_dict())
 
     def run(self, on_progress: OnProgress | None) -> dict[str, Any]:
         try:
@@ -189,8 +213,9 @@ class _Preparation:
                 for part in PARTS:
                     self._writers[part].append(tokens[part])
                 self._documents += batch.num_documents
-                if batch.mark is not None:
-                    self._maybe_save(batch.mark)
+                unsaved = self._num_tokens - self._saved_tokens
+                if batch.mark is not None and unsaved >= _TOKENS_BETWEEN_SAVES:
+                    self._save(batch.mark)
                 if on_progress is not None:
                     on_progress(self._documents, self._num_tokens)
             require(
@@ -212,9 +237,7 @@ class _Preparation:
         for documents in self._reader:
             yield documents, self._reader.state_dict()
 
-    def _maybe_save(self, position: dict[str, Any]) -> None:
-        if self._num_tokens - self._saved_tokens < _TOKENS_BETWEEN_SAVES:
-            return
+    def _save(self, position: dict[str, Any]) -> None:
         writers = {part: writer.state_dict() for part, writer in self._writers.items()}
         progress = {"reader": position, "documents": self._documents, "writers": writers}
         write_json(
@@ -256,15 +279,11 @@ class _Preparation:
 def _make_folder(out: Path) -> None:
     require(not out.exists() or out.is_dir(), f"{out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    known = {MANIFEST, PROGRESS, ".lock"}
-    foreign = [path.name for path in out.iterdir() if path.name not in known]
-    ours = (out / MANIFEST).exists() or (out / PROGRESS).exists()
-    # What was stopped before it could save its progress is begun again.
-    unfinished = all(name.startswith((*PARTS, *(f".{part}" for part in PARTS))) for name in foreign)
-    require(
-        ours or unfinished,
-        f"{out} holds other files, such as {', '.join(foreign[:1])}; name another folder",
-    )
+    if not (out / MANIFEST).exists() and not (out / PROGRESS).exists():
+        for path in sorted(out.iterdir()):
+            require(
+                path.name == LOCK, f"{out} holds other files, such as {path.name}; name another"
+            )
 
 
 def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
@@ -278,8 +297,8 @@ def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
 
 def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     difference = first_difference(old, new)
-    require(
-        difference is None,
-        f"{out} was made with another {difference[0] if difference else ''} "
-        f"({difference[1:] if difference else ''}); name another folder",
-    )
+    if difference is not None:
+        name, before, after = difference
+        raise InputError(
+            f"{out} was made with another {name} ({before}, now {after}); name another folder"
+        )

@@ -7,17 +7,41 @@ target of its last input and the first input of sequence i + 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from normuon_lab.data.batches import BatchShare, LoadedBatch, TrainBatches, make_loader
 from normuon_lab.data.order import EpochOrder
-from normuon_lab.data.shards import TokenShards
 from normuon_lab.errors import InputError, require
+
+
+class TokenArray(Protocol):
+    """Tokens that are read in runs."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, length: int) -> npt.NDArray[Any]:
+        """``[length]`` tokens from `start`."""
+        ...
+
+
+class ArrayTokens:
+    """A `TokenArray` in memory."""
+
+    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """``[length]`` tokens from `start`."""
+        return self._tokens[start : start + length]
 
 
 class SequenceReader:
@@ -29,7 +53,7 @@ class SequenceReader:
         vocab_size: tokens must be below it.
     """
 
-    def __init__(self, tokens: TokenShards, *, sequence_length: int, vocab_size: int) -> None:
+    def __init__(self, tokens: TokenArray, *, sequence_length: int, vocab_size: int) -> None:
         self._tokens = tokens
         self._length = sequence_length
         self._vocab_size = vocab_size

@@ -93,13 +93,14 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        digest = _sha256(self._partial)
+        digest = sha256_of(self._partial)
         self._partial.replace(self._path)
         self.shards.append({"file": self._path.name, "tokens": self._filled, "sha256": digest})
         self._filled = 0
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

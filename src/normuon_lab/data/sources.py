@@ -13,6 +13,9 @@ from pathlib import Path
 from normuon_lab.errors import require
 
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+"""What a prepared folder has: the one when it is finished, the other until then."""
+
 HUB_PREFIX = "hub:"
 STREAM_PREFIX = "stream:"
 
@@ -124,7 +127,7 @@ def _folder(folder: Path) -> Source:
     if (folder / MANIFEST).exists():
         return PreparedFolder(folder)
     require(
-        not (folder / "progress.json").exists(),
+        not (folder / PROGRESS).exists(),
         f"{folder} is prepared in part; run the same normuon data prepare again to finish it",
     )
     require(

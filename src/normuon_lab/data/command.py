@@ -1,0 +1,155 @@
+"""`normuon data prepare` and `verify`: their options, and what they show while they work."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
+from normuon_lab.errors import require
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from normuon_lab.data.prepare import PrepareRequest
+
+_DEFAULTS = DataConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Tokenise text into .bin shards, in modded-nanogpt's format, with a manifest.
+
+    The same source gives the same bytes, whatever the number of processes. What is interrupted goes
+    on with the same command.
+    """
+
+    source: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """stdlib; text, jsonl or parquet files, by path or glob; or hub:NAME[:CONFIG]."""
+    out: Path
+    """Folder for the shards."""
+    validation: tuple[str, ...] = ()
+    """A source of its own for validation. Without it a part of SOURCE is held out."""
+    validation_fraction: float = _DEFAULTS.validation_fraction
+    """Share of the documents to hold out, by the hash of their text; of a single text file the last
+    part."""
+    tokenizer: str = _DEFAULTS.tokenizer
+    """bytes, a `tokenizers` JSON file, or the folder or Hub name of a transformers tokenizer."""
+    separator: str | None = None
+    """Token that begins every document; by default the tokenizer's end of text, and byte 0."""
+    text_field: str = _DEFAULTS.text_field
+    """Field of jsonl, parquet and Hub rows that holds the text."""
+    split: str = _DEFAULTS.split
+    """Split of a Hub data set."""
+    seed: int = _DEFAULTS.seed
+    """Decides which documents are held out."""
+    shard_tokens: int = DEFAULT_SHARD_TOKENS
+    """Tokens of every shard but the last."""
+    processes: int | None = None
+    """Processes that tokenise; by default as many as cores."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        from rich.console import Console
+
+        from normuon_lab.data.prepare import prepare
+
+        request = self.request()
+        if self.json or not sys.stderr.isatty():
+            manifest = prepare(request)
+        else:
+            with _progress_bar() as progress:
+                task = progress.add_task("Tokenising", total=None, documents=0)
+
+                def show(documents: int, tokens: int) -> None:
+                    progress.update(task, completed=tokens, documents=documents)
+
+                manifest = prepare(request, show)
+        if self.json:
+            from json import dumps
+
+            print(dumps(manifest))
+        else:
+            Console().print(summary_of(manifest, self.out), highlight=False, soft_wrap=True)
+        return 0
+
+    def request(self) -> PrepareRequest:
+        """The validated request."""
+        from normuon_lab.data.prepare import PrepareRequest
+        from normuon_lab.machine import default_num_workers
+
+        require(self.out.name != "", f"--out {self.out}: name a folder")
+        return PrepareRequest(
+            config=DataConfig(
+                source=self.source,
+                validation=self.validation,
+                validation_fraction=self.validation_fraction,
+                tokenizer=self.tokenizer,
+                separator=self.separator,
+                text_field=self.text_field,
+                split=self.split,
+                seed=self.seed,
+            ),
+            out=self.out,
+            shard_tokens=self.shard_tokens,
+            processes=default_num_workers(64) if self.processes is None else self.processes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check every byte of a prepared folder against its manifest, after a copy, say."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """What `normuon data prepare` wrote."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        from normuon_lab.data.prepare import verify
+
+        manifest = verify(self.folder)
+        print(f"every byte is as it was written\n{summary_of(manifest, self.folder)}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCommand:
+    """Prepare data for pretraining."""
+
+    action: Annotated[
+        Annotated[Prepare, tyro.conf.subcommand("prepare")]
+        | Annotated[Verify, tyro.conf.subcommand("verify")],
+        tyro.conf.arg(name=""),
+    ]
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        return self.action.run()
+
+
+def summary_of(manifest: dict[str, Any], out: Path) -> str:
+    """What was written, in a few lines."""
+    lines = [
+        f"{part}: {contents['tokens']:,} tokens in {len(contents['shards'])} shards"
+        for part, contents in manifest["parts"].items()
+    ]
+    return "\n".join([*lines, f"{manifest['documents']:,} documents in {out}"])
+
+
+def _progress_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,} tokens, {task.fields[documents]:,} documents"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
