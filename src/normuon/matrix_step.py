@@ -16,7 +16,12 @@ from torch import Tensor
 from normuon import rule
 from normuon.matrix_view import MatrixBlock, MatrixView, flattens_in_place
 from normuon.options import MatrixOptions
-from normuon.orthogonalize import is_faster_batched, resolve_ns_dtype
+from normuon.orthogonalize import (
+    Workspace,
+    is_faster_batched,
+    largest_magnitude,
+    resolve_ns_dtype,
+)
 from normuon.whole_matrix import WholeUpdate, update_whole_matrices
 
 
@@ -86,6 +91,7 @@ def step_matrices_(
     lr: float | Tensor,
     weight_decay: float,
     options: MatrixOptions,
+    workspace: Workspace,
 ) -> None:
     """Lines 2 to 7 of Algorithm 1 for every matrix of these parameters.
 
@@ -100,7 +106,9 @@ def step_matrices_(
             equal_runs.setdefault((part.m, part.n, *dtypes), []).append(run)
     for runs in equal_runs.values():
         for batch in _batches(runs, _limit(runs[0], options)):
-            _step_batch_(batch, lr=lr, weight_decay=weight_decay, options=options)
+            _step_batch_(
+                batch, lr=lr, weight_decay=weight_decay, options=options, workspace=workspace
+            )
     for copy in copies:
         copy.write_()
 
@@ -175,20 +183,21 @@ def matrices_per_batch(
 def scratch_bytes(m: int, n: int, *, ns_dtype: torch.dtype, param_dtype: torch.dtype) -> int:
     """Most scratch that one m x n matrix needs at any moment of a step, in bytes.
 
-    The larger of the two peaks: while the direction is normalised (itself, its stacked copy and the
-    scaled copy, in at least float32, and the result), and while Newton-Schulz multiplies (its
-    input, two iterates and the s x s products of this Newton-Schulz step and the last in
-    ``ns_dtype``, beside the direction).
+    What a step's workspace holds, and beside it the direction cast to another dtype: the direction
+    (later the step) in at least float32, its normalised copy in at least float32, that copy rounded
+    to a half precision, the next iterate, and the four s x s matrices of Newton-Schulz.
 
     Example:
         >>> scratch_bytes(4, 8, ns_dtype=torch.float32, param_dtype=torch.float32)
-        768
+        640
     """
     wide = torch.promote_types(param_dtype, torch.float32).itemsize
+    stats = torch.promote_types(ns_dtype, torch.float32).itemsize
     elements, short = m * n, min(m, n)
-    normalizing = (3 * wide + ns_dtype.itemsize) * elements
-    multiplying = wide * elements + ns_dtype.itemsize * (3 * elements + 4 * short * short)
-    return max(normalizing, multiplying)
+    rounded = ns_dtype.itemsize if ns_dtype.itemsize < stats else 0
+    cast = ns_dtype.itemsize if ns_dtype.itemsize != wide else 0
+    iterating = ns_dtype.itemsize * (elements + 4 * short * short)
+    return (wide + cast + stats + rounded) * elements + iterating
 
 
 def _batches(runs: Sequence[MatrixRun], limit: int) -> Iterator[list[MatrixRun]]:
@@ -215,6 +224,7 @@ def _step_batch_(
     lr: float | Tensor,
     weight_decay: float,
     options: MatrixOptions,
+    workspace: Workspace,
 ) -> None:
     param_BMN = batch[0].param_BMN
     ns_dtype = resolve_ns_dtype(
@@ -223,27 +233,28 @@ def _step_batch_(
     work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
     finite = [_finite_matrices(run) for run in batch] if options.skip_nonfinite else None
     moments = [run.v_BV for run in batch if run.v_BV is not None]
-    # The direction is freed as soon as it is orthogonalised: scratch is bounded.
     update = update_whole_matrices(
-        _advance_momentum_(batch, finite, options),
+        _advance_momentum_(batch, finite, options, workspace),
         _joined(moments) if moments else None,
         options=options,
         ns_dtype=ns_dtype,
         stats_dtype=work_dtype,
+        workspace=workspace,
     )
     moves_B11 = None if finite is None else _joined(finite)
     factor_B11 = _step_factor_(moments, update, moves_B11, lr=lr, options=options)
-    step_BMN = update.o_BMN.to(work_dtype).mul_(factor_B11.to(work_dtype))
-    start = 0
-    for index, run in enumerate(batch):
-        rule.apply_step_(
-            run.param_BMN,
-            step_BMN.narrow(0, start, len(run)),
-            decay=lr * weight_decay,
-            cautious=options.cautious_weight_decay,
-            moves=None if finite is None else finite[index],
-        )
-        start += len(run)
+    o_BMN = update.o_BMN
+    if o_BMN.dtype != work_dtype:
+        # The direction is spent: its memory serves for the step.
+        wide_BMN = workspace.empty("direction", o_BMN.shape, like=o_BMN, dtype=work_dtype)
+        o_BMN = wide_BMN.copy_(o_BMN)
+    rule.apply_steps_(
+        [run.param_BMN for run in batch],
+        torch.split(o_BMN.mul_(factor_B11.to(work_dtype)), [len(run) for run in batch]),
+        decay=lr * weight_decay,
+        cautious=options.cautious_weight_decay,
+        moves=finite,
+    )
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -252,32 +263,38 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _finite_matrices(run: MatrixRun) -> Tensor:
     """``[b, 1, 1]`` booleans: whether each matrix's gradient is finite throughout."""
-    largest_B11: Tensor = torch.linalg.vector_norm(
-        run.grad_BMN, ord=float("inf"), dim=(-2, -1), keepdim=True
-    )
-    finite_B11 = torch.isfinite(largest_B11)
+    finite_B11 = torch.isfinite(largest_magnitude(run.grad_BMN))
     if run.skipped_steps_B is not None:
         run.skipped_steps_B.add_(~finite_B11[:, 0, 0])
     return finite_B11
 
 
 def _advance_momentum_(
-    batch: Sequence[MatrixRun], finite: list[Tensor] | None, options: MatrixOptions
+    batch: Sequence[MatrixRun],
+    finite: list[Tensor] | None,
+    options: MatrixOptions,
+    workspace: Workspace,
 ) -> Tensor:
     """Line 2 for each matrix; returns what line 3 takes, ``[B, M, N]`` (not to be written to)."""
-    directions = []
-    for index, run in enumerate(batch):
-        grad_BMN = -run.grad_BMN if options.maximize else run.grad_BMN
-        if finite is not None:
-            # lerp(M, M) is M bit by bit, so a skipped matrix keeps its momentum untouched.
-            grad_BMN = torch.where(finite[index], grad_BMN.to(run.momentum_BMN), run.momentum_BMN)
-        rule.update_momentum_(run.momentum_BMN, grad_BMN, momentum_beta=options.momentum)
-        directions.append(
-            rule.nesterov_direction(run.momentum_BMN, grad_BMN, momentum_beta=options.momentum)
-            if options.nesterov
-            else run.momentum_BMN
+    grads = [-run.grad_BMN if options.maximize else run.grad_BMN for run in batch]
+    momenta = [run.momentum_BMN for run in batch]
+    if finite is not None:
+        # lerp(M, M) is M bit by bit, so a skipped matrix keeps its momentum untouched.
+        grads = [
+            torch.where(finite_B11, grad_BMN.to(momentum_BMN), momentum_BMN)
+            for finite_B11, grad_BMN, momentum_BMN in zip(finite, grads, momenta, strict=True)
+        ]
+    rule.update_momenta_(momenta, grads, momentum_beta=options.momentum)
+    if not options.nesterov:
+        return _joined(momenta)
+    shape = (sum(map(len, batch)), *momenta[0].shape[1:])
+    direction_BMN = workspace.empty("direction", shape, like=momenta[0])
+    parts = torch.split(direction_BMN, [len(run) for run in batch])
+    for momentum_BMN, grad_BMN, part_BMN in zip(momenta, grads, parts, strict=True):
+        rule.nesterov_direction(
+            momentum_BMN, grad_BMN, momentum_beta=options.momentum, out=part_BMN
         )
-    return _joined(directions)
+    return direction_BMN
 
 
 def _step_factor_(

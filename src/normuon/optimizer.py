@@ -30,7 +30,7 @@ from normuon.options import (
     described,
     param_label,
 )
-from normuon.orthogonalize import Orthogonalizer
+from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
 from normuon.rule import AdjustLrFn, NeuronAxis
 from normuon.state import (
     adopt_params_,
@@ -91,8 +91,10 @@ class NorMuon(Optimizer):
             A `muon` group takes torch.optim.Muon's factors of these names.
         neuron_axis: ``"row"``, the paper's, or ``"short"``, statistics along the short side: the
             neurons of a wide matrix are then its columns, and its state is m n + n.
-        orthogonalizer: ``"auto"``, a name, or a callable ``[B, m, n] -> [B, m, n]`` that takes
-            matrices of Frobenius norm 1.
+        orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one of them with fewer
+            FLOPs, or a callable ``[B, m, n] -> [B, m, n]`` that takes matrices of norm 1.
+        ns_backend: ``"eager"``, ``"compile"`` (torch.compile), ``"kernels"`` (gram-newton-schulz's,
+            for Hopper and later) or ``"auto"``: those kernels where they run, eager elsewhere.
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
         momentum_dtype: dtype of the momentum; None: the parameter's.
@@ -143,6 +145,7 @@ class NorMuon(Optimizer):
         *,
         neuron_axis: NeuronAxis = "row",
         orthogonalizer: str | Orthogonalizer = "auto",
+        ns_backend: Backend = "auto",
         ns_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
         cautious_weight_decay: bool = False,
@@ -168,6 +171,7 @@ class NorMuon(Optimizer):
             "adjust_lr_fn": adjust_lr_fn,
             "neuron_axis": neuron_axis,
             "orthogonalizer": orthogonalizer,
+            "ns_backend": ns_backend,
             "ns_dtype": ns_dtype,
             "momentum_dtype": momentum_dtype,
             "cautious_weight_decay": cautious_weight_decay,
@@ -184,6 +188,7 @@ class NorMuon(Optimizer):
         self._balance = balance
         self._bucket_bytes = bucket_bytes
         self._sharded_steps: list[ShardedStep] | None = None
+        self._workspace = Workspace()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -239,6 +244,7 @@ class NorMuon(Optimizer):
                     lr=group["lr"],
                     weight_decay=group["weight_decay"],
                     options=MatrixOptions.from_group(group),
+                    workspace=self._workspace,
                 )
         for sharded_step in sharded_steps:
             sharded_step.step_()
@@ -371,6 +377,7 @@ class NorMuon(Optimizer):
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
         self._sharded_steps = None
+        self._workspace = Workspace()
         # Process groups and plans belong to the processes that run, not to what is saved.
         for name, default in (
             ("_process_group", None),

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from normuon.flattened import check_not_flattened
 from normuon.matrix_view import MatrixView
-from normuon.orthogonalize import NS_DTYPES, ORTHOGONALIZERS, Orthogonalizer, resolve_coefficients
-from normuon.orthogonalize.coefficients import Triple
+from normuon.orthogonalize import (
+    BACKENDS,
+    METHODS,
+    NS_DTYPES,
+    Backend,
+    Orthogonalizer,
+    Triple,
+    check_backend,
+    resolve_coefficients,
+)
 from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
 
 Algorithm = Literal["normuon", "muon", "adamw"]
@@ -79,6 +87,7 @@ class MatrixOptions:
     neuron_axis: NeuronAxis
     coefficients: tuple[Triple, ...]
     orthogonalizer: str | Orthogonalizer
+    ns_backend: Backend
     ns_dtype: torch.dtype | None
     skip_nonfinite: bool
     maximize: bool
@@ -98,6 +107,7 @@ class MatrixOptions:
             neuron_axis=group["neuron_axis"],
             coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
             orthogonalizer=group["orthogonalizer"],
+            ns_backend=group["ns_backend"],
             ns_dtype=group["ns_dtype"],
             skip_nonfinite=group["skip_nonfinite"],
             maximize=group["maximize"],
@@ -132,7 +142,9 @@ def check_options(group: Mapping[str, Any]) -> None:
     _check_choice("neuron_axis", group["neuron_axis"], NEURON_AXES)
     orthogonalizer = group["orthogonalizer"]
     if not callable(orthogonalizer):
-        _check_choice("orthogonalizer", orthogonalizer, ("auto", *ORTHOGONALIZERS), "a callable")
+        _check_choice("orthogonalizer", orthogonalizer, ("auto", *METHODS), "a callable")
+    _check_choice("ns_backend", group["ns_backend"], BACKENDS)
+    check_backend(group["ns_backend"])
     for name in ("ns_dtype", "momentum_dtype"):
         if group[name] is not None:
             _check_choice(name, group[name], NS_DTYPES, "None")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from normuon.distributed.assignment import Balance
-from normuon.distributed.cost import DTYPE_BYTES, CostModel, newton_schulz_flops
+from normuon.distributed.cost import DTYPE_BYTES, CostModel
 from normuon.distributed.mesh_layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
@@ -31,7 +31,7 @@ from normuon.options import (
     param_label,
     planned_name,
 )
-from normuon.orthogonalize import transport_dtype
+from normuon.orthogonalize import flops_per_matrix, transport_dtype
 from normuon.state import is_dtensor, view_of
 
 if TYPE_CHECKING:
@@ -208,8 +208,20 @@ def _sent_as(task: MatrixTask, wire_dtype: str) -> MatrixTask:
 
 
 def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
-    matrix_groups = [group for group in groups if group["algorithm"] != "adamw"]
-    steps = max(
-        (len(MatrixOptions.from_group(group).coefficients) for group in matrix_groups), default=5
-    )
-    return CostModel(flops=lambda m, n: newton_schulz_flops(m, n, num_steps=steps))
+    """As `sharded_params.cost_model_for`, for accelerators whose dtype the groups leave open."""
+    found = [MatrixOptions.from_group(g) for g in groups if g["algorithm"] != "adamw"]
+    if not found:
+        return CostModel()
+    options = max(found, key=lambda options: len(options.coefficients))
+
+    def flops(m: int, n: int) -> int:
+        return flops_per_matrix(
+            m,
+            n,
+            coefficients=options.coefficients,
+            dtype=options.ns_dtype or torch.bfloat16,
+            device_type="cuda",
+            orthogonalizer=options.orthogonalizer,
+        )
+
+    return CostModel(flops=flops)

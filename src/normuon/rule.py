@@ -9,6 +9,7 @@ the order of the calls, and what is stored where, is `matrix_step.py`'s.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -49,20 +50,33 @@ def update_momentum_(momentum: Tensor, grad: Tensor, *, momentum_beta: float) ->
     momentum.lerp_(grad.to(momentum.dtype), 1 - momentum_beta)  # Alg. 1, line 2
 
 
-def nesterov_direction(momentum: Tensor, grad: Tensor, *, momentum_beta: float) -> Tensor:
+def update_momenta_(
+    momenta: Sequence[Tensor], grads: Sequence[Tensor], *, momentum_beta: float
+) -> None:
+    """`update_momentum_` for many tensors in few launches."""
+    seen = [grad.to(momentum.dtype) for momentum, grad in zip(momenta, grads, strict=True)]
+    torch._foreach_lerp_(list(momenta), seen, 1 - momentum_beta)  # Alg. 1, line 2
+
+
+def nesterov_direction(
+    momentum: Tensor, grad: Tensor, *, momentum_beta: float, out: Tensor | None = None
+) -> Tensor:
     """What line 3 orthogonalises when Nesterov is on: ``b1 M_t + (1 - b1) G_t``.
 
     Differs: Algorithm 1 orthogonalises M_t itself; the authors' released code and torch.optim.Muon
     look one step ahead, and so does this library by default.
 
     Returns:
-        A new tensor in the momentum's dtype; neither argument is written to.
+        ``out``, or a new tensor in the momentum's dtype; neither argument is written to.
 
     Example:
         >>> nesterov_direction(torch.zeros(2), torch.ones(2), momentum_beta=0.75)
         tensor([0.2500, 0.2500])
     """
-    return torch.lerp(grad.to(momentum.dtype), momentum, momentum_beta)
+    seen = grad.to(momentum.dtype)
+    if out is None:
+        return torch.lerp(seen, momentum, momentum_beta)
+    return torch.lerp(seen, momentum, momentum_beta, out=out)
 
 
 def mean_square_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
@@ -228,3 +242,25 @@ def apply_step_(
     work_BMN.sub_(step_BMN)  # Alg. 1, line 7
     if not exact:
         param_BMN.copy_(work_BMN)
+
+
+def apply_steps_(
+    params: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    decay: float | Tensor,
+    cautious: bool,
+    moves: Sequence[Tensor] | None = None,
+) -> None:
+    """`apply_step_` for many tensors, in few launches where nothing is masked or rounded."""
+    exact = all(param.dtype == step.dtype for param, step in zip(params, steps, strict=True))
+    if exact and not cautious and moves is None:
+        kept = 1 - decay
+        if isinstance(kept, Tensor):
+            kept = kept.reshape(())  # All that the multi-tensor product takes.
+        torch._foreach_mul_(list(params), kept)
+        torch._foreach_sub_(list(params), list(steps))  # Alg. 1, line 7
+        return
+    each: Sequence[Tensor | None] = moves or [None] * len(params)
+    for param, step, moved in zip(params, steps, each, strict=True):
+        apply_step_(param, step, decay=decay, cautious=cautious, moves=moved)

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from normuon.distributed.agreement import check_agreement, first_different_line
-from normuon.distributed.cost import CostModel, newton_schulz_flops
+from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.region import Region
 from normuon.distributed.task import MatrixTask
 from normuon.matrix_tasks import dtype_name, second_moment_dims, tasks_of_param
 from normuon.matrix_view import MatrixView
 from normuon.options import MatrixOptions, param_label, planned_name
-from normuon.orthogonalize import resolve_ns_dtype, transport_dtype
+from normuon.orthogonalize import flops_per_matrix, resolve_ns_dtype, transport_dtype
 from normuon.state import view_of
 
 MatrixState = dict[str, Tensor]
@@ -244,13 +244,21 @@ def cost_model_for(params: Sequence[ShardedParam]) -> CostModel:
     The rates decide only whether replicas compute a matrix once or each for itself; they are
     constants by device type, because every rank must decide alike.
     """
-    steps = {len(entry.options.coefficients) for entry in params}
-    num_steps = max(steps)
+    # One count serves the whole plan: the longest iteration's, where groups differ.
+    entry = max(params, key=lambda entry: len(entry.options.coefficients))
+    options, device_type = entry.options, entry.param.device.type
 
     def flops(m: int, n: int) -> int:
-        return newton_schulz_flops(m, n, num_steps=num_steps)
+        return flops_per_matrix(
+            m,
+            n,
+            coefficients=options.coefficients,
+            dtype=entry.ns_dtype,
+            device_type=device_type,
+            orthogonalizer=options.orthogonalizer,
+        )
 
-    if params[0].param.device.type == "cpu":
+    if device_type == "cpu":
         # One thread of a CPU, and Gloo over loopback or a 10 Gbit/s network.
         return CostModel(
             flops=flops, flops_per_second=5e10, bytes_per_second=1e9, latency_seconds=2e-4

@@ -27,6 +27,7 @@ from normuon.distributed.task import MatrixTask
 from normuon.matrix_step import matrices_per_batch
 from normuon.matrix_tasks import as_matrices, as_native
 from normuon.options import MatrixOptions
+from normuon.orthogonalize import Workspace
 from normuon.sharded_params import (
     GRADIENT,
     NO_GRADIENT,
@@ -96,6 +97,7 @@ class ShardedStep:
         self.idle_axes = [idle_second_moment_axes(entry) for entry in self.params]
         self.steps: list[LocalStep] = []
         self.skipped: Tensor | None = None
+        self.workspace = Workspace()
 
     def _bucket_routes(self, direction: Direction) -> list[BucketRoutes]:
         return bucket_routes(
@@ -239,6 +241,7 @@ class ShardedStep:
             options=step.options,
             ns_dtype=entry.ns_dtype,
             stats_dtype=entry.stats_dtype,
+            workspace=self.workspace,
         )
         o = as_native(update.o_BMN, entry.view, first.region.shape)
         scale_B = torch.where(moves_B, update.scale_B.to(flags.dtype), UNTOUCHED)

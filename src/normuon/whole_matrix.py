@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normuon import rule
 from normuon.options import MatrixOptions
-from normuon.orthogonalize import orthogonalize
+from normuon.orthogonalize import Workspace, orthogonalize
 
 
 @dataclass(slots=True)
@@ -38,6 +38,7 @@ def update_whole_matrices(
     options: MatrixOptions,
     ns_dtype: torch.dtype,
     stats_dtype: torch.dtype,
+    workspace: Workspace,
 ) -> WholeUpdate:
     """Orthogonalises a batch, advances its second moments and finds each matrix's scale.
 
@@ -47,12 +48,15 @@ def update_whole_matrices(
         options: of the group.
         ns_dtype: dtype to orthogonalise in.
         stats_dtype: dtype of second moments and scales, whatever Newton-Schulz computes in.
+        workspace: scratch kept between calls; O may live there until its next use.
     """
     o_BMN = orthogonalize(
         direction_BMN,
         coefficients=options.coefficients,
         dtype=ns_dtype,
         orthogonalizer=options.orthogonalizer,
+        backend=options.ns_backend,
+        workspace=workspace,
     )
     batch, m, n = o_BMN.shape
     if v_BV is None:

@@ -26,10 +26,12 @@ def test_a_flop_function_that_gives_nothing_is_refused():
         CostModel(flops=lambda m, n: 0).matrix_flops(2, 3)
 
 
-def test_scratch_is_the_next_iterate_and_two_small_squares():
-    # [4, 8] in two bytes: 32 + 2 * 16 entries.
-    assert CostModel().scratch_bytes(4, 8) == 128
-    assert CostModel().scratch_bytes(8, 4, element_bytes=4) == 256
+def test_scratch_is_two_iterates_and_four_small_squares():
+    # [4, 8] in two bytes: 2 * 32 + 4 * 16 entries.
+    assert CostModel().scratch_bytes(4, 8) == 256
+    assert CostModel().scratch_bytes(8, 4, element_bytes=4) == 512
+    # Of a long matrix the float32 copy that is normalised weighs more: (4 + 2) * 1 * 100.
+    assert CostModel().scratch_bytes(1, 100) == 600
 
 
 @pytest.mark.parametrize(

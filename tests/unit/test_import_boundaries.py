@@ -16,7 +16,15 @@ PACKAGE = Path(normuon.__file__).parent
 # Each file may import from normuon only what stands before it.
 ORDER = [
     "orthogonalize.coefficients",
-    "orthogonalize.newton_schulz",
+    "orthogonalize.precision",
+    "orthogonalize.flops",
+    "orthogonalize.segments",
+    "orthogonalize.symmetric",
+    "orthogonalize.workspace",
+    "orthogonalize.normalize",
+    "orthogonalize.iteration",
+    "orthogonalize.compiled",
+    "orthogonalize.kernels",
     "orthogonalize.backend",
     "orthogonalize",
     "rule",

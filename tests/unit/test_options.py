@@ -55,7 +55,8 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ),
         (
             {"orthogonalizer": "svd"},
-            "orthogonalizer='svd' is not known; choose from 'auto', 'newton_schulz' or a callable",
+            "orthogonalizer='svd' is not known; choose from 'auto', 'newton_schulz', 'gram' or a "
+            "callable",
         ),
         (
             {"ns_dtype": torch.int8},

@@ -136,14 +136,17 @@ class CostModel:
     ) -> int:
         """Bytes the orthogonaliser needs beside its input, for a batch of [m, n] matrices.
 
-        The next iterate X' is [m, n]; A = X X^T and the polynomial B are [s, s], s = min(m, n).
+        The input is normalised in float32 or wider; then there are two iterates of [m, n] and the
+        four [s, s] matrices R, Z, Q and T, s = min(m, n).
 
         Example:
             >>> CostModel().scratch_bytes(4, 8, num_matrices=3)
-            384
+            768
         """
-        short = min(m, n)
-        return num_matrices * element_bytes * (m * n + 2 * short * short)
+        elements, short = m * n, min(m, n)
+        normalizing = (max(4, element_bytes) + element_bytes) * elements
+        iterating = element_bytes * (2 * elements + 4 * short * short)
+        return num_matrices * max(normalizing, iterating)
 
     def once_per_replica(
         self, flops: int, *, gather_bytes: int, return_bytes: int, num_replicas: int

@@ -1,36 +1,52 @@
 """Orthogonalisation of a batch of matrices: coefficients, methods, and the choice among them."""
 
 from normuon.orthogonalize.backend import (
-    NS_DTYPES,
-    ORTHOGONALIZERS,
+    BACKENDS,
+    Backend,
     Orthogonalizer,
+    check_backend,
+    flops_per_matrix,
     is_faster_batched,
-    multiplies_bfloat16_natively,
     orthogonalize,
-    resolve_ns_dtype,
-    transport_dtype,
+    resolve_backend,
 )
 from normuon.orthogonalize.coefficients import (
     COEFFICIENT_TABLES,
     CoefficientTable,
+    Triple,
     resolve_coefficients,
 )
-from normuon.orthogonalize.newton_schulz import (
-    newton_schulz,
-    normalize_frobenius,
+from normuon.orthogonalize.iteration import gram_newton_schulz, newton_schulz
+from normuon.orthogonalize.normalize import largest_magnitude, normalize_frobenius
+from normuon.orthogonalize.precision import (
+    NS_DTYPES,
+    multiplies_bfloat16_natively,
+    resolve_ns_dtype,
+    transport_dtype,
 )
+from normuon.orthogonalize.segments import METHODS
+from normuon.orthogonalize.workspace import Workspace
 
 __all__ = [
+    "BACKENDS",
     "COEFFICIENT_TABLES",
+    "METHODS",
     "NS_DTYPES",
-    "ORTHOGONALIZERS",
+    "Backend",
     "CoefficientTable",
     "Orthogonalizer",
+    "Triple",
+    "Workspace",
+    "check_backend",
+    "flops_per_matrix",
+    "gram_newton_schulz",
     "is_faster_batched",
+    "largest_magnitude",
     "multiplies_bfloat16_natively",
     "newton_schulz",
     "normalize_frobenius",
     "orthogonalize",
+    "resolve_backend",
     "resolve_coefficients",
     "resolve_ns_dtype",
     "transport_dtype",

@@ -1,27 +1,42 @@
-"""The one place that chooses how and in which dtype a batch of matrices is orthogonalised.
+"""The one place that chooses how a batch of matrices is orthogonalised, and by which backend.
 
-The methods themselves are in `newton_schulz.py`; the optimizer only asks for `orthogonalize`.
+The polynomial is `iteration.py`'s, its cut into segments `segments.py`'s, the dtype
+`precision.py`'s; the optimizer only asks for `orthogonalize`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normuon.orthogonalize.coefficients import Triple
-from normuon.orthogonalize.newton_schulz import newton_schulz, normalize_frobenius
+from normuon.orthogonalize.compiled import compiled_iterate
+from normuon.orthogonalize.flops import num_panels, orthogonalize_flops
+from normuon.orthogonalize.iteration import iterate, iterate_
+from normuon.orthogonalize.kernels import (
+    MISSING,
+    is_installed,
+    kernel_orthogonalizer,
+    why_unavailable,
+)
+from normuon.orthogonalize.normalize import largest_magnitude, normalize_frobenius
+from normuon.orthogonalize.precision import transport_dtype
+from normuon.orthogonalize.segments import plain_segments, segments_for
+from normuon.orthogonalize.workspace import Workspace
 
 Orthogonalizer = Callable[[Tensor], Tensor]
 """``[B, M, N] -> [B, M, N]``: takes matrices of Frobenius norm 1 (or 0), in ``ns_dtype``."""
 
-ORTHOGONALIZERS: dict[str, Callable[[Tensor, Sequence[Triple]], Tensor]] = {
-    "newton_schulz": newton_schulz,
-}
-NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+Backend = Literal["auto", "eager", "compile", "kernels"]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "compile", "kernels")
+
+_log = logging.getLogger("normuon")
 
 
 def orthogonalize(
@@ -30,6 +45,8 @@ def orthogonalize(
     coefficients: Sequence[Triple],
     dtype: torch.dtype,
     orthogonalizer: str | Orthogonalizer = "auto",
+    backend: Backend = "auto",
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """O = NS(M) of Alg. 1, line 3, for a batch of matrices of any scale.
 
@@ -38,25 +55,66 @@ def orthogonalize(
         coefficients: one ``(a, b, c)`` per Newton-Schulz step; a callable orthogonaliser has its
             own and ignores these.
         dtype: dtype to compute in.
-        orthogonalizer: ``"auto"``, a name in `ORTHOGONALIZERS`, or a callable
-            ``[B, M, N] -> [B, M, N]``.
+        orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one of the two with
+            fewer FLOPs, or a callable ``[B, M, N] -> [B, M, N]``.
+        backend: ``"eager"``; ``"compile"`` for torch.compile; ``"kernels"`` for the package
+            gram-newton-schulz; ``"auto"`` for those kernels where they run and eager elsewhere.
+        workspace: scratch kept between calls; None for none.
 
     Returns:
-        A ``[B, M, N]`` tensor in ``dtype`` that the caller may overwrite; an all-zero matrix gives
-        zero.
+        A ``[B, M, N]`` tensor in ``dtype`` that the caller may overwrite, valid until the workspace
+        is used again; an all-zero matrix gives zero.
 
     Raises:
-        ValueError: a callable returned another shape than it was given.
+        ValueError: a callable returned another shape than it was given, or the kernels were asked
+            for by name where they do not run.
+
+    Example:
+        >>> from normuon.orthogonalize import resolve_coefficients
+        >>> x = torch.tensor([[[3e-5, 0.0], [0.0, 2e-5]]])
+        >>> orthogonalize(x, coefficients=resolve_coefficients("cans", 5), dtype=torch.float32)
+        tensor([[[1.1041, 0.0000],
+                 [0.0000, 0.9011]]])
     """
-    x_BMN = normalize_frobenius(x_BMN.to(transport_dtype(dtype)), dtype=dtype)
+    workspace = workspace or Workspace()
+    unit_BMN = normalize_frobenius(
+        x_BMN.to(transport_dtype(dtype)), dtype=dtype, workspace=workspace
+    )
     # A step may run under autocast, which would round these products to a dtype nobody chose.
     device_type = x_BMN.device.type
     exact = torch.amp.is_autocast_available(device_type)
     with torch.autocast(device_type, enabled=False) if exact else nullcontext():
-        if not callable(orthogonalizer):
-            name = "newton_schulz" if orthogonalizer == "auto" else orthogonalizer
-            return ORTHOGONALIZERS[name](x_BMN, coefficients)
-        o_BMN = orthogonalizer(x_BMN)
+        if callable(orthogonalizer):
+            return _by_callable(unit_BMN, orthogonalizer)
+        return _by_method(unit_BMN, tuple(coefficients), orthogonalizer, backend, workspace)
+
+
+def _by_method(
+    x_BMN: Tensor,
+    coefficients: tuple[Triple, ...],
+    method: str,
+    backend: Backend,
+    workspace: Workspace,
+) -> Tensor:
+    chosen = resolve_backend(backend, device=x_BMN.device, dtype=x_BMN.dtype)
+    _, m, n = x_BMN.shape
+    panels = num_panels(min(m, n), device_type=x_BMN.device.type) if chosen == "eager" else 1
+    segments = segments_for(
+        method, m, n, coefficients=coefficients, dtype=x_BMN.dtype, panels=panels
+    )
+    if chosen == "kernels":
+        return kernel_orthogonalizer(coefficients, segments)(x_BMN)
+    if torch.compiler.is_compiling():  # The whole step is being compiled, this part with it.
+        return iterate(x_BMN, coefficients, segments=segments)
+    if chosen == "compile":
+        return compiled_iterate(coefficients, segments)(x_BMN)
+    return iterate_(x_BMN, coefficients, segments=segments, workspace=workspace)
+
+
+def _by_callable(x_BMN: Tensor, orthogonalizer: Orthogonalizer) -> Tensor:
+    # Asked before the call, which may overwrite its argument.
+    zero_B11 = largest_magnitude(x_BMN) == 0
+    o_BMN = orthogonalizer(x_BMN)
     if o_BMN.shape != x_BMN.shape:
         raise ValueError(
             f"orthogonalizer returned shape {list(o_BMN.shape)} for an input of "
@@ -64,73 +122,106 @@ def orthogonalize(
         )
     # Zero has no one polar factor: an SVD gives some orthogonal matrix, and the step must be zero.
     # `where` copies, as it must: the callable may hand out a buffer of its own.
-    largest_B11 = torch.linalg.vector_norm(x_BMN, ord=float("inf"), dim=(-2, -1), keepdim=True)
-    return torch.where(largest_B11 == 0, 0.0, o_BMN.to(dtype))
+    return torch.where(zero_B11, 0.0, o_BMN.to(x_BMN.dtype))
 
 
-def transport_dtype(ns_dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a direction reaches the orthogonaliser, before it is normalised.
+def resolve_backend(
+    backend: Backend, *, device: torch.device, dtype: torch.dtype
+) -> Literal["eager", "compile", "kernels"]:
+    """The backend that serves a device and a dtype.
 
-    ``ns_dtype`` itself, so that half the bytes travel when it is bfloat16 and nothing is lost that
-    Newton-Schulz would keep; float32 for float16, whose range a raw gradient would leave.
+    Raises:
+        ValueError: the kernels were asked for by name where they do not run.
 
     Example:
-        >>> transport_dtype(torch.bfloat16), transport_dtype(torch.float16)
-        (torch.bfloat16, torch.float32)
+        >>> resolve_backend("auto", device=torch.device("cpu"), dtype=torch.bfloat16)
+        'eager'
     """
-    return torch.float32 if ns_dtype == torch.float16 else ns_dtype
+    if backend == "auto":
+        # The kernels' programs belong to the device: a compiled step keeps to what it can trace.
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            return "eager"
+        return _auto_backend(device, dtype)
+    if backend == "kernels":
+        reason = why_unavailable(device, dtype)
+        if reason is not None:
+            raise ValueError(
+                f"ns_backend='kernels' asks for the kernels of gram-newton-schulz, but {reason}; "
+                "'auto' uses them where they run"
+            )
+    return backend
+
+
+def check_backend(backend: Backend) -> None:
+    """Checks that what a backend needs is installed, before any step asks for it.
+
+    Raises:
+        ValueError: it is not; names the extra.
+    """
+    if backend == "kernels" and not is_installed():
+        raise ValueError(f"ns_backend='kernels': {MISSING}")
+
+
+@lru_cache(maxsize=64)
+def _auto_backend(device: torch.device, dtype: torch.dtype) -> Literal["eager", "kernels"]:
+    """Cached, so that a choice is logged once."""
+    reason = why_unavailable(device, dtype)
+    choice: Literal["eager", "kernels"] = "eager" if reason else "kernels"
+    name = str(dtype).removeprefix("torch.")
+    _log.info(
+        "ns_backend='auto' is %r for %s on %s%s",
+        choice,
+        name,
+        device,
+        f" (gram-newton-schulz's kernels: {reason})" if reason else "",
+    )
+    return choice
+
+
+def flops_per_matrix(
+    m: int,
+    n: int,
+    *,
+    coefficients: Sequence[Triple],
+    dtype: torch.dtype,
+    device_type: str,
+    orthogonalizer: str | Orthogonalizer = "auto",
+) -> int:
+    """FLOPs of `orthogonalize` for one m x n matrix, as the eager backend evaluates it.
+
+    A callable's FLOPs are its own affair: it is counted as plain Newton-Schulz, which orders
+    matrices by size all the same.
+
+    Example:
+        >>> from normuon.orthogonalize import resolve_coefficients
+        >>> jordan = resolve_coefficients("jordan", 5)
+        >>> flops_per_matrix(
+        ...     768, 768, coefficients=jordan, dtype=torch.float32, device_type="cuda"
+        ... )
+        13589544960
+    """
+    if callable(orthogonalizer):
+        return orthogonalize_flops(m, n, segments=plain_segments(coefficients))
+    panels = num_panels(min(m, n), device_type=device_type)
+    segments = segments_for(
+        orthogonalizer, m, n, coefficients=coefficients, dtype=dtype, panels=panels
+    )
+    return orthogonalize_flops(m, n, segments=segments, panels=panels)
 
 
 def is_faster_batched(m: int, n: int, *, dtype: torch.dtype, device_type: str) -> bool:
-    """Whether matrices of this shape go through `newton_schulz` faster together than in turn.
+    """Whether matrices of this shape go through `orthogonalize` faster together than in turn.
 
     Small products cost more to launch than to compute, so they are batched everywhere, and on
-    accelerators and in bfloat16 everything is. Large float32 products on a CPU already fill it one
-    by one: measured with 8 matrices on 2 threads, batched over looped time is 0.18 at 32 x 32, 0.76
-    at 128 x 128, 1.26 at 256 x 256 and 1.19 at 768 x 768. The results are the same bit by bit.
+    accelerators everything is. Large products on a CPU already fill it one by one, and only single
+    matrices are cut into panels. Measured in float32 with 8 matrices on 2 threads, batched over
+    looped time is 0.18 at 32 x 32, 0.76 at 128 x 128, 1.26 at 256 x 256 and 1.19 at 768 x 768. The
+    results are the same bit by bit.
 
     Example:
         >>> is_faster_batched(768, 3072, dtype=torch.float32, device_type="cpu")
         False
     """
-    return device_type != "cpu" or dtype.itemsize == 2 or min(m, n) <= 128
-
-
-def resolve_ns_dtype(
-    ns_dtype: torch.dtype | None, *, param_dtype: torch.dtype, device: torch.device
-) -> torch.dtype:
-    """The dtype to orthogonalise in.
-
-    ``None`` means float64 for float64 parameters, and otherwise bfloat16 where the hardware
-    multiplies it natively and float32 where it does not.
-
-    Example:
-        >>> resolve_ns_dtype(None, param_dtype=torch.float64, device=torch.device("cpu"))
-        torch.float64
-    """
-    if ns_dtype is not None:
-        return ns_dtype
-    if param_dtype == torch.float64:
-        return torch.float64
-    return torch.bfloat16 if _native_bfloat16(device.type) else torch.float32
-
-
-# torch.compile cannot trace the query of the hardware.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _native_bfloat16(device_type: str) -> bool:
-    return multiplies_bfloat16_natively(device_type)
-
-
-@lru_cache(maxsize=16)
-def multiplies_bfloat16_natively(device_type: str) -> bool:
-    """Whether matrix products in bfloat16 run on dedicated instructions of this device.
-
-    CUDA devices and CPUs with AMX or AVX512-BF16 do. Elsewhere bfloat16 is emulated, which on
-    a CPU is several times slower than float32.
-    """
-    if device_type == "cpu":
-        if not hasattr(torch.cpu, "get_capabilities"):  # Older releases have private queries only.
-            return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return device_type == "cuda"
+    if device_type != "cpu" or min(m, n) <= 128:
+        return True
+    return dtype.itemsize == 2 and num_panels(min(m, n), device_type=device_type) == 1

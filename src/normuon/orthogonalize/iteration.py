@@ -1,0 +1,184 @@
+"""Newton-Schulz orthogonalisation: an odd polynomial of a matrix, by matrix products alone.
+
+One routine evaluates both published forms, which differ only in how its steps fall into segments
+(`segments.py`): plain Newton-Schulz multiplies X after every step, Gram Newton-Schulz iterates on
+the s x s matrix R = X X^T, s the short side, and multiplies X at the end of a segment. Which form a
+shape takes is `backend.py`'s choice; counting FLOPs is `flops.py`'s.
+
+Shapes: B matrices of M rows and N columns, ``x_BMN``; S is the short side, L the long one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from torch import Tensor
+
+from normuon.orthogonalize.coefficients import Triple
+from normuon.orthogonalize.flops import num_panels
+from normuon.orthogonalize.segments import gram_segments, plain_segments
+from normuon.orthogonalize.symmetric import product, symmetric_product
+from normuon.orthogonalize.workspace import Workspace
+
+SQUARES = ("r", "z", "q", "t")
+"""The S x S matrices of a segment: R, Z, Q, and one that holds what a product still reads."""
+
+
+def newton_schulz(x_BMN: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    """NS(X) by the plain quintic iteration (eq. 5), on the short side of the matrix.
+
+    ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` for each ``(a, b, c)``. For M > N the same polynomial
+    is evaluated from the right, through the smaller ``X^T X``: nothing is transposed or copied.
+
+    Args:
+        x_BMN: batch with ``||X||_2 <= 1``, in the dtype to compute in; not written to.
+        coefficients: one ``(a, b, c)`` per step.
+
+    Returns:
+        ``[B, M, N]``, the same dtype.
+
+    Example:
+        >>> import torch
+        >>> from normuon.orthogonalize import normalize_frobenius, resolve_coefficients
+        >>> x = normalize_frobenius(torch.eye(2, 3)[None], dtype=torch.float64)
+        >>> torch.linalg.svdvals(newton_schulz(x, resolve_coefficients("polar_express", 8)))
+        tensor([[1., 1.]], dtype=torch.float64)
+    """
+    return iterate(x_BMN, coefficients, segments=plain_segments(coefficients))
+
+
+def gram_newton_schulz(x_BMN: Tensor, coefficients: Sequence[Triple]) -> Tensor:
+    """The same polynomial through Gram matrices: fewer FLOPs where the long side is 1.5 S or more.
+
+    With R = X X^T, a step multiplies X from the left by Z = a I + b R + c R^2, which commutes with
+    R; so ``Q <- Z Q`` and ``R <- Z R Z`` are products of symmetric S x S matrices, and X is
+    multiplied once per segment. Segments are as long as the dtype bears (`gram_segments`).
+
+    Args:
+        x_BMN: batch with ``||X||_2 <= 1``, in the dtype to compute in; not written to.
+        coefficients: one ``(a, b, c)`` per step.
+
+    Returns:
+        ``[B, M, N]``, the same dtype.
+
+    Example:
+        >>> import torch
+        >>> from normuon.orthogonalize import normalize_frobenius, resolve_coefficients
+        >>> x = normalize_frobenius(torch.eye(2, 5)[None], dtype=torch.float64)
+        >>> torch.linalg.svdvals(gram_newton_schulz(x, resolve_coefficients("polar_express", 8)))
+        tensor([[1.0000, 1.0000]], dtype=torch.float64)
+    """
+    return iterate(x_BMN, coefficients, segments=gram_segments(coefficients, x_BMN.dtype))
+
+
+def iterate(x_BMN: Tensor, coefficients: Sequence[Triple], *, segments: Sequence[int]) -> Tensor:
+    """The polynomial with every product full and every result a new tensor.
+
+    Args:
+        x_BMN: batch with ``||X||_2 <= 1``; not written to.
+        coefficients: one ``(a, b, c)`` per step.
+        segments: steps per segment, their sum the number of steps.
+    """
+    tall = x_BMN.shape[-2] > x_BMN.shape[-1]
+    wide = x_BMN.mT if tall else x_BMN
+    for steps in _cut(coefficients, segments):
+        wide = _segment(wide, steps)
+    return wide.mT if tall else wide
+
+
+def iterate_(
+    x_BMN: Tensor,
+    coefficients: Sequence[Triple],
+    *,
+    segments: Sequence[int],
+    workspace: Workspace,
+) -> Tensor:
+    """The polynomial with symmetric products halved and all memory taken from a workspace.
+
+    Args:
+        x_BMN: contiguous batch with ``||X||_2 <= 1``; overwritten.
+        coefficients: one ``(a, b, c)`` per step.
+        segments: steps per segment, their sum the number of steps.
+        workspace: where iterates and S x S matrices live.
+
+    Returns:
+        ``[B, M, N]``: ``x_BMN`` itself or a tensor of the workspace, valid until its next use.
+    """
+    panels = num_panels(min(x_BMN.shape[-2:]), device_type=x_BMN.device.type)
+    if panels == 1:
+        return _iterate_whole_(x_BMN, coefficients, segments, workspace, panels)
+    if x_BMN.shape[0] == 1:
+        return _iterate_whole_(x_BMN[0], coefficients, segments, workspace, panels)[None]
+    for x_MN in x_BMN:  # Panels are for single matrices: each of them fills the device.
+        x_MN.copy_(_iterate_whole_(x_MN, coefficients, segments, workspace, panels))
+    return x_BMN
+
+
+def _iterate_whole_(
+    x: Tensor,
+    coefficients: Sequence[Triple],
+    segments: Sequence[int],
+    workspace: Workspace,
+    panels: int,
+) -> Tensor:
+    tall = x.shape[-2] > x.shape[-1]
+    square = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
+    spare = workspace.empty("iterate", x.shape, like=x)
+    squares = {name: workspace.empty(name, square, like=x) for name in SQUARES}
+    wide, spare = (x.mT, spare.mT) if tall else (x, spare)
+    for steps in _cut(coefficients, segments):
+        _segment(wide, steps, out=spare, squares=squares, panels=panels)
+        wide, spare = spare, wide
+    return wide.mT if tall else wide
+
+
+def _cut(coefficients: Sequence[Triple], segments: Sequence[int]) -> Iterator[Sequence[Triple]]:
+    stops = list(accumulate(segments))
+    assert stops[-1] == len(coefficients), "segments cover the steps"
+    for length, stop in zip(segments, stops, strict=True):
+        yield coefficients[stop - length : stop]
+
+
+def _segment(
+    x: Tensor,
+    coefficients: Sequence[Triple],
+    *,
+    out: Tensor | None = None,
+    squares: Mapping[str, Tensor] | None = None,
+    panels: int = 1,
+) -> Tensor:
+    """Several steps on a matrix or batch with S <= L, seen only through its Gram matrix.
+
+    Args:
+        x: ``[..., S, L]``; not written to.
+        coefficients: of this segment's steps.
+        out: where to write; None makes new tensors throughout.
+        squares: memory of the S x S matrices, by name; needed with ``out``.
+        panels: of the symmetric products.
+    """
+    into: dict[str, Tensor | None] = dict(squares or dict.fromkeys(SQUARES))
+    r = symmetric_product(x, x.mT, panels=panels, out=into["r"])
+    q = None
+    for number, (a, b, c) in enumerate(coefficients, start=1):
+        z = symmetric_product(r, r, add=r, beta=b, alpha=c, panels=panels, out=into["z"])
+        if len(coefficients) == 1:
+            # a X is added in the product's own accumulator, not rounded into Z first.
+            return product(z, x, add=x, beta=a, out=out)
+        if q is None:
+            q = _plus_identity(z, a, out=into["q"])
+        else:
+            q = symmetric_product(z, q, add=q, beta=a, panels=panels, out=into["t"])
+            into["q"], into["t"] = into["t"], into["q"]
+        if number < len(coefficients):  # No step follows the last, so nothing needs its R.
+            t = symmetric_product(z, r, add=r, beta=a, panels=panels, out=into["t"])
+            r = symmetric_product(z, t, add=t, beta=a, panels=panels, out=into["r"])
+    assert q is not None, "a segment has at least one step"
+    return product(q, x, out=out)
+
+
+def _plus_identity(z: Tensor, a: float, *, out: Tensor | None) -> Tensor:
+    """``a I + Z``, beside Z."""
+    q = z.clone() if out is None else out.copy_(z)
+    q.diagonal(dim1=-2, dim2=-1).add_(a)
+    return q
