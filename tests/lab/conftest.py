@@ -6,7 +6,7 @@ import os
 import random
 import subprocess
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.runs.corpus import Corpus, load_corpus
+from tests.distributed.ranks import Ranks
 
 TINY_STEPS = 6
 
@@ -118,3 +119,11 @@ def make_corpus() -> Callable[..., Corpus]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """One pool of processes for the lab's tests."""
+    pool = Ranks()
+    yield pool
+    pool.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from normuon_lab.data.shards import header
-from tests.distributed.ranks import Ranks
 
 WORDS = ["neuron", "matrix", "momentum", "row", "step", "norm", "update", "weight", "é", "日本"]
 
@@ -68,10 +67,3 @@ def counted_shards(tmp_path: Path) -> Callable[[int, int], list[Path]]:
         ]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    pool.close()

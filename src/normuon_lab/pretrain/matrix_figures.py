@@ -1,0 +1,83 @@
+"""What a matrix looks like in three numbers: condition number, effective rank, spread of row norms.
+
+Of whole matrices on one device; who gathers and who measures what is `diagnostics.py`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from normuon.matrix_view import MatrixView
+
+MAX_CONDITION_NUMBER = 1e8
+"""What stands for all larger ones: singular values come from a Gram matrix in float64, whose
+rounding hides those below 1e-8 of the largest."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixFigures:
+    """Three numbers of a matrix, or their means over a batch of matrices.
+
+    With singular values s and ``p_i = s_i^2 / sum_j s_j^2``:
+
+    Attributes:
+        condition: largest over smallest singular value, at most `MAX_CONDITION_NUMBER`.
+        effective_rank: ``exp(-sum_i p_i ln p_i)``: min(m, n) for an orthogonal matrix, 1 for a rank
+            of one. (Entropy of the energies s^2, not of s as in Roy and Vetterli 2007.)
+        row_norm_cv: standard deviation over mean of the norms of the rows, the output neurons.
+    """
+
+    condition: float
+    effective_rank: float
+    row_norm_cv: float
+
+
+def matrix_figures(x_BMN: Tensor) -> MatrixFigures | None:
+    """The figures of a batch of matrices, ``[B, m, n]``, rows = neurons, in float64.
+
+    Returns:
+        Means over the batch, without matrices that are zero or not finite; None without others.
+
+    Example:
+        >>> matrix_figures(torch.eye(4)[None])
+        MatrixFigures(condition=1.0, effective_rank=4.0, row_norm_cv=0.0)
+    """
+    x_BMN = x_BMN.double()
+    # Scaled, so that squares neither overflow nor vanish.
+    largest_B11 = x_BMN.abs().amax(dim=(1, 2), keepdim=True)
+    good_B = (torch.isfinite(largest_B11) & (largest_B11 > 0)).flatten()
+    if not bool(good_B.any()):
+        return None
+    x_BMN = x_BMN[good_B] / largest_B11[good_B]
+    m, n = x_BMN.shape[1:]
+    gram = x_BMN @ x_BMN.mT if m <= n else x_BMN.mT @ x_BMN
+    energies_BK = torch.linalg.eigvalsh(gram).clamp(min=0)
+    largest_B = energies_BK[:, -1]
+    smallest_B = torch.maximum(energies_BK[:, 0], largest_B / MAX_CONDITION_NUMBER**2)
+    shares_BK = energies_BK / energies_BK.sum(dim=1, keepdim=True)
+    entropy_B = torch.special.entr(shares_BK).sum(dim=1)
+    row_norms_BM = x_BMN.norm(dim=2)
+    spread_B = row_norms_BM.std(dim=1, correction=0) / row_norms_BM.mean(dim=1)
+    return MatrixFigures(
+        condition=float((largest_B / smallest_B).sqrt().mean()),
+        effective_rank=float(entropy_B.exp().mean()),
+        row_norm_cv=float(spread_B.mean()),
+    )
+
+
+def figures_by_block(tensor: Tensor, view: MatrixView) -> list[MatrixFigures | None]:
+    """The figures of each block of a whole parameter, or of a tensor of its shape."""
+    return [matrix_figures(view.matrices(tensor, part)) for part in view.parts(tensor.shape)]
+
+
+def measuring_flops(shape: torch.Size, view: MatrixView) -> float:
+    """About how many operations `figures_by_block` takes: a Gram matrix and its eigenvalues."""
+    flops = 0.0
+    for batch, m, n in view.shapes(shape):
+        short, long = sorted((m, n))
+        # LAPACK's tridiagonal reduction takes 4/3 k^3, at the speed of matrix times vector.
+        flops += batch * (2.0 * short * short * long + 10.0 * short**3)
+    return flops
