@@ -20,6 +20,8 @@ from normuon_lab.data.command import DataCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
 from normuon_lab.plan.command import PlanCommand
 from normuon_lab.pretrain.command import Train, default_command
+from normuon_lab.pretrain.export import ExportCommand
+from normuon_lab.pretrain.inspect import InspectCommand
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 
 EXIT_RUNS_FAILED = 1
@@ -175,13 +177,15 @@ class Tune(ExperimentOptions):
         return 0
 
 
-AnyCommand = Compare | Tune | PlanCommand | Train | DataCommand
+AnyCommand = Compare | Tune | PlanCommand | Train | DataCommand | ExportCommand | InspectCommand
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[DataCommand, tyro.conf.subcommand("data")]
+    | Annotated[ExportCommand, tyro.conf.subcommand("export")]
+    | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,7 @@ MAX_PIECE_CHARACTERS = 1 << 20
 times the memory of its text."""
 
 _BATCH_CHARACTERS = 1 << 20
+_BATCHES_WITHOUT_PROCESSES = 8
 
 Mark = TypeVar("Mark")
 
@@ -114,10 +116,13 @@ def encode_in_order(
     Raises:
         RunsFailedError: a process died.
     """
-    if processes == 1 or tokenizer.backend is None:
-        # Bytes are copied faster than they are sent.
-        for batch in batches:
-            yield batch, encode_pieces(tokenizer, batch.pieces)
+    batches = iter(batches)
+    # Bytes are copied faster than they are sent, and a short text is done before processes start.
+    needs_processes = processes > 1 and tokenizer.backend is not None
+    for batch in islice(batches, _BATCHES_WITHOUT_PROCESSES if needs_processes else None):
+        yield batch, encode_pieces(tokenizer, batch.pieces)
+    first = next(batches, None)
+    if first is None:
         return
     with ProcessPoolExecutor(
         processes,
@@ -127,7 +132,7 @@ def encode_in_order(
     ) as pool:
         waiting: deque[tuple[TextBatch[Mark], Future[dict[Part, Tokens]]]] = deque()
         try:
-            for batch in batches:
+            for batch in chain([first], batches):
                 waiting.append((batch, pool.submit(_encode_in_worker, batch.pieces)))
                 if len(waiting) > 2 * processes:
                     done, future = waiting.popleft()

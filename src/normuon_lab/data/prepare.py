@@ -277,13 +277,14 @@ class _Preparation:
 
 
 def _make_folder(out: Path) -> None:
+    """Make the folder, unless it is ours: then its lock is the first file in it."""
     require(not out.exists() or out.is_dir(), f"{out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / MANIFEST).exists() and not (out / PROGRESS).exists():
-        for path in sorted(out.iterdir()):
-            require(
-                path.name == LOCK, f"{out} holds other files, such as {path.name}; name another"
-            )
+    names = {path.name for path in out.iterdir()}
+    require(
+        not names or bool(names & {LOCK, PROGRESS, MANIFEST}),
+        f"{out} holds other files, such as {min(names, default='')}; name another folder",
+    )
 
 
 def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:

@@ -33,26 +33,6 @@ def documents() -> list[str]:
     return make_documents(300)
 
 
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 400 tokens, trained here by `tokenizers`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(make_documents(200, seed=1), trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "bpe.json"
-    tokenizer.save(str(path))
-    return path
-
-
 @pytest.fixture
 def counted_shards(tmp_path: Path) -> Callable[[int, int], list[Path]]:
     """Shards whose tokens count upwards, so that a sequence shows where it is from."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -84,7 +86,7 @@ def test_the_manifest_is_true(request_of: PrepareRequest) -> None:
             assert len(content) == 1024 + 2 * shard["tokens"]
             listed.add(shard["file"])
     assert set(content_of(request_of.out)) == listed
-    assert manifest["tokenizer"]["vocab_size"] == 400
+    assert manifest["tokenizer"]["vocab_size"] == 300
 
 
 def test_processes_change_nothing(
@@ -208,7 +210,7 @@ def test_a_prepared_folder_says_all_that_a_run_needs(
     config = DataConfig(source=(str(request_of.out),), workers=0)
     data = open_data(config, sequence_length=16, seed=0)
     described = data.describe()
-    assert described["vocab_size"] == 400
+    assert described["vocab_size"] == 300
     assert described["tokenizer"] == str(tokenizer_file)
     assert described["train_tokens"] == manifest["parts"]["train"]["tokens"]
     assert described["validation_tokens"] == manifest["parts"]["validation"]["tokens"]
@@ -250,6 +252,27 @@ def test_a_folder_of_something_else_is_left_alone(
     with pytest.raises(InputError, match=r"was made with another seed \(0, now 1\)"):
         prepare(other)
     assert content_of(request_of.out) == before
+
+
+def prepare_many_times(request: PrepareRequest, count: int) -> None:
+    with ThreadPoolExecutor(count) as pool:
+        manifests = list(pool.map(lambda _: prepare(request), range(count)))
+    assert all(manifest == manifests[0] for manifest in manifests)
+
+
+def test_several_processes_may_ask_for_the_same_folder(
+    request_of: PrepareRequest, tmp_path: Path
+) -> None:
+    """Ranks that open their data at the same moment: one works, the others wait."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=prepare_many_times, args=(request_of, 3)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    prepare(replace(request_of, out=tmp_path / "alone"))
+    assert content_of(request_of.out) == content_of(tmp_path / "alone")
 
 
 def test_a_full_disk_keeps_what_was_done_and_says_how_to_go_on(

@@ -191,7 +191,7 @@ def test_a_tokenizer_of_tokenizers(
     from tokenizers import Tokenizer
 
     data = opened(replace(config, tokenizer=str(tokenizer_file), stream_lanes=1, stream_shuffle=0))
-    assert data.vocab_size == 400
+    assert data.vocab_size == 300
     batches = data.train_batches(global_batch_size=4, micro_batch_size=4, rank=0, world_size=1)
     tokens = next(batches)[:, :-1].flatten().tolist()
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
