@@ -56,7 +56,7 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder.
         config: how many to keep, and whether to write beside training.
-        ranks: who writes.
+        ranks: who writes. All of them must make theirs together.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
@@ -66,6 +66,9 @@ class CheckpointWriter:
         self._ranks = ranks
         self._pending: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
+        # Writing beside training must not mix its collectives with training's.
+        has_own_group = config.async_checkpoint and ranks.mesh is not None
+        self._group = dist.new_group(backend="gloo") if has_own_group else None
 
     def save(self, tensors: dict[str, Any], position: RunPosition) -> None:
         """Write a checkpoint; with `async_checkpoint` only begin to.
@@ -83,14 +86,16 @@ class CheckpointWriter:
         self._together(lambda: self._make_room(partial), position.step)
         # One file per rank, flushed to the disk before the rename that makes it count.
         storage = dcp.FileSystemWriter(partial, sync_files=True)
-        alone = not dist.is_initialized()
+        alone = self._ranks.mesh is None
         if self._thread is None:
             self._together(
                 lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone), position.step
             )
             self._together(lambda: self._publish(partial, position), position.step)
             return
-        written = dcp.async_save(tensors, storage_writer=storage, no_dist=alone)
+        written = dcp.async_save(
+            tensors, storage_writer=storage, process_group=self._group, no_dist=alone
+        )
         self._pending_step = position.step
         self._pending = self._thread.submit(self._finish, written, partial, position)
 

@@ -6,6 +6,7 @@ A value is a flag's, else --config's, else the preset's.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from normuon_lab.errors import require
-from normuon_lab.pretrain.config import PretrainConfig
+from normuon_lab.pretrain.config import Hardware, PretrainConfig
 from normuon_lab.pretrain.config_file import merged, read_values
 from normuon_lab.pretrain.presets import DEFAULT_PRESET, pretrain_preset
 
@@ -38,12 +39,27 @@ class Train:
     """auto: go on from the newest complete checkpoint of --out, if there is one. Or a checkpoint's
     folder. never: --out must be new."""
     dry_run: bool = False
-    """Train nothing; say what it would take on --hardware."""
+    """Train nothing; print model, tokens, FLOPs, memory, plan and time on the hardware given."""
+    json: bool = False
+    """--dry-run: print it as JSON."""
+    hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
 
     def run(self) -> int:
         """Do it and return the exit code."""
+        require(self.dry_run or not self.json, "--json goes with --dry-run")
         from rich.console import Console
 
+        if self.dry_run:
+            from normuon_lab.pretrain.dry_run import dry_run
+
+            contents = dry_run(self.settings, self.hardware)
+            if self.json:
+                print(json.dumps(contents))
+            else:
+                from normuon_lab.pretrain.dry_run_text import print_dry_run
+
+                print_dry_run(contents, Console())
+            return 0
         from normuon_lab.pretrain.training import TrainRequest, train
 
         train(TrainRequest(config=self.settings, out=self.out, resume=self.resume), Console())

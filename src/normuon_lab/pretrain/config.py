@@ -186,7 +186,8 @@ class MetricsConfig:
     diagnose: str = "off"
     """every=N: measure the update of each hidden matrix at every N-th step; off."""
     device_tflops: float | None = None
-    """Peak of one device, for MFU; by default that of the GPUs whose peak is known."""
+    """Peak of one device in bfloat16 TFLOP/s, for MFU; by default the GPU's where that is known,
+    and in a dry run an H100's."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, log_every=1)
@@ -203,6 +204,22 @@ class MetricsConfig:
         """Steps between measurements of the updates; 0 for none."""
         _, _, number = self.diagnose.partition("every=")
         return int(number) if number.isascii() and number.isdigit() else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What --dry-run reckons with, besides --device-tflops."""
+
+    num_ranks: int = 8
+    """Devices, unless --dp-shard says how many."""
+    bandwidth: float = 50.0
+    """What one device sends, in GB/s."""
+    mfu: float = 0.4
+    """Share of the peak that forward and backward reach."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, num_ranks=1)
+        _require_positive(self, "bandwidth", "mfu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ def build_model(config: ModelConfig, *, seed: int) -> nn.Module:
         raise
     except Exception as error:
         raise InputError(f"--model {config.model}: {_first_line(error)}") from None
+
+
+def config_values(model: nn.Module) -> dict[str, Any]:
+    """The transformers configuration of a model, as it is after being written as JSON and read."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return values
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ the tensors themselves are read by torch with `weights_only=True`.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def load_tensors_(values: Mapping[str, Any], path: Path) -> None:
             f"{path} is of another model: {name} is {list(found[name])} there and "
             f"{list(tensor.shape)} here",
         )
-    dcp.load(dict(wanted), storage_reader=TensorReader(path), no_dist=not dist.is_initialized())
+    alone = not dist.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(dict(wanted), storage_reader=TensorReader(path), no_dist=alone)
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:

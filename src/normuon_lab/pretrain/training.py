@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from normuon_lab.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
 from normuon_lab.pretrain.display import RunDisplay
 from normuon_lab.pretrain.metrics import MetricsLog, check_trackers
-from normuon_lab.pretrain.model import build_model
+from normuon_lab.pretrain.model import build_model, config_values
 from normuon_lab.pretrain.parallel import spread
 from normuon_lab.pretrain.ranks import Ranks, joined
 from normuon_lab.pretrain.run_folder import ResumePoint, begin, find_resume_point
@@ -57,12 +58,15 @@ def train(request: TrainRequest, console: Console) -> None:
     config = request.config
     check_trackers(config.metrics.trackers)
     with StopRequest() as stop, joined(config.parallel) as ranks:
+        # A process alone saves and loads alone; torch would say so each time.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         if ranks.device.type == "cpu":
             torch.set_flush_denormal(True)  # Denormal numbers are slow there.
         model = build_model(config.model, seed=config.seed)
         torch.manual_seed(config.seed + ranks.data_rank)  # For dropout.
+        model_config = config_values(model)
         point = ranks.on_main(
-            lambda: find_resume_point(request.out, request.resume, config, model.config.to_dict())
+            lambda: find_resume_point(request.out, request.resume, config, model_config)
         )
         data = open_data(
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
@@ -134,7 +138,7 @@ def _assembled(
     micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
     flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
     peak = peak_flops(ranks.device, config.metrics.device_tflops)
-    model_config = model.config.to_dict()
+    model_config = config_values(model)
     model = spread(model, config.model, ranks)
     optimizers = build_optimizers(model, config.optimizer)
     diagnostics = None
