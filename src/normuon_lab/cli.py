@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -196,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _parse(words).run()
+        return parse(words).run()
     except InputError as error:
         return _fail(f"error: {error}", EXIT_BAD_INPUT)
     except RunsFailedError as error:
@@ -229,8 +230,12 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
     return rates
 
 
-def _parse(words: list[str]) -> AnyCommand:
-    """Parse the command line; tyro's boxes become one line."""
+def parse(words: list[str]) -> AnyCommand:
+    """The command that the words ask for.
+
+    Raises:
+        InputError: they are not understood; tyro's boxes become one line.
+    """
     shown = io.StringIO()
     # The defaults of these flags are those of --preset and --config, which are read first.
     defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
@@ -255,7 +260,10 @@ def _first_message(box: str) -> str:
     """The message inside one of tyro's boxes: what stands above its first rule, on one line."""
     inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
     message = itertools.takewhile(lambda line: not line.startswith("──"), inside)
-    return " ".join(" ".join(message).split()) or "the command line is not understood"
+    text = " ".join(" ".join(message).split())
+    # What a group of options says of itself needs no name of the group, least of all tyro's.
+    text = re.sub(r"^Error parsing __tyro-dummy-inner__\S*: ", "", text)
+    return text or "the command line is not understood"
 
 
 def _fail(text: str, code: int) -> int:

@@ -132,15 +132,20 @@ def read_description(path: Path) -> CheckpointDescription:
     values = read_json(file, kind=KIND, schema_version=SCHEMA_VERSION)
     digest = values.pop("digest", None)
     require(digest == _digest_of(values), f"{file} is damaged: its digest does not match")
-    return CheckpointDescription(
-        step=values["step"],
-        tokens=values["tokens"],
-        world_size=values["world_size"],
-        config=values["config"],
-        model_config=values["model_config"],
-        data_state=values["data_state"],
-        files={name: (file["bytes"], file["sha256"]) for name, file in values["files"].items()},
-    )
+    try:
+        return CheckpointDescription(
+            step=values["step"],
+            tokens=values["tokens"],
+            world_size=values["world_size"],
+            config=values["config"],
+            model_config=values["model_config"],
+            data_state=values["data_state"],
+            files={
+                name: (entry["bytes"], entry["sha256"]) for name, entry in values["files"].items()
+            },
+        )
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{file} does not say what a checkpoint has to say") from None
 
 
 def verify(path: Path) -> CheckpointDescription:
