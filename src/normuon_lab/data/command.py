@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
-from normuon_lab.errors import require
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -84,7 +83,6 @@ class Prepare:
         from normuon_lab.data.prepare import PrepareRequest
         from normuon_lab.machine import default_num_workers
 
-        require(self.out.name != "", f"--out {self.out}: name a folder")
         return PrepareRequest(
             config=DataConfig(
                 source=self.source,

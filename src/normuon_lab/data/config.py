@@ -53,7 +53,7 @@ class DataConfig:
     """Streams only: how many streams are read side by side, which bounds the number of ranks; it
     must divide the sequences of a step, and the data needs as many files. By default the largest
     such number up to 64."""
-    stream_shuffle: int = 1024
+    stream_shuffle: int = 256
     """Streams only: documents of each lane that are shuffled among themselves; 0 keeps their
     order."""
 

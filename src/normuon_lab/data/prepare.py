@@ -88,8 +88,8 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
             return finished
     except OSError as error:
         raise InputError(
-            f"cannot write {request.out}: {error.strerror}; what was done is kept, and the same "
-            "command goes on with it"
+            f"cannot write {request.out}: {error.strerror or error}; what was done is kept, and "
+            "the same command goes on with it"
         ) from error
 
 
@@ -300,6 +300,7 @@ def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None
     difference = first_difference(old, new)
     if difference is not None:
         name, before, after = difference
-        raise InputError(
-            f"{out} was made with another {name} ({before}, now {after}); name another folder"
-        )
+        values = f" ({before}, now {after})"
+        # Lists of files are long, and their names do not help.
+        shown = values if len(values) < 120 else ""
+        raise InputError(f"{out} was made with another value of {name}{shown}; name another folder")

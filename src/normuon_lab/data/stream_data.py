@@ -74,6 +74,7 @@ class StreamData(PretrainData):
         )
         with readable(self._group):
             self._rows = open_rows(self._group)
+            self._fingerprint = self._describe_source()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -81,7 +82,7 @@ class StreamData(PretrainData):
             "kind": "stream",
             "tokenizer": self._tokenizer.name,
             "vocab_size": self.vocab_size,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
             "sequence_length": self._sequence_length,
             "files": self._rows.num_shards,
         }
@@ -110,7 +111,7 @@ class StreamData(PretrainData):
             sequence_length=self._sequence_length,
             identity={
                 "kind": "stream",
-                "fingerprint": self._fingerprint(),
+                "fingerprint": self._fingerprint,
                 "sequence_length": self._sequence_length,
                 "seed": self._options.seed,
                 "stream_lanes": num_lanes,
@@ -153,7 +154,8 @@ class StreamData(PretrainData):
         )
         return asked
 
-    def _fingerprint(self) -> str:
+    def _describe_source(self) -> str:
+        """SHA-256 over what decides which tokens there are: names and sizes, not contents."""
         files = [(path.name, path.stat().st_size) for path in self._source.paths]
         values = [
             files,
@@ -170,7 +172,7 @@ class StreamData(PretrainData):
         if isinstance(own, (PreparedFolder, ShardFiles)):
             return open_validation_shards(own)
         groups = [self._group] if own is None else groups_of(own, self._config.split, "all")
-        key = hashlib.sha256(f"{self._fingerprint()},{num_tokens}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{self._fingerprint},{num_tokens}".encode()).hexdigest()[:32]
         folder = cache_folder(self._config)
         path = folder / f"validation-{key}.npy"
         try:

@@ -6,6 +6,7 @@ Downloads nothing except where a name is not a local path; then transformers ask
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,6 +165,9 @@ def _from_transformers(name: str, separator: str | None) -> TextTokenizer:
 
 
 def _with_backend(name: str, backend: Tokenizer, separator: str | None) -> TextTokenizer:
+    # Said outright, because `tokenizers` otherwise warns whenever a process that has encoded is
+    # forked; our forked processes load batches and never encode.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     backend.no_padding()
     backend.no_truncation()
     if separator is None:

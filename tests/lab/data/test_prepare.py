@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import zstandard
 from tokenizers import Tokenizer
 
 from normuon_lab.data import encoding, shard_writer
@@ -163,7 +164,7 @@ def test_long_documents_are_cut_into_pieces_at_lines(
     assert [piece.begins_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "parquet", "json"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "json"])
 def test_every_kind_of_file_gives_the_same_tokens(
     kind: str, documents: list[str], tmp_path: Path
 ) -> None:
@@ -176,10 +177,10 @@ def test_every_kind_of_file_gives_the_same_tokens(
         path = tmp_path / f"rows.{kind}"
         if kind == "parquet":
             rows.to_parquet(path)
-        elif kind == "jsonl.gz":
+        elif kind in ("jsonl.gz", "jsonl.zst"):
+            compress = gzip.compress if kind == "jsonl.gz" else zstandard.compress
             rows.to_json(tmp_path / "rows.jsonl")
-            path.write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
-            (tmp_path / "rows.jsonl").unlink()
+            path.write_bytes(compress((tmp_path / "rows.jsonl").read_bytes()))
         else:
             rows.to_json(path)
         source = str(path)
@@ -249,7 +250,7 @@ def test_a_folder_of_something_else_is_left_alone(
     before = content_of(request_of.out)
     assert prepare(request_of) == json.loads(before["manifest.json"])
     other = replace(request_of, config=replace(request_of.config, seed=1))
-    with pytest.raises(InputError, match=r"was made with another seed \(0, now 1\)"):
+    with pytest.raises(InputError, match=r"was made with another value of seed \(0, now 1\)"):
         prepare(other)
     assert content_of(request_of.out) == before
 
