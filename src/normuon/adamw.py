@@ -109,8 +109,9 @@ def _call(
         fused=fused,
         foreach=not fused,
         found_inf=found_inf,
-        # As torch's own AdamW when it is traced; `step` lives on the device, as this asks.
-        capturable=torch.compiler.is_compiling(),
+        # As torch's own AdamW when it is traced; `step` lives on the device, as this asks. On CUDA
+        # the multi-tensor kernels would read `step` on the host otherwise, and wait for it.
+        capturable=torch.compiler.is_compiling() or (not fused and params[0].is_cuda),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

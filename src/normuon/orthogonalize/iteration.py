@@ -69,7 +69,7 @@ def gram_newton_schulz(x_BMN: Tensor, coefficients: Sequence[Triple]) -> Tensor:
         >>> torch.linalg.svdvals(gram_newton_schulz(x, resolve_coefficients("polar_express", 8)))
         tensor([[1.0000, 1.0000]], dtype=torch.float64)
     """
-    return iterate(x_BMN, coefficients, segments=gram_segments(coefficients, x_BMN.dtype))
+    return iterate(x_BMN, coefficients, segments=gram_segments(tuple(coefficients), x_BMN.dtype))
 
 
 def iterate(x_BMN: Tensor, coefficients: Sequence[Triple], *, segments: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 
@@ -41,27 +42,39 @@ MAGNIFICATION_LIMITS = {
 }
 
 
-def gram_segments(coefficients: Sequence[Triple], dtype: torch.dtype) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def gram_segments(coefficients: tuple[Triple, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """The fewest segments that ``dtype`` bears, as steps per segment, in order.
 
-    Filled from the end, so that the last segment is as long as its tighter bound allows.
+    Among equally many, those whose worst magnification, relative to its bound, is least.
 
     Example:
-        >>> jordan = [(3.4445, -4.7750, 2.0315)] * 5
+        >>> jordan = ((3.4445, -4.7750, 2.0315),) * 5
         >>> gram_segments(jordan, torch.float32), gram_segments(jordan, torch.bfloat16)
         ((5,), (3, 2))
     """
     limit = MAGNIFICATION_LIMITS[dtype]
-    lengths: list[int] = []
-    magnification = math.inf
-    for a, _, _ in reversed(coefficients):
-        bound = limit.earlier if len(lengths) > 1 else limit.last
-        if magnification * a > bound:
-            lengths.append(0)
-            magnification = 1.0
-        magnification *= a
-        lengths[-1] += 1
-    return tuple(reversed(lengths))
+    slopes = [max(abs(a), 1.0) for a, _, _ in coefficients]
+
+    @cache
+    def cut(stop: int, count: int, bound: float) -> tuple[float, tuple[int, ...]]:
+        """The best cut of the first ``stop`` steps, and its worst relative magnification."""
+        if count == 1:
+            return math.prod(slopes[:stop]) / bound, (stop,)
+        best: tuple[float, tuple[int, ...]] = (math.inf, ())
+        for length in range(1, stop - count + 2):
+            last = math.prod(slopes[stop - length : stop]) / bound
+            if last >= best[0]:
+                break
+            before, lengths = cut(stop - length, count - 1, limit.earlier)
+            best = min(best, (max(last, before), (*lengths, length)))
+        return best
+
+    for count in range(1, len(slopes) + 1):
+        worst, lengths = cut(len(slopes), count, limit.last)
+        if worst <= 1:
+            return lengths
+    return plain_segments(coefficients)
 
 
 def plain_segments(coefficients: Sequence[Triple]) -> tuple[int, ...]:
@@ -99,5 +112,5 @@ def segments_for(
         (5,)
     """
     if method == "gram" or (method == "auto" and gram_pays(m, n, panels=panels)):
-        return gram_segments(coefficients, dtype)
+        return gram_segments(tuple(coefficients), dtype)
     return plain_segments(coefficients)

@@ -65,7 +65,7 @@ def symmetric_product(
         out: where to write; must overlap no argument.
 
     Returns:
-        ``[..., s, s]``; with more than one panel it is symmetric bit by bit.
+        ``[..., s, s]``; outside the panels' diagonal blocks its halves are equal bit by bit.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 1.0]])
