@@ -1,0 +1,66 @@
+"""NorMuon in torchtitan: a `build_optimizers` for its TrainSpec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from normuon.groups import Override, param_groups
+from normuon.optimizer import NorMuon
+
+
+def build_optimizers(
+    model_parts: Sequence[nn.Module],
+    optimizer_config: Any,
+    parallel_dims: Any,
+    ft_manager: Any = None,
+    *,
+    overrides: Mapping[str, Override] | None = None,
+    **options: Any,
+) -> Any:
+    """torchtitan's `build_optimizers`, with NorMuon: one for each pipeline stage's part.
+
+    Put it into the TrainSpec as ``build_optimizers_fn``, through `functools.partial` where
+    overrides or options are wanted. The job's ``[optimizer]`` section gives ``lr``,
+    ``weight_decay``, AdamW's ``beta1`` and ``beta2``, and AdamW's ``eps``; its ``name`` and
+    ``implementation`` mean nothing here.
+
+    Args:
+        model_parts: what torchtitan has parallelised.
+        optimizer_config: torchtitan's ``Optimizer`` config.
+        parallel_dims: unused: the parameters' meshes say who shares them.
+        ft_manager: torchtitan's ``FTManager``; fault tolerance has to be off.
+        overrides: as for `normuon.param_groups`.
+        options: as for `NorMuon`; they win over the config's.
+
+    Returns:
+        torchtitan's ``OptimizersContainer``.
+
+    Raises:
+        ImportError: torchtitan is not installed.
+        ValueError: the config asks for steps inside the backward pass, or for fault tolerance.
+    """
+    from torchtitan.components.optimizer import OptimizersContainer
+
+    if optimizer_config.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward steps each parameter on its own, and NorMuon's ranks "
+            "step them together: set it to false"
+        )
+    if ft_manager is not None and ft_manager.enabled:
+        raise ValueError("fault_tolerance.enable is not supported with NorMuon: set it to false")
+    parts = iter(model_parts)
+
+    def normuon_for_next_part(_: Iterable[Tensor], **kwargs: Any) -> NorMuon:
+        # The container hands over bare parameters; which is which, only the module can tell.
+        return NorMuon(param_groups(next(parts), overrides=overrides), **kwargs)
+
+    config = {
+        "lr": optimizer_config.lr,
+        "weight_decay": optimizer_config.weight_decay,
+        "betas": (optimizer_config.beta1, optimizer_config.beta2),
+        "adamw_eps": optimizer_config.eps,
+    }
+    return OptimizersContainer(list(model_parts), normuon_for_next_part, {**config, **options})
