@@ -126,9 +126,10 @@ def test_the_library_imports_torch_and_the_standard_library_only():
 
 
 def test_importing_the_library_loads_no_optional_package():
+    """triton is not in the list: torch's own tracer loads it where it is installed."""
     code = (
-        "import normuon, sys; print([m for m in ('numpy', 'transformers', 'rich', 'triton', "
-        "'normuon_lab') if m in sys.modules and m != 'numpy'])"
+        "import normuon, sys; print([m for m in ('transformers', 'rich', 'gram_newton_schulz', "
+        "'torchtitan', 'normuon_lab') if m in sys.modules])"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
