@@ -17,7 +17,7 @@ def describe_machine(*, num_workers: int) -> dict[str, Any]:
     import torch
 
     return {
-        "processor": _processor_name(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "worker_processes": num_workers,
@@ -46,7 +46,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The processor's marketing name, with its family and model on Linux."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = [line.partition(":") for line in info.read_text().splitlines()]

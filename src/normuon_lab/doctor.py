@@ -1,0 +1,147 @@
+"""`normuon doctor`: versions, devices, and what NorMuon would choose on each of them.
+
+What it says is what a report of a problem should begin with: no host name, no user, no paths.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata, util
+from typing import TYPE_CHECKING, Any
+
+from normuon_lab.machine import processor_name
+
+# The command line is read before torch is imported, which takes seconds.
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION = 1
+
+PACKAGES = {
+    "library": ("normuon", "torch"),
+    "kernels": ("gram-newton-schulz", "triton"),
+    "lab": ("transformers", "datasets", "tokenizers"),
+    "frameworks": ("accelerate", "peft", "lightning", "deepspeed", "torchtitan", "timm"),
+}
+EXAMPLE_SHAPE = (4096, 14336)
+"""A matrix whose method `auto` is told: Llama-3-8B's down projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """Print versions, devices, and which method, backend and dtype NorMuon would choose."""
+
+    json: bool = False
+    """Print everything as JSON."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        found = examine()
+        print(json.dumps(found, indent=2) if self.json else as_text(found))
+        return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything that the command tells, in plain values."""
+    import torch
+    import torch.distributed as dist
+
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        count = torch.accelerator.device_count()
+        devices += [torch.device(kind.type, index) for index in range(count)]
+    distributed = dist.is_available()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "normuon doctor",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {
+            area: {name: _version(name) for name in names} for area, names in PACKAGES.items()
+        },
+        "collectives": {
+            "gloo": distributed and dist.is_gloo_available(),
+            "nccl": distributed and dist.is_nccl_available(),
+        },
+        "devices": [_device(device) for device in devices],
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    """A device and the choices that `auto` and `ns_dtype=None` make on it for float32 weights."""
+    import torch
+
+    from normuon.orthogonalize import (
+        multiplies_bfloat16_natively,
+        resolve_backend,
+        resolve_coefficients,
+        resolve_ns_dtype,
+    )
+    from normuon.orthogonalize.flops import num_panels
+    from normuon.orthogonalize.kernels import why_unavailable
+    from normuon.orthogonalize.segments import plain_segments, segments_for
+
+    dtype = resolve_ns_dtype(None, param_dtype=torch.float32, device=device)
+    coefficients = resolve_coefficients("jordan", 5)
+    m, n = EXAMPLE_SHAPE
+    panels = num_panels(min(m, n), device_type=device.type)
+    segments = segments_for("auto", m, n, coefficients=coefficients, dtype=dtype, panels=panels)
+    return {
+        "device": str(device),
+        "name": _device_name(device),
+        "bfloat16_is_native": multiplies_bfloat16_natively(device.type),
+        "ns_dtype": str(dtype).removeprefix("torch."),
+        "ns_backend": resolve_backend("auto", device=device, dtype=dtype),
+        "kernels_unavailable": why_unavailable(device, dtype),
+        "orthogonalizer": "newton_schulz" if segments == plain_segments(coefficients) else "gram",
+        "example_shape": [m, n],
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    if device.type != "cuda":
+        return processor_name() if device.type == "cpu" else device.type
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        # Found but not installed by a package manager, as on PYTHONPATH.
+        return "unknown version" if util.find_spec(package.replace("-", "_")) else None
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `examine` found, for people.
+
+    Args:
+        found: from `examine`.
+    """
+    lines = [f"Python {found['python']} on {found['system']}"]
+    for area, packages in found["packages"].items():
+        versions = (f"{name} {version or '-'}" for name, version in packages.items())
+        lines.append(f"{area:<12}{', '.join(versions)}")
+    available = [name for name, there in found["collectives"].items() if there]
+    lines.append(f"{'collectives':<12}{', '.join(available) or '-'}")
+    for device in found["devices"]:
+        m, n = device["example_shape"]
+        native = "native" if device["bfloat16_is_native"] else "emulated"
+        kernels = device["kernels_unavailable"]
+        lines += [
+            "",
+            f"{device['device']}: {device['name']}",
+            f"  bfloat16 products are {native}: ns_dtype=None computes in {device['ns_dtype']}",
+            f"  ns_backend='auto' takes {device['ns_backend']!r}"
+            + (f"; not 'kernels': {kernels}" if kernels else ""),
+            f"  orthogonalizer='auto' takes {device['orthogonalizer']!r} for {m} x {n}",
+        ]
+    return "\n".join(lines)
