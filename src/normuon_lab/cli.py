@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from normuon_lab.data.command import DataCommand
+from normuon_lab.doctor import DoctorCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
 from normuon_lab.plan.command import PlanCommand
 from normuon_lab.pretrain.command import Train, default_command
@@ -187,6 +188,7 @@ Command = (
     | Annotated[DataCommand, tyro.conf.subcommand("data")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
+    | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
 )
 
 
