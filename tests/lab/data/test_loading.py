@@ -131,6 +131,32 @@ def test_a_saved_position_is_what_was_taken_not_what_was_loaded(
             assert torch.equal(torch.cat([b for r in resumed for b in islice(r, count)]), step)
 
 
+def test_every_rank_saves_the_same_position(config: DataConfig) -> None:
+    states = []
+    for rank, world_size in [(0, 1), (0, 3), (2, 3)]:
+        batches = opened(config).train_batches(
+            global_batch_size=BATCH, micro_batch_size=2, rank=rank, world_size=world_size
+        )
+        list(islice(batches, 4 * batches.share.micro_batches_per_step))
+        states.append(batches.state_dict())
+    assert states[0] == states[1] == states[2]
+    assert states[0]["sequences"] == 4 * BATCH
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_running_loader_goes_back_to_a_position(config: DataConfig, workers: int) -> None:
+    batches = opened(replace(config, workers=workers)).train_batches(
+        global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1
+    )
+    next(batches)
+    state = batches.state_dict()
+    first = list(islice(batches, 3))
+    batches.load_state_dict(state)
+    again = list(islice(batches, 3))
+    batches.close()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_a_position_inside_a_step_is_refused(config: DataConfig) -> None:
     batches = opened(config).train_batches(
         global_batch_size=BATCH, micro_batch_size=4, rank=0, world_size=1
