@@ -42,7 +42,14 @@ def build_optimizers(
         ImportError: torchtitan is not installed.
         ValueError: the config asks for steps inside the backward pass, or for fault tolerance.
     """
-    from torchtitan.components.optimizer import OptimizersContainer
+    try:
+        from torchtitan.components.optimizer import OptimizersContainer
+    except ModuleNotFoundError as error:
+        if error.name != "torchtitan":
+            raise
+        raise ImportError(
+            "normuon.integrations.torchtitan needs torchtitan: pip install 'normuon[integrations]'"
+        ) from error
 
     if optimizer_config.early_step_in_backward:
         raise ValueError(

@@ -1,0 +1,43 @@
+"""Where the `normuon` command begins: says which extra to install when one is missing.
+
+Nothing here needs more than the standard library; the command itself is `cli.py`'s.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; 2, with one line, where an extra is missing."""
+    try:
+        from normuon_lab.cli import main as run
+
+        return run(arguments)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        extra = extra_with(package)
+        if extra is None:
+            raise
+        needed = f"the normuon command needs {package}: pip install 'normuon[{extra}]'"
+        print(f"normuon: error: {needed}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def extra_with(package: str) -> str | None:
+    """The extra of this distribution that brings a package; None if none does.
+
+    >>> extra_with("tyro"), extra_with("torch")
+    ('lab', None)
+    """
+    normalized = package.replace("_", "-").lower()
+    for requirement in metadata.requires("normuon") or ():
+        found = re.match(r"([\w-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if found and found[1].replace("_", "-").lower() == normalized:
+            return found[2]
+    return None
