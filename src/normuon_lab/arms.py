@@ -15,6 +15,7 @@ from normuon_lab.errors import require
 
 # The names of the arms are needed before training is, and importing torch takes seconds.
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -36,6 +37,7 @@ class ArmOptions:
         betas: AdamW's.
         momentum: Muon's, and NorMuon's first beta.
         beta2: NorMuon's second beta.
+        ns_dtype: dtype of NorMuon's Newton-Schulz; None: NorMuon's own choice for the device.
     """
 
     adam_lr: float | None = None
@@ -45,6 +47,7 @@ class ArmOptions:
     betas: tuple[float, float] = ADAM_BETAS
     momentum: float = 0.95
     beta2: float = 0.95
+    ns_dtype: torch.dtype | None = None
 
 
 DEFAULT_OPTIONS = ArmOptions()
@@ -165,6 +168,7 @@ def _build_normuon(
             momentum=options.momentum,
             beta2=options.beta2,
             betas=options.betas,
+            ns_dtype=options.ns_dtype,
         )
     ]
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from normuon_lab.atomic_files import write_json
 from normuon_lab.pretrain.checkpoint import (
@@ -48,6 +51,24 @@ class RunPosition:
     config: dict[str, Any]
     model_config: dict[str, Any]
     data_state: dict[str, Any]
+
+
+class _Storage(dcp.FileSystemWriter):
+    """torch's writer of files, whose errors keep their cause on the way to the other ranks.
+
+    One file per rank, flushed to the disk before the rename that makes it count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, single_file_per_rank=True, sync_files=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # torch's serialiser reports the damage that the refusal did to its file.
+            refusals = [cause for cause in _causes(error) if isinstance(cause, OSError)]
+            raise (refusals[0] if refusals else error) from None
 
 
 class CheckpointWriter:
@@ -84,8 +105,7 @@ class CheckpointWriter:
         self.wait()
         partial = self._folder / f".{checkpoint_name(position.step)}.partial"
         self._together(lambda: self._make_room(partial), position.step)
-        # One file per rank, flushed to the disk before the rename that makes it count.
-        storage = dcp.FileSystemWriter(partial, sync_files=True)
+        storage = _Storage(partial)
         alone = self._ranks.mesh is None
         if self._thread is None:
             self._together(

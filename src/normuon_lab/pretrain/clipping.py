@@ -44,6 +44,12 @@ def clip_gradients_(parameters: Iterable[Tensor], *, max_norm: float) -> Tensor:
     return norm
 
 
+def has_nonfinite(parameters: Iterable[Tensor]) -> Tensor:
+    """Whether this rank's part of any parameter holds a NaN or an infinity, bool `[]`."""
+    norms = torch.stack(torch._foreach_norm([_local(p.detach()) for p in parameters]))
+    return ~norms.isfinite().all()
+
+
 def _split_of(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     """The mesh of a gradient and the axes over which it is split; along others it is repeated."""
     if not isinstance(gradient, DTensor):

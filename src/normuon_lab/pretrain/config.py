@@ -97,6 +97,8 @@ class OptimizerConfig:
     """Muon's momentum, and NorMuon's first beta."""
     beta2: float = 0.95
     """NorMuon's second beta."""
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What NorMuon's Newton-Schulz computes in; auto: as the forward pass. (Muon's is bfloat16.)"""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
 

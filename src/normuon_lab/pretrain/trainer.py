@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from normuon_lab.data.batches import TrainBatches
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.pretrain.checkpoint_writer import CheckpointWriter, RunPosition
-from normuon_lab.pretrain.clipping import clip_gradients_
+from normuon_lab.pretrain.clipping import clip_gradients_, has_nonfinite
 from normuon_lab.pretrain.config import PretrainConfig
 from normuon_lab.pretrain.display import RunDisplay
 from normuon_lab.pretrain.evaluation import validation_loss
@@ -214,17 +214,21 @@ class Trainer:
     def _check_finite(self, **values: float) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                step = self._run.step
-                raise RunsFailedError(
-                    f"the {name.replace('_', ' ')} is {value} at step {step}; training stopped and "
-                    f"the checkpoints before it are as they were: try a lower --lr"
-                )
+                self._fail(f"{name.replace('_', ' ')} is {value}")
+
+    def _fail(self, what: str) -> NoReturn:
+        raise RunsFailedError(
+            f"the {what} at step {self._run.step}: training stopped, and the checkpoints before it "
+            "are as they were; try a lower --lr"
+        )
 
     def _save(self) -> None:
         """Write a checkpoint, unless there is one of this step already."""
         run = self._run
         if run.step == self._saved_step:
             return
+        if run.ranks.any(bool(has_nonfinite(self._parameters))):
+            self._fail("weights are no longer finite")
         position = RunPosition(
             step=run.step,
             tokens=self._tokens,

@@ -22,7 +22,7 @@ from normuon_lab.pretrain.config import BatchConfig, OptimizerConfig, PretrainCo
 from normuon_lab.pretrain.display import RunDisplay
 from normuon_lab.pretrain.metrics import MetricsLog, check_trackers
 from normuon_lab.pretrain.model import build_model, config_values
-from normuon_lab.pretrain.parallel import spread
+from normuon_lab.pretrain.parallel import compute_dtype, spread
 from normuon_lab.pretrain.ranks import Ranks, joined
 from normuon_lab.pretrain.run_folder import ResumePoint, begin, find_resume_point
 from normuon_lab.pretrain.stopping import StopRequest
@@ -83,12 +83,15 @@ def train(request: TrainRequest, console: Console) -> None:
             training.batches.close()
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
+) -> list[Optimizer]:
     """The optimizers of an arm; each group keeps its peak learning rate as `initial_lr`.
 
     Args:
         model: as it will be trained, spread over its ranks.
         config: of the optimizer.
+        forward_dtype: what the model computes in.
     """
     options = ArmOptions(
         adam_lr=config.adam_lr,
@@ -98,6 +101,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
         betas=config.betas,
         momentum=config.momentum,
         beta2=config.beta2,
+        ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
     )
     optimizers = ARMS[config.arm].build(model, config.lr, options)
     for optimizer in optimizers:
@@ -140,7 +144,8 @@ def _assembled(
     peak = peak_flops(ranks.device, config.metrics.device_tflops)
     model_config = config_values(model)
     model = spread(model, config.model, ranks)
-    optimizers = build_optimizers(model, config.optimizer)
+    forward_dtype = compute_dtype(config.model, ranks.device)
+    optimizers = build_optimizers(model, config.optimizer, forward_dtype=forward_dtype)
     diagnostics = None
     if config.metrics.diagnose_every:
         from normuon_lab.pretrain.diagnostics import MatrixDiagnostics

@@ -56,7 +56,7 @@ def train_through_kills(
                 _wait_for(job, lambda saves=saves: bool(_saves(out) - saves))
                 time.sleep(choose.uniform(0.0, 0.01))
             else:
-                time.sleep(choose.uniform(0.0, 0.8))
+                time.sleep(choose.uniform(0.0, 0.3))
             assert job.is_alive(), f"the run ended before kill {number + 1} of {num_kills}"
         finally:
             job.kill()

@@ -20,7 +20,15 @@ from tests.distributed.ranks import free_port
 
 _SECONDS = 120
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["normuon_lab.cli", "normuon_lab.pretrain.training"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "normuon_lab.cli",
+        "normuon_lab.pretrain.training",
+        "torch.utils.tensorboard",
+        "transformers.models.gpt2.modeling_gpt2",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,12 @@ class Job:
         """Whether every rank is running."""
         return all(process.is_alive() for process in self._processes)
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to every rank."""
-        for process in self._processes:
-            assert process.pid is not None
-            os.kill(process.pid, number)
+    def send(self, number: signal.Signals, *, ranks: Sequence[int]) -> None:
+        """Send a signal to some ranks."""
+        for rank in ranks:
+            pid = self._processes[rank].pid
+            assert pid is not None
+            os.kill(pid, number)
 
     def kill(self) -> None:
         """Kill -9 every rank, and wait until all are gone."""
