@@ -1,0 +1,8 @@
+"""`python -m normuon_lab`, which is `normuon`: what torchrun's `-m` starts."""
+
+import sys
+
+from normuon_lab.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
