@@ -105,11 +105,20 @@ class Trainer:
                 self._save()
                 run.writer.wait()
                 return False
-            loss, norm = self._step()
-            self._after_step(loss, norm, is_last=run.step == steps)
+            self.advance()
         self._save()
         run.writer.wait()
         return True
+
+    def advance(self) -> None:
+        """One step, and what is due after it.
+
+        Raises:
+            RunsFailedError: as `run`.
+            InputError: as `run`.
+        """
+        loss, norm = self._step()
+        self._after_step(loss, norm, is_last=self._run.step == self._config.batch.steps)
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """One optimizer step.

@@ -72,7 +72,7 @@ def train(request: TrainRequest, console: Console) -> None:
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )
         _check_vocabulary(data, model)
-        training = _assembled(request, ranks, model, data)
+        training = assemble(request, ranks, model, data)
         if point is not None:
             _go_on_from_(point, training)
         ranks.on_main(lambda: begin(request.out, config))
@@ -134,10 +134,18 @@ def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
     return size
 
 
-def _assembled(
-    request: TrainRequest, ranks: Ranks, model: nn.Module, data: PretrainData
-) -> Training:
-    """The run at its start."""
+def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: PretrainData) -> Training:
+    """The run at its start.
+
+    Args:
+        request: what is asked for; nothing is written.
+        ranks: who trains.
+        model: whole, on the CPU; it is spread over the ranks.
+        data: opened.
+
+    Raises:
+        InputError: model, data and ranks do not fit together.
+    """
     config = request.config
     micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
     flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
