@@ -89,6 +89,7 @@ class MatrixDiagnostics:
         self._group_of = {
             param: group for group in optimizer.param_groups for param in group["params"]
         }
+        self._step = -1
         self._before: list[Tensor] = []
         self._round: Sequence[HiddenMatrix] = ()
         self.last_seconds = 0.0
@@ -99,7 +100,7 @@ class MatrixDiagnostics:
         Args:
             step: finished steps before this one.
         """
-        self._round, self._before = (), []
+        self._step, self._round, self._before = step, (), []
         if (step + 1) % self._every:
             return
         began = time.perf_counter()
@@ -120,6 +121,7 @@ class MatrixDiagnostics:
         """
         if not self._round:
             return None
+        assert step == self._step
         began = time.perf_counter()
         measured = [
             self._measure(matrix, before)
@@ -159,9 +161,9 @@ class MatrixDiagnostics:
                 continue
             for row, figures in zip(table, figures_by_block(tensor, matrix.view), strict=True):
                 if figures is not None:
-                    first = number * len(_FIGURES)
                     values = [getattr(figures, name) for name in _FIGURES]
-                    row[first : first + len(_FIGURES)] = torch.tensor(values)
+                    first = number * len(_FIGURES)
+                    row[first : first + len(_FIGURES)] = torch.tensor(values, dtype=row.dtype)
         for row, part in zip(table, blocks, strict=True):
             row[-1] = _rms_ratio(
                 matrix.view.native(whole["update"], part), matrix.view.native(weight, part)
