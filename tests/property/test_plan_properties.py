@@ -241,6 +241,32 @@ def test_no_rank_packs_more_than_a_bucket_may_hold(plan):
 
 
 @quick
+@given(plans())
+def test_no_rank_holds_more_on_the_way_back_than_a_bucket_may_hold(plan):
+    """Replicas multiply what an owner sends, so the bound is not the gather's."""
+    for bucket, content in enumerate(plan.buckets):
+        task = plan.tasks[content.tasks[0]]
+        held = [0] * plan.world_size
+        largest = 0
+        for index in content.tasks:
+            alone = [0] * plan.world_size
+            for rank in range(plan.world_size):
+                for route in plan.sends(rank, bucket, direction="return"):
+                    if route.task != index or route.source == route.destination:
+                        continue
+                    num_bytes = (
+                        route.num_elements * task.wire_bytes
+                        + route.num_neurons * task.neuron_bytes
+                        + route.num_scalars * SCALAR_BYTES
+                    )
+                    alone[route.source] += num_bytes
+                    alone[route.destination] += num_bytes
+            largest = max(largest, max(alone))
+            held = [a + b for a, b in zip(held, alone, strict=True)]
+        assert max(held) <= max(plan.bucket_bytes, 2 * largest) or len(content.tasks) == 1
+
+
+@quick
 @given(plans(), st.data())
 def test_the_digest_is_that_of_the_input_and_the_owners(plan, data):
     again = make_plan(

@@ -332,6 +332,17 @@ class TestBuckets:
         plan = make_plan(tasks, world_size=4, bucket_bytes=1)
         assert [len(bucket.tasks) for bucket in plan.buckets] == [4, 4]
 
+    def test_what_replicas_are_sent_counts_towards_the_bound(self):
+        """Under DDP nothing is gathered, and every owner returns a copy to each of 7 others."""
+        tasks = [matrix(f"w{i}", (8, 8), (8,), [("replicate",)]) for i in range(32)]
+        returned = 8 * 8 * 2 + 8 * 4 + 4  # O in bfloat16, v and the scale
+        network = CostModel(flops_per_second=1e3, bytes_per_second=1e12, latency_seconds=0.0)
+        # A rank that owns one matrix of eight sends 7 copies and receives 7 others' matrices.
+        plan = make_plan(tasks, world_size=8, cost_model=network, bucket_bytes=2 * 14 * returned)
+        assert [len(bucket.tasks) for bucket in plan.buckets] == [16, 16]
+        plan = make_plan(tasks, world_size=8, cost_model=network, bucket_bytes=10**6)
+        assert [len(bucket.tasks) for bucket in plan.buckets] == [32]
+
     def test_one_bucket_has_one_wire_dtype(self):
         tasks = [
             matrix(f"w{i}", (8, 8), (2,), SHARD_ROWS, wire_dtype=["bfloat16", "float32"][i % 2])

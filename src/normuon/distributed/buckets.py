@@ -6,9 +6,11 @@ gather hides behind the work. Leaves ownership to `ownership`, byte totals to `t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from normuon.distributed.cost import SCALAR_BYTES
+from normuon.distributed.routes import owner_for
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import tiling_of
 
@@ -26,16 +28,19 @@ def form_buckets(
     Each owner takes its matrices by decreasing FLOPs, equal shapes and keys together, those that
     need no gather first: they fill the wait for the first exchange. All owners' matrices are then
     merged by start time and cut where the next one would exceed `bucket_bytes` on some rank. What
-    counts is the gather: whole matrices on their owner, plus what a rank sends, v and flags too.
+    counts is a rank's buffers of one direction: on the way to owners, whole matrices on them and
+    what each rank sends; on the way back, what owners send, a copy for every replica, and what each
+    rank receives; v, flags and scales too.
 
     Args:
         tasks: the matrices.
         owners: for each, its owners.
         flops: for each, its FLOPs.
         world_size: ranks of the group.
-        bucket_bytes: bound on any rank. A bucket may always take twice its largest matrix instead:
-            one on its owner, and as much in pieces that the owner sends. Less would leave most
-            owners idle while a few compute, since buckets follow one another.
+        bucket_bytes: bound on any rank and direction. A bucket may always take twice what its
+            largest matrix does instead: on the way there, one on its owner and as much in pieces
+            that the owner sends. Less would leave most owners idle while a few compute, since
+            buckets follow one another.
 
     Returns:
         Indices of the matrices of each bucket; wire and neuron dtype are one within a bucket.
@@ -97,42 +102,65 @@ def _cut(
     bucket_bytes: int,
 ) -> list[tuple[int, ...]]:
     buckets: list[tuple[int, ...]] = []
-    fill = _Fill(world_size)
+    indices: list[int] = []
+    gathers, returns = _Fill(world_size), _Fill(world_size)
     for index in ordered:
-        is_everywhere = len(owners[index]) == world_size
-        whole = whole_bytes(tasks[index])
-        added = {} if is_everywhere else packed_bytes(tasks[index], owners[index])
-        busiest = fill.busiest_with(added, whole if is_everywhere else 0)
-        if fill.indices and busiest > max(bucket_bytes, 2 * max(fill.largest, whole)):
-            buckets.append(tuple(fill.indices))
-            fill = _Fill(world_size)
-        fill.add(index, added, whole=whole, is_everywhere=is_everywhere)
-    if fill.indices:
-        buckets.append(tuple(fill.indices))
+        there, back = _packed_there(tasks[index], owners[index], world_size), _Packed()
+        if len(owners[index]) < world_size:  # Where everyone computes, nothing travels back.
+            by_rank = returned_bytes(tasks[index], owners[index])
+            back = _Packed(by_rank, largest=max(by_rank.values(), default=0))
+        if indices and (
+            gathers.exceeds_with(there, bucket_bytes) or returns.exceeds_with(back, bucket_bytes)
+        ):
+            buckets.append(tuple(indices))
+            indices, gathers, returns = [], _Fill(world_size), _Fill(world_size)
+        indices.append(index)
+        gathers.add(there)
+        returns.add(back)
+    if indices:
+        buckets.append(tuple(indices))
     return buckets
 
 
+def _packed_there(task: MatrixTask, owners: Sequence[int], world_size: int) -> _Packed:
+    whole = whole_bytes(task)
+    if len(owners) == world_size:
+        return _Packed(everywhere=whole, largest=whole)
+    return _Packed(packed_bytes(task, owners), largest=whole)
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Buffers of one matrix in one direction: by rank, or the same on every rank.
+
+    ``largest`` is what it takes on the rank where it takes most, pieces sent not counted.
+    """
+
+    by_rank: Mapping[int, int] = field(default_factory=dict)
+    everywhere: int = 0
+    largest: int = 0
+
+
 class _Fill:
-    """Packed bytes of the bucket being filled, by rank."""
+    """Packed bytes of the bucket being filled, by rank, in one direction."""
 
     def __init__(self, world_size: int) -> None:
-        self.indices: list[int] = []
         self.largest = 0
         self.everywhere = 0
         self.by_rank = [0] * world_size
         self.busiest = 0
 
-    def busiest_with(self, added: dict[int, int], added_everywhere: int) -> int:
-        touched = (self.by_rank[rank] + num_bytes for rank, num_bytes in added.items())
-        return self.everywhere + added_everywhere + max(self.busiest, max(touched, default=0))
+    def exceeds_with(self, packed: _Packed, bucket_bytes: int) -> bool:
+        touched = (self.by_rank[rank] + added for rank, added in packed.by_rank.items())
+        busiest = max(self.busiest, max(touched, default=0))
+        bound = max(bucket_bytes, 2 * max(self.largest, packed.largest))
+        return self.everywhere + packed.everywhere + busiest > bound
 
-    def add(self, index: int, added: dict[int, int], *, whole: int, is_everywhere: bool) -> None:
-        self.indices.append(index)
-        self.largest = max(self.largest, whole)
-        if is_everywhere:
-            self.everywhere += whole
-        for rank, num_bytes in added.items():
-            self.by_rank[rank] += num_bytes
+    def add(self, packed: _Packed) -> None:
+        self.largest = max(self.largest, packed.largest)
+        self.everywhere += packed.everywhere
+        for rank, added in packed.by_rank.items():
+            self.by_rank[rank] += added
             self.busiest = max(self.busiest, self.by_rank[rank])
 
 
@@ -172,4 +200,29 @@ def packed_bytes(task: MatrixTask, owners: Sequence[int]) -> dict[int, int]:
             added[rank] = added.get(rank, 0) + num_bytes
     for owner in owners:
         added[owner] = added.get(owner, 0) + whole_bytes(task)
+    return added
+
+
+def returned_bytes(task: MatrixTask, owners: Sequence[int]) -> dict[int, int]:
+    """Bytes of one matrix in each rank's return buffers: sent by owners, received by the rest.
+
+    Args:
+        task: the matrix.
+        owners: its owners.
+
+    Returns:
+        Bytes by rank; ranks that neither own nor store any of it are absent.
+    """
+    tiling = tiling_of(task)
+    table = tiling.return_bytes(wire_bytes=task.wire_bytes, neuron_bytes=task.neuron_bytes)
+    if len(owners) == 1:
+        (owner,) = owners
+        own = table.by_rank.get(owner, 0)
+        return {**table.by_rank, owner: table.total - own}
+    added: dict[int, int] = {}
+    for rank, num_bytes in table.by_rank.items():
+        owner = owner_for(tiling, owners, rank)
+        if owner != rank:
+            added[owner] = added.get(owner, 0) + num_bytes
+            added[rank] = added.get(rank, 0) + num_bytes
     return added
