@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,13 +61,14 @@ class MetricsLog:
             tracker.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a row.
+        """Add a row; a value that is no finite number, which JSON does not know, becomes null.
 
         Raises:
             RunsFailedError: the disk is full, or took the file away.
         """
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
         except OSError as error:
             raise RunsFailedError(f"cannot write {self._path}: {error.strerror}") from None
         for tracker in self._trackers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from normuon_lab.pretrain.config import (
 )
 from normuon_lab.pretrain.config_file import merged, read_values, write_config
 from normuon_lab.pretrain.presets import PRETRAIN_PRESETS, pretrain_preset
+from normuon_lab.pretrain.ranks import mesh_shape
 from normuon_lab.pretrain.schedule import scheduled_factor
 from tests.lab.pretrain.processes import Job
 
@@ -119,6 +122,16 @@ def test_a_flag_out_of_range_is_one_line(tmp_path: Path) -> None:
     assert outcome.codes == (2,)
     (said,) = outcome.stderr
     assert said == "normuon: error: lr -1.0: give a positive number (see normuon --help)\n"
+
+
+def test_the_slurm_example_asks_for_what_there_is() -> None:
+    script = (Path(__file__).parents[3] / "examples" / "slurm" / "train.sbatch").read_text()
+    command = script.partition("-m normuon_lab train")[2].partition("&\n")[0]
+    found = settings(*shlex.split(command.replace("\\\n", " ")))
+    assert found.preset == "llama-1.1b"
+    # The script's nodes and GPUs, in copies of one node each.
+    nodes, gpus = (int(re.search(rf"--{n}=(\d+)", script)[1]) for n in ("nodes", "gpus-per-node"))
+    assert mesh_shape(found.parallel, world_size=nodes * gpus) == (4, 8, 1)
 
 
 def test_only_what_computes_the_same_numbers_may_change_on_resuming() -> None:
