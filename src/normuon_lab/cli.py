@@ -17,6 +17,7 @@ from typing import Annotated
 
 import tyro
 
+from normuon_lab.bench.command import BenchCommand
 from normuon_lab.data.command import DataCommand
 from normuon_lab.doctor import DoctorCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError, require
@@ -179,11 +180,21 @@ class Tune(ExperimentOptions):
         return 0
 
 
-AnyCommand = Compare | Tune | PlanCommand | Train | DataCommand | ExportCommand | InspectCommand
+AnyCommand = (
+    Compare
+    | Tune
+    | PlanCommand
+    | BenchCommand
+    | Train
+    | DataCommand
+    | ExportCommand
+    | InspectCommand
+)
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Tune, tyro.conf.subcommand("tune")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[DataCommand, tyro.conf.subcommand("data")]
     | Annotated[ExportCommand, tyro.conf.subcommand("export")]

@@ -1,0 +1,1 @@
+"""`normuon bench`: what an optimizer step costs on this machine, beside installed peers."""

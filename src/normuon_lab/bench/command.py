@@ -1,0 +1,136 @@
+"""`normuon bench`: its options, what it checks, and where its answer goes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from normuon_lab.errors import InputError, require
+
+if TYPE_CHECKING:
+    from normuon_lab.bench.matrices import MatrixClass
+
+MAX_ROUNDS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchCommand:
+    """Time one optimizer step of NorMuon and of installed peers on this machine.
+
+    Writes bench.json, bench.png and bench.svg. Steps are interleaved in one process; every figure
+    is defined in docs/lab/bench.md.
+    """
+
+    model: str | None = None
+    """A preset (gpt2-124m, llama3-8b, ...), a transformers config.json, or the folder of one."""
+    shapes: str | None = None
+    """In place of a model: matrices as [COUNTx]ROWSxCOLS, such as 4x768x768,3072x768."""
+    layers: int | None = None
+    """Keep the first so many layers of the model."""
+    dtype: tuple[Literal["auto", "float32", "bfloat16"], ...] = ("auto",)
+    """Of our Newton-Schulz; peers that take a dtype get the first."""
+    coefficients: tuple[Literal["jordan", "polar_express", "you", "cans"], ...] = ("jordan",)
+    """Tables of our Newton-Schulz's polynomial."""
+    only: tuple[str, ...] = ()
+    """Keep contenders whose names match one of these patterns, such as 'NorMuon auto*'."""
+    repeats: int = 7
+    """Timed steps of each contender."""
+    threads: int | None = None
+    """CPU threads; by default torch's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the steps run; auto is a CUDA device where there is one."""
+    peers: bool = True
+    """Whether other packages take part."""
+    polar: bool = True
+    """Whether to measure the distance from the polar factor, whose float64 takes long on large
+    matrices."""
+    dion: Path | None = None
+    """A checkout of github.com/microsoft/dion."""
+    authors: Path | None = None
+    """The paper's authors' normuon.py, of github.com/zichongli5/NorMuon."""
+    seed: int = 0
+    """Of weights and gradients."""
+    out: Path = Path("runs/bench")
+    """Folder for bench.json, bench.png and bench.svg."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        self._check()
+        # Read when torch is loaded: its profiler otherwise comments on each use on stderr.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        import torch
+        from rich.console import Console
+
+        from normuon_lab.atomic_files import write_json
+        from normuon_lab.bench.contents import BenchRequest, run_bench
+        from normuon_lab.bench.figure import write_figure
+        from normuon_lab.bench.peers import PeerPaths
+        from normuon_lab.bench.text import print_bench
+
+        has_cuda = torch.cuda.is_available()
+        require(has_cuda or self.device != "cuda", "--device cuda: torch finds no CUDA device")
+        request = BenchRequest(
+            matrices=self._matrices(),
+            title=self._title(),
+            dtypes=self.dtype,
+            coefficients=self.coefficients,
+            rounds=self.repeats,
+            threads=self.threads,
+            device=torch.device("cuda" if has_cuda and self.device != "cpu" else "cpu"),
+            with_peers=self.peers,
+            paths=PeerPaths(dion=self.dion, authors=self.authors),
+            only=self.only,
+            with_polar=self.polar,
+            seed=self.seed,
+            command=shlex.join(["normuon", *sys.argv[1:]]),
+        )
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make --out {self.out}: {error.strerror}") from None
+        console = Console()
+        with Console(stderr=True).status("starting") as status:
+            contents = run_bench(request, say=status.update)
+        write_json(self.out / "bench.json", contents)
+        for suffix in ("png", "svg"):
+            write_figure(contents, self.out / f"bench.{suffix}")
+        print_bench(contents, console)
+        console.print(f"Written: {self.out / 'bench.json'}", highlight=False, soft_wrap=True)
+        return 0
+
+    def _check(self) -> None:
+        """Everything that can be wrong without knowing the machine."""
+        require(
+            (self.model is None) != (self.shapes is None),
+            "give either --model or --shapes, such as --model gpt2-124m --layers 2",
+        )
+        require(
+            self.layers is None or self.model is not None,
+            "--layers is for --model; in --shapes, write the counts",
+        )
+        for name in ("layers", "threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} {value}: give at least 1")
+        require(
+            1 <= self.repeats <= MAX_ROUNDS, f"--repeats {self.repeats}: give 1 to {MAX_ROUNDS}"
+        )
+        for name in ("dtype", "coefficients"):
+            require(bool(getattr(self, name)), f"--{name}: give at least one")
+
+    def _matrices(self) -> tuple[MatrixClass, ...]:
+        from normuon_lab.bench.matrices import model_matrices, parse_shapes
+
+        if self.shapes is not None:
+            return parse_shapes(self.shapes)
+        assert self.model is not None
+        return model_matrices(self.model, num_layers=self.layers)
+
+    def _title(self) -> str:
+        if self.model is None:
+            return "given matrices"
+        return self.model if self.layers is None else f"{self.model}, {self.layers} layers"

@@ -1,0 +1,201 @@
+"""Contenders side by side in one process: each prepared and counted once, then timed in turn.
+
+What a figure means is `measure.py`'s and `polar.py`'s; how the figures are written down is
+`contents.py`'s.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normuon_lab.bench.contender import Contender
+from normuon_lab.bench.matrices import MatrixClass
+from normuon_lab.bench.measure import (
+    Gradients,
+    MatmulPeak,
+    StepProfile,
+    counted_flops,
+    peak_side,
+    profile_step,
+    tensor_bytes,
+    tensor_elements,
+    timed,
+    tracked_memory,
+)
+from normuon_lab.bench.polar import polar_errors, polar_factor
+
+WEIGHT_SCALE = 0.02
+Shape = tuple[int, int]
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Entry:
+    """One contender's figures.
+
+    Attributes:
+        contender: who.
+        flops: of the matrix products of one step, counted.
+        state_elements: of its optimizer state, step counts apart.
+        state_bytes: of the same.
+        scratch_kept_bytes: what it holds between steps besides parameters, gradients and state.
+        scratch_peak_bytes: the most that a step allocates beyond all that is held between steps.
+        polar: errors by shape; empty when they were not asked for.
+        profile: of one step.
+        step_seconds: one per round.
+    """
+
+    contender: Contender
+    flops: int
+    state_elements: int
+    state_bytes: int
+    scratch_kept_bytes: int
+    scratch_peak_bytes: int
+    polar: dict[Shape, dict[str, float]]
+    profile: StepProfile
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """All memory it needs besides parameters, gradients and state."""
+        return self.scratch_kept_bytes + self.scratch_peak_bytes
+
+
+@dataclass(slots=True)
+class Race:
+    """What came of it.
+
+    Attributes:
+        entries: contenders that ran, in the order given.
+        not_run: why the others did not, by name.
+        matrices: what each of them stepped.
+        peak_side: side of the square product that measured the machine.
+        peaks: its FLOP/s, one per round, by dtype.
+    """
+
+    entries: list[Entry]
+    not_run: dict[str, str]
+    matrices: tuple[MatrixClass, ...]
+    peak_side: int
+    peaks: dict[str, list[float]]
+
+
+@dataclass(slots=True)
+class _Runner:
+    """A contender ready to step."""
+
+    optimizer: Optimizer
+    params: list[nn.Parameter]
+    gradients: Gradients
+    device: torch.device
+
+    def step_seconds(self) -> float:
+        self.gradients.hand_out(self.params)
+        return timed(self.optimizer.step, self.device)
+
+
+def run_race(
+    contenders: Sequence[Contender],
+    matrices: Sequence[MatrixClass],
+    *,
+    rounds: int,
+    seed: int,
+    device: torch.device,
+    with_polar: bool = True,
+    say: Say = lambda text: None,
+) -> Race:
+    """Measures every contender that can run.
+
+    Args:
+        contenders: who.
+        matrices: what a step takes, all of them in every step; weights are float32.
+        rounds: timed steps of each, one contender after the other, round by round.
+        seed: of weights and gradients, both normal.
+        device: where.
+        with_polar: whether to compare directions with the polar factor.
+        say: told what is being done.
+    """
+    torch.manual_seed(seed)
+    shapes = [one.shape for one in matrices for _ in range(one.count)]
+    weights = [torch.randn(shape, device=device) * WEIGHT_SCALE for shape in shapes]
+    values = [torch.randn(shape, device=device) for shape in shapes]
+    gradients = Gradients(values)
+    samples = dict(zip(shapes, values, strict=True))
+    polar = {}
+    if with_polar:
+        say("polar factors")
+        polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
+    entries: list[Entry] = []
+    runners: list[_Runner] = []
+    not_run: dict[str, str] = {}
+    for contender in contenders:
+        if contender.missing is not None:
+            not_run[contender.name] = contender.missing
+            continue
+        say(f"preparing {contender.name}")
+        try:
+            runner, entry = _prepared(contender, weights, gradients, polar, device)
+        except Exception as error:  # A peer's fault is a finding, and the others still run.
+            not_run[contender.name] = _in_words(error)
+            continue
+        runners.append(runner)
+        entries.append(entry)
+    side = peak_side(shapes)
+    machine = {
+        dtype: MatmulPeak(side, getattr(torch, dtype), device)
+        for dtype in dict.fromkeys(entry.contender.ns_dtype for entry in entries)
+    }
+    race = Race(entries, not_run, tuple(matrices), side, {dtype: [] for dtype in machine})
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}")
+        for dtype, peak in machine.items():
+            race.peaks[dtype].append(peak.flops_per_second())
+        for entry, runner in zip(entries, runners, strict=True):
+            entry.step_seconds.append(runner.step_seconds())
+    return race
+
+
+def _prepared(
+    contender: Contender,
+    weights: Sequence[Tensor],
+    gradients: Gradients,
+    polar: dict[Shape, tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> tuple[_Runner, Entry]:
+    """Everything but the timed rounds; what is compiled is compiled here."""
+    errors = {shape: polar_errors(contender, *pair) for shape, pair in polar.items()}
+    params = [nn.Parameter(weight.clone()) for weight in weights]
+    gradients.hand_out(params)
+    with tracked_memory(device) as kept:
+        optimizer = contender.build(params)
+        flops = counted_flops(optimizer.step)
+        gc.collect()
+    runner = _Runner(optimizer, params, gradients, device)
+    if contender.compiles:
+        runner.step_seconds()
+    gradients.hand_out(params)
+    profile = profile_step(optimizer.step, device)
+    state = dict(optimizer.state)
+    state_bytes = tensor_bytes(list(state.values()))
+    entry = Entry(
+        contender=contender,
+        flops=flops,
+        state_elements=tensor_elements(list(state.values())),
+        state_bytes=state_bytes,
+        scratch_kept_bytes=max(0, kept.net - state_bytes),
+        scratch_peak_bytes=profile.memory.peak,
+        polar=errors,
+        profile=profile,
+    )
+    return runner, entry
+
+
+def _in_words(error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text.strip()[:200]}"
