@@ -216,6 +216,8 @@ def _outlive_signals(worker: int) -> None:
     would take away the batches of the last steps before a checkpoint.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return  # macOS does not say who sent a signal, and has no schedulers that preempt.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def obey_parent() -> None:

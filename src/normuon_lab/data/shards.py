@@ -142,9 +142,7 @@ class TokenShards:
                 num_tokens == self._ends[shard] - first,
                 f"the shard {path} changed while it was in use; {_MEND}",
             )
-            descriptor = os.open(path, os.O_RDONLY)
-            tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=num_tokens)
-            self._maps[shard] = descriptor, tokens
+            self._maps[shard] = _map(path, num_tokens)
         descriptor, tokens = self._maps[shard]
         # Reading a map beyond the end of its file would end the process with SIGBUS.
         require(
@@ -160,6 +158,15 @@ class TokenShards:
     def __del__(self) -> None:
         for descriptor, _ in getattr(self, "_maps", {}).values():
             os.close(descriptor)
+
+
+def _map(path: Path, num_tokens: int) -> tuple[int, Tokens]:
+    """A descriptor of a shard, to ask for its size, and its tokens."""
+    try:
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=num_tokens)
+        return os.open(path, os.O_RDONLY), tokens
+    except OSError as error:
+        raise InputError(f"cannot read the shard {path}: {error.strerror}") from error
 
 
 def _add_samples(digest: hashlib._Hash, path: Path) -> None:
