@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from normuon_lab.atomic_files import write_json
+from normuon_lab.errors import InputError
 from normuon_lab.pretrain.checkpoint import (
     DESCRIPTION_FILE,
     CheckpointDescription,
@@ -86,6 +87,7 @@ class CheckpointWriter:
         self._config = config
         self._ranks = ranks
         self._pending: Future[None] | None = None
+        self._pending_step = 0
         self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
         # Writing beside training must not mix its collectives with training's.
         has_own_group = config.async_checkpoint and ranks.mesh is not None
@@ -139,12 +141,12 @@ class CheckpointWriter:
         written.result()
         self._publish(partial, position)
 
-    def _together(self, function: Any, step: int) -> None:
+    def _together(self, function: Callable[[], object], step: int) -> None:
         """Call `function` on every rank; what fails on one is raised, as one line, on all."""
         failure: Exception | None = None
         try:
             function()
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except (CheckpointException, InputError, OSError, RuntimeError) as error:
             failure = OSError(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: "
                 f"{_reason(error)}; the earlier ones are as they were"

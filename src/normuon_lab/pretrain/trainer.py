@@ -82,9 +82,7 @@ class Trainer:
         self._display = display
         self._clock = StepClock(training.ranks.device)
         self._parameters = [p for p in training.model.parameters() if p.requires_grad]
-        batch = self._config.batch
-        share = batch.batch_size // training.ranks.data_size
-        self._num_micro_batches = share // training.batches.share.micro_batch_size
+        self._num_micro_batches = training.batches.share.micro_batches_per_step
         self._saved_step = training.step
         self._diagnosed: dict[str, float] = {}
 

@@ -71,7 +71,7 @@ def train(request: TrainRequest, console: Console) -> None:
         data = open_data(
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )
-        _check_vocabulary(data, model)
+        _check_fit(config, data, model)
         training = assemble(request, ranks, model, data)
         if point is not None:
             _go_on_from_(point, training)
@@ -227,6 +227,8 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
         is_done = Trainer(training, metrics=metrics, display=display).run(stop)
         if is_done:
             display.say(f"done: {newest_complete(request.out)}")
+        elif training.step == 0:
+            display.say("stopped by SIGTERM before the first step")
         else:
             display.say(
                 f"stopped by SIGTERM after step {training.step}, which is kept; --resume auto goes "
@@ -234,7 +236,14 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
             )
 
 
-def _check_vocabulary(data: PretrainData, model: nn.Module) -> None:
+def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> None:
+    """Raise `InputError` unless the model can take the data's tokens and sequences."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    length = config.batch.sequence_length
+    require(
+        longest is None or length <= longest,
+        f"sequence_length {length}: the model has {longest} positions",
+    )
     size = model.get_input_embeddings().num_embeddings
     require(
         data.vocab_size <= size,

@@ -19,6 +19,8 @@ from pathlib import Path
 from tests.distributed.ranks import free_port
 
 _SECONDS = 120
+# The server inherits it: no test may wait for the Hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
