@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all lint types format install clean
+.PHONY: compare test test-all lint types docs format install clean
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
 # timm in a folder of its own: PyPI's torchvision is built for CUDA's torch, and beside torch's CPU
@@ -34,6 +34,9 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,130 @@
+"""Draws the figures of the documentation as SVG files beside this script.
+
+$ python docs/figures/make_figures.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from normuon import NorMuon
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "benchmarks" / "results" / "compare_default.json"
+
+# The report's colours: Okabe and Ito's, distinct under colour blindness.
+COLORS = {"adamw": "#0072B2", "muon": "#E69F00", "normuon": "#009E73"}
+LABELS = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+
+plt.rcParams.update(
+    {
+        "svg.hashsalt": "normuon",  # The same file from the same figure.
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 11,
+        "text.color": INK,
+        "axes.edgecolor": "#9aa5b1",
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+    }
+)
+
+
+def save(figure: Figure, name: str) -> None:
+    figure.savefig(HERE / name, bbox_inches="tight", facecolor="white", metadata={"Date": None})
+    plt.close(figure)
+
+
+def draw_losses() -> None:
+    """The default comparison: every seed's validation curve, and the mean of each arm."""
+    runs = json.loads(RESULTS.read_text())["runs"]
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for arm, color in COLORS.items():
+        curves = [run for run in runs if run["arm"] == arm]
+        for run in curves:
+            axes.plot(run["eval_steps"], run["eval_losses"], color=color, alpha=0.25, linewidth=0.8)
+        mean = np.mean([run["eval_losses"] for run in curves], axis=0)
+        steps = curves[0]["eval_steps"]
+        axes.plot(steps, mean, color=color, linewidth=2, label=f"{LABELS[arm]}  {mean[-1]:.3f}")
+    axes.set(xlabel="step", ylabel="validation loss", ylim=(1.5, 3.6))
+    axes.legend(frameon=False, title="loss after 500 steps, 4 seeds", alignment="left")
+    save(figure, "losses.svg")
+
+
+def row_norms(algorithm: str) -> torch.Tensor:
+    """Norms of the rows of the tenth step on a tall matrix whose gradient has rows of all sizes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(512, 128))
+    group = {"params": [weight], "algorithm": algorithm}
+    optimizer = NorMuon([group], lr=1e-3, weight_decay=0.0, ns_dtype=torch.float32)
+    sizes = torch.logspace(-2, 0, 512)[:, None]
+    for _ in range(10):
+        before = weight.detach().clone()
+        weight.grad = sizes * torch.randn(512, 128, generator=generator)
+        optimizer.step()
+    step = before - weight.detach()
+    return step.norm(dim=1) / step.norm() * len(step) ** 0.5
+
+
+def draw_row_norms() -> None:
+    """What the one scale per neuron is for."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for algorithm in ("muon", "normuon"):
+        norms = row_norms(algorithm)
+        axes.plot(norms, color=COLORS[algorithm], linewidth=1.2, label=LABELS[algorithm])
+    axes.set(
+        xlabel="neuron (row), from the smallest gradient to the largest",
+        ylabel="norm of its step\n(1: the root mean square)",
+        ylim=(0, None),
+    )
+    axes.legend(frameon=False)
+    save(figure, "row_norms.svg")
+
+
+def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", lw=2))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white")
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axes.add_patch(
+        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=MUTED, lw=1.2)
+    )
+
+
+def draw_owner() -> None:
+    """One matrix, sharded by rows over four ranks: to its owner and back."""
+    figure, axes = plt.subplots(figsize=(8, 3))
+    colors = ["#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
+    for rank, color in enumerate(colors):
+        y = 3 - rank
+        box(axes, 0, y, 1.8, 0.9, f"rank {rank}: rows of M", color)
+        box(axes, 8.2, y, 2.2, 0.9, f"rank {rank}: rows of W", color)
+        arrow(axes, (1.9, y + 0.45), (3.9, 1.2 + 0.55 * (3 - rank)))
+        arrow(axes, (6.3, 1.2 + 0.55 * (3 - rank)), (8.1, y + 0.45))
+    box(axes, 4, 0.9, 2.2, 2.1, "rank 2, the owner:\nO = NS(M)\nv, one scale", colors[2])
+    axes.text(2.9, 4.1, "gather: M, v, flag", ha="center", color=MUTED)
+    axes.text(7.2, 4.1, "return: O, v, scale", ha="center", color=MUTED)
+    axes.set(xlim=(-0.1, 10.5), ylim=(-0.1, 4.4))
+    axes.axis("off")
+    save(figure, "owner.svg")
+
+
+if __name__ == "__main__":
+    draw_losses()
+    draw_row_norms()
+    draw_owner()

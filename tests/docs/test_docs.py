@@ -1,0 +1,108 @@
+"""Every block of Python in the documentation runs, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if BLOCK.search(page.read_text())]
+
+EXPORTED = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+config = LlamaConfig(
+    vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+)
+LlamaForCausalLM(config).save_pretrained("exported")
+words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained("exported")
+"""
+
+BEFORE = {"lab/diagnostics.md": EXPORTED}
+"""What a reader of a page has already, as code."""
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_pages_code_runs_from_top_to_bottom(page, tmp_path):
+    """In a process of its own, as one rank, in an empty folder: as a reader would run it."""
+    code = "\n".join([BEFORE.get(name_of(page), ""), *BLOCK.findall(page.read_text())])
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:normuon", "-c", code],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+
+
+def test_the_site_builds_and_every_link_in_it_leads_somewhere(tmp_path):
+    """mkdocs checks links and anchors of pages, mkdocstrings the names of the reference."""
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "reference" / "optimizer" / "index.html").read_text()
+    assert 'id="normuon.NorMuon.step"' in reference
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {name_of(page) for page in DOCS.rglob("*.md")} == listed
+
+
+def test_the_files_that_pages_name_exist():
+    """Paths in backticks, such as `examples/ddp.py` or `benchmarks/results/plan_table.md`."""
+    named = re.compile(r"`((?:examples|benchmarks|docs|src)/[\w./-]+\.\w+)`")
+    for page in DOCS.rglob("*.md"):
+        missing = [path for path in named.findall(page.read_text()) if not (ROOT / path).exists()]
+        assert not missing, f"{name_of(page)} names {missing}"
+
+
+def test_the_tutorials_numbers_are_true(tmp_path):
+    """What it prints, beside what it says that it prints."""
+    code = "\n".join(BLOCK.findall((DOCS / "tutorial.md").read_text()))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert re.search(r"lm_head\.weight .* adamw .* output head", done.stdout)
+    assert re.search(r"mix\.weight .* normuon", done.stdout)
+    found = re.search(r"^loss after 100 steps: ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) < 0.1
