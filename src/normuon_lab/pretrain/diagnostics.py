@@ -22,8 +22,8 @@ from normuon_lab.pretrain.matrix_figures import figures_by_block, measuring_flop
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """What optimizers call their momentum: NorMuon and Muon, and AdamW."""
 
-DEFAULT_MAX_FLOPS = 4e11
-"""Operations of a rank per measurement: seconds on a core of a CPU."""
+DEFAULT_MAX_FLOPS = 1e11
+"""Operations of a rank per measurement: some 5 seconds on a core of a CPU."""
 
 _FIGURES = ("condition", "effective_rank", "row_norm_cv")
 _KINDS = ("momentum", "update")
