@@ -1,4 +1,4 @@
-"""Tables of how evenly and with how many bytes matrices are distributed, for all presets.
+"""Tables of how evenly and with how many bytes matrices are distributed, for models that are trained on many ranks.
 
     python benchmarks/plan_table.py --out benchmarks/results
 
@@ -24,9 +24,12 @@ from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, model_shapes
 from normuon_lab.plan.text import format_ratio
-from normuon_lab.presets import PRESETS
 
 COMMAND = "python benchmarks/plan_table.py --out benchmarks/results"
+MODELS = (
+    *("gpt2-124m", "gpt2-350m", "llama-1.1b", "llama-5.4b"),
+    *("llama3-8b", "llama3-70b", "mixtral-8x7b"),
+)
 WORLD_SIZES = (8, 16, 64, 256, 1024)
 COLUMNS = {
     "model": "model",
@@ -101,7 +104,7 @@ def to_markdown(rows: list[dict[str, Any]], record: dict[str, Any]) -> str:
     """The rows as a table, with what made them."""
     packages = record["machine"]["packages"]
     lines = [
-        "# Imbalance and bytes of a step, for all presets under FSDP2",
+        "# Imbalance and bytes of a step, under FSDP2",
         "",
         "Imbalance: FLOPs of the busiest rank over the makespan bound (the largest of total / W,",
         "the largest matrix, and for every k the k + 1 smallest among the k W + 1 largest",
@@ -145,7 +148,7 @@ def main() -> None:
     started = time.perf_counter()
     rows = [
         table_row(model, world_size)
-        for model in map(model_shapes, PRESETS)
+        for model in map(model_shapes, MODELS)
         for world_size in WORLD_SIZES
     ]
     record = {
