@@ -1,4 +1,4 @@
-"""Tables of how evenly and with how many bytes matrices are distributed, for models that are trained on many ranks.
+"""Tables of how evenly, and with how many bytes, matrices are distributed over ranks.
 
     python benchmarks/plan_table.py --out benchmarks/results
 
