@@ -28,7 +28,7 @@ INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 plt.rcParams.update(
     {
         "svg.hashsalt": "normuon",  # The same file from the same figure.
-        "svg.fonttype": "none",
+        "svg.fonttype": "path",  # Readers' fonts have other widths.
         "font.family": "sans-serif",
         "font.size": 11,
         "text.color": INK,
@@ -108,16 +108,16 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 def draw_owner() -> None:
     """One matrix, sharded by rows over four ranks: to its owner and back."""
-    figure, axes = plt.subplots(figsize=(8, 3))
-    colors = ["#0072B2", "#56B4E9", "#009E73", "#CC79A7"]
+    figure, axes = plt.subplots(figsize=(9, 3.2))
+    colors = ["#0072B2", "#D55E00", "#00796B", "#8E4585"]
     for rank, color in enumerate(colors):
         y = 3 - rank
-        box(axes, 0, y, 1.8, 0.9, f"rank {rank}: rows of M", color)
-        box(axes, 8.2, y, 2.2, 0.9, f"rank {rank}: rows of W", color)
-        arrow(axes, (1.9, y + 0.45), (3.9, 1.2 + 0.55 * (3 - rank)))
-        arrow(axes, (6.3, 1.2 + 0.55 * (3 - rank)), (8.1, y + 0.45))
-    box(axes, 4, 0.9, 2.2, 2.1, "rank 2, the owner:\nO = NS(M)\nv, one scale", colors[2])
-    axes.text(2.9, 4.1, "gather: M, v, flag", ha="center", color=MUTED)
+        box(axes, 0, y, 2.4, 0.9, f"rank {rank}: rows of M", color)
+        box(axes, 8, y, 2.4, 0.9, f"rank {rank}: rows of W", color)
+        arrow(axes, (2.4, y + 0.45), (4, 1.2 + 0.55 * (3 - rank)))
+        arrow(axes, (6.4, 1.2 + 0.55 * (3 - rank)), (8, y + 0.45))
+    box(axes, 4, 0.9, 2.4, 2.1, "rank 2, the owner:\nO = NS(M)\nv, one scale", colors[2])
+    axes.text(3.2, 4.1, "gather: M, v, flag", ha="center", color=MUTED)
     axes.text(7.2, 4.1, "return: O, v, scale", ha="center", color=MUTED)
     axes.set(xlim=(-0.1, 10.5), ylim=(-0.1, 4.4))
     axes.axis("off")

@@ -34,7 +34,7 @@ def suggest_lr(
 
     With ``adjust_lr_fn="match_rms_adamw"`` a step's RMS is 0.2 lr, as AdamW's usually is. Muon's
     ``original`` scaling steps by lr max(1, m / n)^0.5 O, and the RMS of an orthogonal O of m rows
-    and n columns is 1 / sqrt(max(m, n)): together lr / sqrt(n). So, over all hidden matrices::
+    and n columns is 1 / sqrt(max(m, n)): together lr / sqrt(n). So, over all hidden matrices:
 
         lr_normuon = 5 lr_muon sqrt(sum m / sum m n)
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import pytest
+import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_the_readmes_code_runs(code):
-    names: dict[str, object] = {}
-    exec(code, names)
-    assert "optimizer" in names
+def test_the_readmes_code_runs_from_top_to_bottom():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    for code in blocks:
+        exec(code, names)
+    momentum = names["optimizer"].state[names["model"][0].weight]["momentum_buffer"]
+    assert torch.equal(momentum, names["old"].state[names["model"][0].weight]["exp_avg"])
 
 
 def test_the_readmes_files_exist():
