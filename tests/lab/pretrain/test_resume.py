@@ -61,7 +61,7 @@ def test_a_run_that_is_killed_ends_bitwise_as_one_that_is_not(
 ) -> None:
     """kill -9 of all ranks at random moments, half of them while a checkpoint is being written."""
     # Long enough that no attempt ends before its kill.
-    run = words(**{"steps": 40 + 40 * num_kills, "arm": arm, "save-every": 8})
+    run = words(**{"steps": 40 + 30 * num_kills, "arm": arm, "save-every": 8})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     Job([*run, "--out", whole], tmp_path / "logs", world_size=world_size).wait().check()
     fell = train_through_kills(
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_ends_bitwise_as_one_that_is_not(
 def test_sigterm_keeps_the_step_and_ends_well(
     tmp_path: Path, words: Words, world_size: int, is_async: bool
 ) -> None:
-    run = words(**{"steps": 150, "arm": "adamw", "save-every": 60})
+    run = words(**{"steps": 60, "arm": "adamw", "save-every": 40})
     if is_async:
         run.append("--async-checkpoint")
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -92,7 +92,7 @@ def test_sigterm_keeps_the_step_and_ends_well(
     newest = newest_complete(out)
     assert newest is not None
     step = verify(newest).step
-    assert 5 <= step < 150
+    assert 5 <= step < 60
     assert f"stopped by SIGTERM after step {step}" in outcome.stdout
     again = [*run, "--out", out, "--resume", "auto"]
     outcome = Job(again, tmp_path / "second", world_size=world_size).wait().check()
@@ -100,7 +100,7 @@ def test_sigterm_keeps_the_step_and_ends_well(
     Job([*run, "--out", whole], tmp_path / "third", world_size=world_size).wait().check()
     assert_same_end(whole, out)
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 61))
 
 
 def without_checkpoint(run: Path, step: int, copy: Path) -> Path:
