@@ -6,9 +6,6 @@ Where sequences come from is `shard_data.py`'s and `stream_data.py`'s business.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from normuon_lab.data.worker_signals import obey_parent_only, starting_processes
 from normuon_lab.errors import InputError, require
 
 STATE_VERSION = 1
@@ -114,7 +112,9 @@ class TrainBatches(ABC):
             InputError: the data cannot be read any more.
         """
         if self._loaded is None:
-            self._loaded = iter(self._make_loader(self._sequences, self._source_state))
+            loader = self._make_loader(self._sequences, self._source_state)
+            with starting_processes():
+                self._loaded = iter(loader)
         batch = next(self._loaded)
         if batch.tokens is None:
             raise InputError(str(batch.error))
@@ -194,7 +194,7 @@ def make_loader(
     if workers:
         options |= {
             "prefetch_factor": prefetch,
-            "worker_init_fn": _outlive_signals,
+            "worker_init_fn": obey_parent_only,
             "multiprocessing_context": start_method,
         }
     with warnings.catch_warnings():
@@ -207,22 +207,3 @@ def make_loader(
             generator=torch.Generator().manual_seed(0),
             **options,
         )
-
-
-def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process to end this one.
-
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job; a loading process that obeyed
-    would take away the batches of the last steps before a checkpoint.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
-        return  # macOS does not say who sent a signal, and has no schedulers that preempt.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=obey_parent, daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def write_shard(path: Path, tokens: Sequence[int]) -> Path:
     """A shard in modded-nanogpt's format."""
     path.write_bytes(header(len(tokens)) + np.asarray(tokens, dtype="<u2").tobytes())
     return path
+
+
+def signal_from_elsewhere(pid: int) -> None:
+    """Send what a scheduler and a terminal send; not from here, since a worker obeys its parent."""
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(pid)], check=True)
 
 
 def make_documents(count: int, *, seed: int = 0) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +17,7 @@ from torch import Tensor
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.loading import PretrainData, open_data
 from normuon_lab.errors import InputError
-from tests.lab.data.conftest import write_shard
+from tests.lab.data.conftest import signal_from_elsewhere, write_shard
 
 LENGTH = 10
 SEQUENCES = 60
@@ -212,13 +210,7 @@ def test_loading_processes_outlive_the_signals_of_a_scheduler(config: DataConfig
     )
     assert torch.equal(next(batches), expected[0])
     (process,) = batches._loaded._workers  # type: ignore[union-attr]
-    # From a child of ours, because the worker obeys its parent, which this process is.
-    sender = os.fork()
-    if sender == 0:
-        os.kill(process.pid, signal.SIGTERM)
-        os.kill(process.pid, signal.SIGINT)
-        os._exit(0)
-    os.waitpid(sender, 0)
+    signal_from_elsewhere(process.pid)
     for step in expected[1:]:
         assert torch.equal(next(batches), step)
     assert process.is_alive()

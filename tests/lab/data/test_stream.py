@@ -20,6 +20,7 @@ from normuon_lab.data.documents import is_held_out
 from normuon_lab.data.loading import PretrainData, open_data
 from normuon_lab.errors import InputError
 from tests.distributed.ranks import Ranks
+from tests.lab.data.conftest import signal_from_elsewhere
 
 LENGTH = 16
 BATCH = 8
@@ -157,6 +158,22 @@ def test_ranks_gather_a_position_that_one_process_resumes(config: DataConfig, ra
     batches.load_state_dict(states[0])
     expected = list(islice(steps(opened(config)), 10))[5:]
     assert same(list(islice(batches, 5)), expected)
+
+
+def test_loading_processes_outlive_the_signals_of_a_scheduler(config: DataConfig) -> None:
+    """Threads of pyarrow are there before the process can say what it ignores."""
+    batches = opened(replace(config, workers=1, prefetch=1)).train_batches(
+        global_batch_size=BATCH, micro_batch_size=BATCH, rank=0, world_size=1
+    )
+    expected = list(islice(steps(opened(config)), 30))
+    assert same(list(islice(batches, 2)), expected[:2])
+    (process,) = batches._loaded._workers  # type: ignore[union-attr]
+    signal_from_elsewhere(process.pid)
+    assert same(list(islice(batches, 28)), expected[2:])
+    assert process.is_alive()
+    batches.close()
+    process.join(20)
+    assert not process.is_alive()
 
 
 def test_held_out_documents_are_validated_on_and_cached(
