@@ -87,17 +87,33 @@ class Race:
 
 
 @dataclass(slots=True)
+class _Track:
+    """What every contender starts from.
+
+    Attributes:
+        weights: copied by each.
+        gradients: the same for each.
+        polar: a gradient of every shape and its polar factor; empty when errors are not asked for.
+        device: where all of them are.
+    """
+
+    weights: list[Tensor]
+    gradients: Gradients
+    polar: dict[Shape, tuple[Tensor, Tensor]]
+    device: torch.device
+
+
+@dataclass(slots=True)
 class _Runner:
     """A contender ready to step."""
 
     optimizer: Optimizer
     params: list[nn.Parameter]
-    gradients: Gradients
-    device: torch.device
+    track: _Track
 
     def step_seconds(self) -> float:
-        self.gradients.hand_out(self.params)
-        return timed(self.optimizer.step, self.device)
+        self.track.gradients.hand_out(self.params)
+        return timed(self.optimizer.step, self.track.device)
 
 
 def run_race(
@@ -121,18 +137,9 @@ def run_race(
         with_polar: whether to compare directions with the polar factor.
         say: told what is being done.
     """
-    torch.manual_seed(seed)
-    shapes = [one.shape for one in matrices for _ in range(one.count)]
-    weights = [torch.randn(shape, device=device) * WEIGHT_SCALE for shape in shapes]
-    values = [torch.randn(shape, device=device) for shape in shapes]
-    gradients = Gradients(values)
-    samples = dict(zip(shapes, values, strict=True))
-    polar = {}
-    if with_polar:
-        say("polar factors")
-        polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
-    entries: list[Entry] = []
+    track = _make_track(matrices, seed=seed, device=device, with_polar=with_polar, say=say)
     runners: list[_Runner] = []
+    entries: list[Entry] = []
     not_run: dict[str, str] = {}
     for contender in contenders:
         if contender.missing is not None:
@@ -140,13 +147,13 @@ def run_race(
             continue
         say(f"preparing {contender.name}")
         try:
-            runner, entry = _prepared(contender, weights, gradients, polar, device)
+            runner, entry = _prepared(contender, track)
         except Exception as error:  # A peer's fault is a finding, and the others still run.
             not_run[contender.name] = _in_words(error)
             continue
         runners.append(runner)
         entries.append(entry)
-    side = peak_side(shapes)
+    side = peak_side([one.shape for one in matrices])
     machine = {
         dtype: MatmulPeak(side, getattr(torch, dtype), device)
         for dtype in dict.fromkeys(entry.contender.ns_dtype for entry in entries)
@@ -161,32 +168,48 @@ def run_race(
     return race
 
 
-def _prepared(
-    contender: Contender,
-    weights: Sequence[Tensor],
-    gradients: Gradients,
-    polar: dict[Shape, tuple[Tensor, Tensor]],
+def _make_track(
+    matrices: Sequence[MatrixClass],
+    *,
+    seed: int,
     device: torch.device,
-) -> tuple[_Runner, Entry]:
+    with_polar: bool,
+    say: Say,
+) -> _Track:
+    torch.manual_seed(seed)
+    shapes = [one.shape for one in matrices for _ in range(one.count)]
+    weights = [torch.randn(shape, device=device) * WEIGHT_SCALE for shape in shapes]
+    values = [torch.randn(shape, device=device) for shape in shapes]
+    polar = {}
+    if with_polar:
+        say("polar factors")
+        samples = dict(zip(shapes, values, strict=True))
+        polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
+    return _Track(weights, Gradients(values), polar, device)
+
+
+def _prepared(contender: Contender, track: _Track) -> tuple[_Runner, Entry]:
     """Everything but the timed rounds; what is compiled is compiled here."""
-    errors = {shape: polar_errors(contender, *pair) for shape, pair in polar.items()}
-    params = [nn.Parameter(weight.clone()) for weight in weights]
-    gradients.hand_out(params)
-    with tracked_memory(device) as kept:
+    # Eagerly, because compiling a second optimizer for its first step alone takes minutes.
+    with torch.compiler.set_stance("force_eager"):
+        errors = {shape: polar_errors(contender, *pair) for shape, pair in track.polar.items()}
+    params = [nn.Parameter(weight.clone()) for weight in track.weights]
+    track.gradients.hand_out(params)
+    with tracked_memory(track.device) as kept:
         optimizer = contender.build(params)
         flops = counted_flops(optimizer.step)
         gc.collect()
-    runner = _Runner(optimizer, params, gradients, device)
+    runner = _Runner(optimizer, params, track)
     if contender.compiles:
         runner.step_seconds()
-    gradients.hand_out(params)
-    profile = profile_step(optimizer.step, device)
-    state = dict(optimizer.state)
-    state_bytes = tensor_bytes(list(state.values()))
+    track.gradients.hand_out(params)
+    profile = profile_step(optimizer.step, track.device)
+    state = list(optimizer.state.values())
+    state_bytes = tensor_bytes(state)
     entry = Entry(
         contender=contender,
         flops=flops,
-        state_elements=tensor_elements(list(state.values())),
+        state_elements=tensor_elements(state),
         state_bytes=state_bytes,
         scratch_kept_bytes=max(0, kept.net - state_bytes),
         scratch_peak_bytes=profile.memory.peak,
