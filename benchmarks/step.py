@@ -74,11 +74,8 @@ ASKED_RATIOS = (
 )
 
 
-def matrices_table(
-    title: str, arguments: argparse.Namespace, **options: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One benchmark, and its figures beside what was asked of them."""
-    console = Console()
+def bench(title: str, arguments: argparse.Namespace, **options: Any) -> dict[str, Any]:
+    """One benchmark, printed."""
     request = BenchRequest(
         title=title,
         device=torch.device("cpu"),
@@ -90,12 +87,17 @@ def matrices_table(
         **options,
     )
     contents = run_bench(request, say=_say)
-    print_bench(contents, console)
+    print_bench(contents, Console())
+    return contents
+
+
+def write_with_asked(contents: Mapping[str, Any], path: Path) -> None:
+    """Prints a benchmark's figures beside what was asked of them, and writes both."""
     asked = asked_of(contents)
     for line in asked:
         limit = "" if line["at_most"] is None else f" (asked: at most {line['at_most']:.3g})"
-        console.print(f"{line['what']}: {line['measured']:.3g}{limit}", highlight=False)
-    return contents, asked
+        print(f"{line['what']}: {line['measured']:.3g}{limit}")
+    write_json(path, {**contents, "asked": asked})
 
 
 def asked_of(contents: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -134,25 +136,25 @@ def ratio_of(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
 
 def gpt2(arguments: argparse.Namespace) -> None:
     """Layers of GPT-2 124M, everyone."""
-    contents, asked = matrices_table(
+    contents = bench(
         f"gpt2-124m, {arguments.layers} layers",
         arguments,
         matrices=parse_shapes(",".join([GPT2_LAYER] * arguments.layers)),
         coefficients=("jordan", "polar_express"),
         only=GPT2_CONTENDERS,
     )
-    write_json(arguments.out / "step_gpt2.json", {**contents, "asked": asked})
+    write_with_asked(contents, arguments.out / "step_gpt2.json")
 
 
 def llama(arguments: argparse.Namespace) -> None:
     """Three matrices of a model like Llama 3 8B, the few contenders that matter at this size."""
-    contents, asked = matrices_table(
+    contents = bench(
         "three matrices of Llama 3 8B",
         arguments,
         matrices=parse_shapes(LLAMA_SHAPES),
         only=FEW_CONTENDERS,
     )
-    write_json(arguments.out / "step_llama.json", {**contents, "asked": asked})
+    write_with_asked(contents, arguments.out / "step_llama.json")
 
 
 def growth(arguments: argparse.Namespace) -> None:
@@ -165,7 +167,7 @@ def growth(arguments: argparse.Namespace) -> None:
     for size in arguments.sizes:
         for aspect, factor in ASPECTS.items():
             shape = f"{factor * size}x{size}"
-            contents, _ = matrices_table(
+            contents = bench(
                 f"one matrix of {shape}",
                 arguments,
                 matrices=parse_shapes(shape),
@@ -225,7 +227,7 @@ def _draw_growth(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
                 [values["bound_ms"] for _, values in found],
                 color=color,
                 linestyle="--",
-                label=f"{name}: its FLOPs at the measured rate of products",
+                label="its FLOPs at the measured rate",
             )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
