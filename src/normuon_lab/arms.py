@@ -7,6 +7,7 @@ side, embeddings, head, norms and biases on the other, and one peak learning rat
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,12 +64,15 @@ class Arm:
         description: one line for the report's configuration table.
         build: from the model, the peak learning rate and, if they are not the defaults,
             `ArmOptions`, to the optimizers that step together.
+        pretrains: whether `normuon train` offers it: it steps sharded parameters, and its state
+            exists from the start and fits a checkpoint. Rivals are for comparisons on one device.
     """
 
     name: str
     label: str
     description: str
     build: Callable[..., list[Optimizer]]
+    pretrains: bool = True
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
@@ -173,6 +177,38 @@ def _build_normuon(
     ]
 
 
+def _rival(module: str, name: str, **fixed: Any) -> Callable[..., list[Optimizer]]:
+    """Builds a class of `normuon_lab.rivals` for hidden matrices, and AdamW for the rest."""
+
+    def build(
+        model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+    ) -> list[Optimizer]:
+        from torch.optim import AdamW
+
+        from normuon import param_groups
+
+        rival = getattr(importlib.import_module(f"normuon_lab.rivals.{module}"), name)
+        _, other = split_parameters(model)
+        groups = [
+            {key: group[key] for key in ("params", "view") if key in group}
+            for group in param_groups(model)
+            if group["algorithm"] != "adamw"
+        ]
+        return [
+            rival(
+                groups,
+                lr=lr,
+                weight_decay=options.weight_decay,
+                momentum=options.momentum,
+                beta2=options.beta2,
+                **fixed,
+            ),
+            AdamW(_other_groups(model, other, lr, options), lr=lr, betas=options.betas),
+        ]
+
+    return build
+
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
@@ -195,8 +231,53 @@ ARMS: dict[str, Arm] = {
             description="normuon.NorMuon: NorMuon for hidden matrices, AdamW for the rest",
             build=_build_normuon,
         ),
+        Arm(
+            name="muon-adam",
+            label="Muon + Adam",
+            description="one second moment per entry after the orthogonalisation (an ablation)",
+            build=_rival("ablations", "MuonAdam"),
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-front",
+            label="NorMuon, in front",
+            description="neurons scaled before the orthogonalisation (an ablation)",
+            build=_rival("ablations", "NorMuonFront"),
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-tall",
+            label="NorMuon, m > n only",
+            description="neurons scaled in matrices with more rows than columns (an ablation)",
+            build=_rival("ablations", "NorMuonTall"),
+            pretrains=False,
+        ),
+        Arm(
+            name="muon-frobenius",
+            label="Muon, fixed norm",
+            description="every orthogonalised step scaled to one Frobenius norm (an ablation)",
+            build=_rival("ablations", "FrobeniusMuon"),
+            pretrains=False,
+        ),
+        Arm(
+            name="dion",
+            label="Dion, rank 1/4",
+            description="Dion (arXiv 2504.05295) at a quarter of the rank",
+            build=_rival("dion", "Dion", rank_fraction=0.25),
+            pretrains=False,
+        ),
+        Arm(
+            name="rmnp",
+            label="RMNP",
+            description="momentum with every row normalised, without orthogonalisation",
+            build=_rival("row_momentum", "RowMomentum"),
+            pretrains=False,
+        ),
     )
 }
+
+
+PRETRAINING_ARMS = {name: arm for name, arm in ARMS.items() if arm.pretrains}
 
 
 def check_arms(names: Sequence[str]) -> None:

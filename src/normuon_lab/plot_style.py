@@ -27,8 +27,9 @@ def arm_index(arm: str) -> int:
 
 
 def marker_of(arm: str) -> str:
-    """The arm's marker, by plotly's name."""
-    return MARKERS[arm_index(arm) % len(MARKERS)]
+    """The arm's marker, by plotly's name; arms that share a colour differ in it."""
+    index = arm_index(arm)
+    return MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
 
 
 def apply_style(figure: go.Figure, *, height: int) -> None:

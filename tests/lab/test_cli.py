@@ -129,7 +129,7 @@ def bad_outcomes(
         ("negative steps", "steps must be at least 1, got -3"),
         ("no number", "Error parsing --steps"),
         ("no seeds", "--seeds must be at least 1, got 0"),
-        ("unknown arm", "unknown arm 'sgd': choose from adamw, muon, normuon"),
+        ("unknown arm", "unknown arm 'sgd': choose from adamw, muon, normuon, "),
         ("arm twice", "the arm 'adamw' is named twice"),
         ("bad rate", "write ARM=VALUE"),
         ("negative rate", "must be a positive number"),

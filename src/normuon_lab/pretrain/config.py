@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from normuon_lab.arms import ARMS
+from normuon_lab.arms import PRETRAINING_ARMS
 from normuon_lab.data.config import DataConfig
 from normuon_lab.errors import require
 
@@ -103,7 +103,10 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
-        require(self.arm in ARMS, f"unknown arm {self.arm!r}: choose from {', '.join(ARMS)}")
+        require(
+            self.arm in PRETRAINING_ARMS,
+            f"unknown arm {self.arm!r}: choose from {', '.join(PRETRAINING_ARMS)}",
+        )
         _require_positive(self, "lr", "adam_lr", "embedding_lr", "head_lr")
         _require_at_least(self, weight_decay=0, max_grad_norm=0)
         for name, value in (

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from normuon.distributed.cost import CostModel
-from normuon_lab.arms import ARMS, split_parameters
+from normuon_lab.arms import PRETRAINING_ARMS, split_parameters
 from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
@@ -132,7 +132,7 @@ def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:
     """
     hidden, _ = split_parameters(model)
     counts: dict[str, int] = {}
-    for arm in ARMS:
+    for arm in PRETRAINING_ARMS:
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizers = build_optimizers(model, replace(config.optimizer, arm=arm))

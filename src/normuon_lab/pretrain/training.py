@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.arms import ARMS, ArmOptions
+from normuon_lab.arms import PRETRAINING_ARMS, ArmOptions
 from normuon_lab.data.loading import PretrainData, open_data
 from normuon_lab.errors import require
 from normuon_lab.pretrain.checkpoint import newest_complete
@@ -103,7 +103,7 @@ def build_optimizers(
         beta2=config.beta2,
         ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
     )
-    optimizers = ARMS[config.arm].build(model, config.lr, options)
+    optimizers = PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import Optimizer
 
 from normuon import MatrixView, NorMuon, param_groups
-from normuon_lab.arms import ARMS
+from normuon_lab.arms import PRETRAINING_ARMS
 from normuon_lab.pretrain.diagnostics import MatrixDiagnostics
 from normuon_lab.pretrain.matrix_figures import MAX_CONDITION_NUMBER, matrix_figures
 from tests.distributed.ranks import Ranks
@@ -112,23 +112,23 @@ def train(
     return found, diagnostics
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PRETRAINING_ARMS)
 def test_the_trajectory_is_untouched_bit_by_bit(arm: str) -> None:
     weights = []
     for every in (None, 1):
         model = make_model()
-        train(model, ARMS[arm].build(model, LR), steps=5, every=every)
+        train(model, PRETRAINING_ARMS[arm].build(model, LR), steps=5, every=every)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
     state = torch.get_rng_state()
-    train(model, ARMS[arm].build(model, LR), steps=2, every=1)
+    train(model, PRETRAINING_ARMS[arm].build(model, LR), steps=2, every=1)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", PRETRAINING_ARMS)
 def test_momentum_and_update_are_what_the_optimizer_has_and_does(arm: str) -> None:
     model = make_model()
-    optimizers = ARMS[arm].build(model, LR)
+    optimizers = PRETRAINING_ARMS[arm].build(model, LR)
     train(model, optimizers, steps=3, every=None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     diagnostics = MatrixDiagnostics(model, optimizers[0], every=4)
@@ -160,7 +160,7 @@ def test_momentum_and_update_are_what_the_optimizer_has_and_does(arm: str) -> No
 
 def test_normuon_evens_out_its_rows() -> None:
     model = make_model()
-    found, _ = train(model, ARMS["normuon"].build(model, LR), steps=4, every=1)
+    found, _ = train(model, PRETRAINING_ARMS["normuon"].build(model, LR), steps=4, every=1)
     last = found[-1]
     assert last is not None
     assert (
@@ -171,7 +171,7 @@ def test_normuon_evens_out_its_rows() -> None:
 
 def test_it_measures_every_nth_step_only() -> None:
     model = make_model()
-    found, _ = train(model, ARMS["normuon"].build(model, LR), steps=7, every=3)
+    found, _ = train(model, PRETRAINING_ARMS["normuon"].build(model, LR), steps=7, every=3)
     assert [figures is not None for figures in found] == [False, False, True] * 2 + [False]
 
 
@@ -195,7 +195,7 @@ def test_blocks_of_a_fused_parameter_are_measured_apart() -> None:
 def test_a_bound_on_the_cost_measures_matrices_in_turn() -> None:
     model = make_model()
     found, diagnostics = train(
-        model, ARMS["normuon"].build(model, LR), steps=5, every=1, max_flops=1.0
+        model, PRETRAINING_ARMS["normuon"].build(model, LR), steps=5, every=1, max_flops=1.0
     )
     assert diagnostics is not None
     assert [len(one) for one in diagnostics.rounds] == [1] * len(diagnostics.rounds)
@@ -227,7 +227,7 @@ def measured_on_ranks(
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizers = ARMS[arm].build(model, LR)
+    optimizers = PRETRAINING_ARMS[arm].build(model, LR)
     found, diagnostics = train(model, optimizers, steps=3, every=1)
     assert diagnostics is not None
     return found, [[matrix.owner for matrix in one] for one in diagnostics.rounds]
@@ -248,7 +248,7 @@ def test_ranks_share_the_work_and_find_the_same(
     world_size = math.prod(mesh_shape)
     results = ranks.run(measured_on_ranks, world_size, arm=arm, mesh_shape=mesh_shape, names=names)
     model = make_model()
-    alone, _ = train(model, ARMS[arm].build(model, LR), steps=3, every=1)
+    alone, _ = train(model, PRETRAINING_ARMS[arm].build(model, LR), steps=3, every=1)
     for found, owners in results:
         assert found == results[0][0]
         assert len(set(owners[0])) == min(len(owners[0]), world_size)

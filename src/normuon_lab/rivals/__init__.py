@@ -1,0 +1,1 @@
+"""Optimizers that NorMuon is compared with and that no library ships: ablations, Dion, RMNP."""
