@@ -128,12 +128,28 @@ def joined(parallel: ParallelConfig) -> Iterator[Ranks]:
     if world_size == 1:
         yield Ranks(rank=0, world_size=1, device=device, mesh=None)
         return
-    # Gloo besides NCCL: agreeing on a flag, and writing while training goes on, stay on the CPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=_TIMEOUT)
+    _join(backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
     yield Ranks(rank=dist.get_rank(), world_size=world_size, device=device, mesh=mesh)
     # Not after an exception: a rank that fails alone must not wait here for the others.
     dist.destroy_process_group()
+
+
+def _join(*, backend: str) -> None:
+    """Join the process group. Gloo besides NCCL: flags and checkpoints stay on the CPU.
+
+    When torchrun starts its ranks again they share a store with those that failed, whose addresses
+    are still in it (torch 2.13): names of each attempt are kept apart.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+    )
 
 
 def mesh_shape(parallel: ParallelConfig, *, world_size: int) -> tuple[int, int, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from normuon_lab.pretrain.checkpoint import find_checkpoints
 from normuon_lab.pretrain.metrics import read_metrics
 from tests.lab.pretrain.conftest import words_for
 from tests.lab.pretrain.kills import final_tensors
@@ -108,15 +112,41 @@ def test_tensor_parallelism_that_is_not_known_is_refused(tmp_path: Path, text_fi
 
 
 @pytest.mark.timeout(200)
-def test_torchrun_starts_it(tmp_path: Path, text_file: Path) -> None:
+def test_torchrun_starts_it_and_starts_it_again(tmp_path: Path, text_file: Path) -> None:
+    """A rank is killed; torchrun starts all of them again, and they go on from a checkpoint."""
     out = tmp_path / "run"
-    words = words_for(text_file, tmp_path / "cache", arm="adamw")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = {"steps": 60, "save-every": 5, "arm": "adamw"}
+    words = words_for(text_file, tmp_path / "cache", **options)
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+    ]
     command = [sys.executable, *torchrun, "-m", "normuon_lab", *words, "--out", out]
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=150
+    process = subprocess.Popen(
+        [str(word) for word in [*command, "--resume", "auto"]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "done: " in done.stdout
-    assert done.stdout.count("step 4/4") == 1  # One rank speaks.
-    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    try:
+        deadline = time.monotonic() + 90
+        while not find_checkpoints(out):
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert time.monotonic() < deadline, "no checkpoint comes"
+            time.sleep(0.005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        stdout, stderr = process.communicate(timeout=150)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, stderr[-3000:]
+    assert stdout.count("going on from step") == 1  # One rank speaks.
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 61))
