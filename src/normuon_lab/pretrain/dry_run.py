@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from normuon.distributed.cost import CostModel
+from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon_lab.arms import PRETRAINING_ARMS, split_parameters
 from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 FLOAT32_BYTES = 4
 _H100_TFLOPS = 989.0  # NVIDIA's data sheet: dense bfloat16.
+_PLAN_VALUES = (
+    "digest",
+    "num_orthogonalisations",
+    "num_buckets",
+    "imbalance",
+    "bytes_sent_total",
+    "bytes_sent_busiest",
+    "scratch_bytes_max",
+    "predicted_step_seconds",
+    "traffic",
+)
 
 
 def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
@@ -39,30 +51,21 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
     """
     model = model_on_meta(config.model)
     shapes = shapes_of(model, name=config.model.model)
-    parallel, world_size = config.parallel, hardware.num_ranks
-    if parallel.dp_shard is not None:
-        world_size = parallel.dp_replicate * parallel.dp_shard * parallel.tp
-    sizes = mesh_shape(parallel, world_size=world_size)
-    mesh = Mesh(dp_replicate=sizes[0], dp_shard=sizes[1], tp=sizes[2])
-    micro_size = micro_batch_size(config.batch, data_ranks=world_size // mesh.tp)
+    mesh = _mesh(config, hardware)
+    micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
     flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
     tflops = config.metrics.device_tflops or _H100_TFLOPS
     rate = 1e12 * tflops * hardware.mfu
-    planned = plan_model(
-        shapes,
-        PlanRequest(
-            mesh=mesh,
-            balance="flops",
-            bucket_bytes=256 * 2**20,
-            wire_dtype="bfloat16",
-            cost_model=CostModel(flops_per_second=rate, bytes_per_second=1e9 * hardware.bandwidth),
-        ),
+    request = PlanRequest(
+        mesh=mesh,
+        balance="flops",
+        bucket_bytes=DEFAULT_BUCKET_BYTES,
+        wire_dtype="bfloat16",
+        cost_model=CostModel(flops_per_second=rate, bytes_per_second=1e9 * hardware.bandwidth),
     )
+    planned = plan_model(shapes, request)
     plan = plan_contents(planned)
-    model_seconds = flops.total * config.batch.tokens_per_step / (world_size * rate)
-    # Only NorMuon's share of the optimizer step is planned; AdamW's is small beside it.
-    optimizer_seconds = plan["predicted_step_seconds"] if config.optimizer.arm == "normuon" else 0.0
-    step_seconds = model_seconds + optimizer_seconds
+    state = memory(shapes, mesh, planned.plan)
     elements = state_elements(model, config)
     return {
         "kind": "normuon train dry run",
@@ -83,31 +86,37 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
         },
         "mesh": plan["mesh"],
         "micro_batch_size": micro_size,
-        "memory_per_rank": _memory(
-            config, shapes, model.config, memory(shapes, mesh, planned.plan), micro_size, mesh
+        "memory_per_rank": _memory(config, shapes, model.config, state, micro_size, mesh),
+        "plan": {name: plan[name] for name in _PLAN_VALUES},
+        "hardware": asdict(hardware) | {"num_ranks": mesh.world_size, "device_tflops": tflops},
+        "expected": _expected(
+            config,
+            model_seconds=flops.total * config.batch.tokens_per_step / (mesh.world_size * rate),
+            normuon_seconds=plan["predicted_step_seconds"],
         ),
-        "plan": {
-            name: plan[name]
-            for name in (
-                "digest",
-                "num_orthogonalisations",
-                "num_buckets",
-                "imbalance",
-                "bytes_sent_total",
-                "bytes_sent_busiest",
-                "scratch_bytes_max",
-                "predicted_step_seconds",
-                "traffic",
-            )
-        },
-        "hardware": asdict(hardware) | {"num_ranks": world_size, "device_tflops": tflops},
-        "expected": {
-            "model_seconds_per_step": model_seconds,
-            "optimizer_seconds_per_step": optimizer_seconds,
-            "step_seconds": step_seconds,
-            "tokens_per_second": config.batch.tokens_per_step / step_seconds,
-            "total_seconds": step_seconds * config.batch.steps,
-        },
+    }
+
+
+def _mesh(config: PretrainConfig, hardware: Hardware) -> Mesh:
+    parallel, world_size = config.parallel, hardware.num_ranks
+    if parallel.dp_shard is not None:
+        world_size = parallel.dp_replicate * parallel.dp_shard * parallel.tp
+    dp_replicate, dp_shard, tp = mesh_shape(parallel, world_size=world_size)
+    return Mesh(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)
+
+
+def _expected(
+    config: PretrainConfig, *, model_seconds: float, normuon_seconds: float
+) -> dict[str, float]:
+    # Only NorMuon's step is planned; AdamW's is small beside it.
+    optimizer_seconds = normuon_seconds if config.optimizer.arm == "normuon" else 0.0
+    step_seconds = model_seconds + optimizer_seconds
+    return {
+        "model_seconds_per_step": model_seconds,
+        "optimizer_seconds_per_step": optimizer_seconds,
+        "step_seconds": step_seconds,
+        "tokens_per_second": config.batch.tokens_per_step / step_seconds,
+        "total_seconds": step_seconds * config.batch.steps,
     }
 
 

@@ -37,9 +37,9 @@ def validation_loss(
     waiting = iter(batches)
     while ranks.any((batch := next(waiting, None)) is not None):
         tokens = (nothing if batch is None else batch).to(ranks.device, non_blocking=True)
-        mean = loss(model, tokens)
+        mean = loss(model, tokens).double()
         if batch is not None:
-            totals += torch.stack([mean.double() * len(batch), mean.new_tensor(len(batch))])
+            totals += torch.stack([mean * len(batch), mean.new_tensor(len(batch))])
     ranks.sum_over_data_(totals)
     model.train(was_training)
     return float(totals[0] / totals[1])
