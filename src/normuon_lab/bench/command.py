@@ -44,9 +44,9 @@ class BenchCommand:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the steps run; auto is a CUDA device where there is one."""
     peers: bool = True
-    """Whether other packages take part."""
+    """With --no-peers, only NorMuon takes part."""
     polar: bool = True
-    """Whether to measure the distance from the polar factor, whose float64 takes long on large
+    """With --no-polar, nothing is compared with the polar factor, which takes long on large
     matrices."""
     dion: Path | None = None
     """A checkout of github.com/microsoft/dion."""

@@ -124,6 +124,7 @@ def bench_contents(request: BenchRequest, race: Race) -> dict[str, Any]:
         "matmul_peak_flops_per_second": {
             dtype: statistics.median(rates) for dtype, rates in race.peaks.items()
         },
+        "matmul_peak_rounds": race.peaks,
         "reference": reference.contender.name,
         "contenders": [_entry_values(entry, race) for entry in race.entries],
         "not_run": race.not_run,
