@@ -189,6 +189,7 @@ AnyCommand = (
     | DataCommand
     | ExportCommand
     | InspectCommand
+    | DoctorCommand
 )
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
