@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from normuon_lab.data.order import EpochOrder
 
 
+@settings(deadline=None)
 @given(num_sequences=st.integers(1, 3000), seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6))
 def test_every_sequence_comes_once(num_sequences: int, seed: int, epoch: int) -> None:
     order = EpochOrder(num_sequences, seed=seed, epoch=epoch)
