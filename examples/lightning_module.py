@@ -11,6 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,7 +72,7 @@ def train(steps: int, out: Path, resume: bool = False, devices: int = 1) -> list
         callbacks=[ModelCheckpoint(out, filename="{epoch}", save_top_k=-1)],
     )
     checkpoint = out / "epoch=0.ckpt" if resume else None
-    trainer.fit(model, batches(steps // 2), ckpt_path=checkpoint)
+    trainer.fit(model, batches(steps // 2 * devices), ckpt_path=checkpoint)
     return model.losses
 
 
@@ -83,5 +84,6 @@ if __name__ == "__main__":
     parser.add_argument("--devices", type=int, default=1, help="more than one: FSDP2")
     arguments = parser.parse_args()
     losses = train(arguments.steps, arguments.out, arguments.resume, arguments.devices)
-    for step, loss in enumerate(losses):
-        print(f"step {step} loss {loss:.4f}")
+    if rank_zero_only.rank == 0:
+        for step, loss in enumerate(losses):
+            print(f"step {step} loss {loss:.4f}")
