@@ -2,24 +2,29 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
 .PHONY: compare test test-all lint types docs format install clean
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
-# timm in a folder of its own: PyPI's torchvision is built for CUDA's torch, and beside torch's CPU
-# wheel it would break the import of transformers, which loads torchvision wherever it finds it.
-$(STAMP): pyproject.toml constraints.txt
+$(LAB): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
+	touch $(LAB)
+
+# timm in a folder of its own: PyPI's torchvision is built for CUDA's torch, and beside torch's CPU
+# wheel it would break the import of transformers, which loads torchvision wherever it finds it.
+$(STAMP): $(LAB)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev,integrations,docs]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/vision timm torchvision
 	touch $(STAMP)
 
 install: $(STAMP)
 
-compare: $(STAMP)
+compare: $(LAB)
 	$(BIN)/normuon compare $(ARGS)
 
 test: lint types
