@@ -72,9 +72,10 @@ def orthogonalize(
     Example:
         >>> from normuon.orthogonalize import resolve_coefficients
         >>> x = torch.tensor([[[3e-5, 0.0], [0.0, 2e-5]]])
-        >>> orthogonalize(x, coefficients=resolve_coefficients("cans", 5), dtype=torch.float32)
-        tensor([[[1.1041, 0.0000],
-                 [0.0000, 0.9011]]])
+        >>> jordan = resolve_coefficients("jordan", 5)
+        >>> orthogonalize(x, coefficients=jordan, dtype=torch.float32)
+        tensor([[[1.1171, 0.0000],
+                 [0.0000, 0.6821]]])
     """
     workspace = workspace or Workspace()
     unit_BMN = normalize_frobenius(
