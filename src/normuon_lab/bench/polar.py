@@ -53,8 +53,10 @@ def direction_error(o_MN: Tensor, polar_MN: Tensor) -> float:
     """Distance between two matrices, each scaled to Frobenius norm 1.
 
     Example:
-        >>> direction_error(torch.eye(2), 3 * torch.eye(2))
+        >>> round(direction_error(torch.eye(2), 4 * torch.eye(2)), 6)
         0.0
+        >>> round(direction_error(torch.eye(2), -torch.eye(2)), 6)
+        2.0
     """
     o_MN, polar_MN = o_MN.double(), polar_MN.double()
     return torch.dist(o_MN / o_MN.norm(), polar_MN / polar_MN.norm()).item()
