@@ -125,7 +125,9 @@ def _iterate_whole_(
     tall = x.shape[-2] > x.shape[-1]
     square = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
     spare = workspace.empty("iterate", x.shape, like=x)
-    squares = {name: workspace.empty(name, square, like=x) for name in SQUARES}
+    # Segments of one step each, plain Newton-Schulz, need R and Z alone.
+    needed = SQUARES if max(segments) > 1 else SQUARES[:2]
+    squares = {name: workspace.empty(name, square, like=x) for name in needed}
     wide, spare = (x.mT, spare.mT) if tall else (x, spare)
     for steps in _cut(coefficients, segments):
         _segment(wide, steps, out=spare, squares=squares, panels=panels)
@@ -157,7 +159,7 @@ def _segment(
         squares: memory of the S x S matrices, by name; needed with ``out``.
         panels: of the symmetric products.
     """
-    into: dict[str, Tensor | None] = dict(squares or dict.fromkeys(SQUARES))
+    into: dict[str, Tensor | None] = {**dict.fromkeys(SQUARES), **(squares or {})}
     r = symmetric_product(x, x.mT, panels=panels, out=into["r"])
     q = None
     for number, (a, b, c) in enumerate(coefficients, start=1):
