@@ -42,7 +42,8 @@ MAGNIFICATION_LIMITS = {
 }
 
 
-@lru_cache(maxsize=256)
+# A compiled step takes the cut as a constant, since torch.compile cannot trace the search for it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def gram_segments(coefficients: tuple[Triple, ...], dtype: torch.dtype) -> tuple[int, ...]:
     """The fewest segments that ``dtype`` bears, as steps per segment, in order.
 
@@ -53,6 +54,13 @@ def gram_segments(coefficients: tuple[Triple, ...], dtype: torch.dtype) -> tuple
         >>> gram_segments(jordan, torch.float32), gram_segments(jordan, torch.bfloat16)
         ((5,), (3, 2))
     """
+    return _remembered_gram_segments(coefficients, dtype)
+
+
+@lru_cache(maxsize=256)
+def _remembered_gram_segments(
+    coefficients: tuple[Triple, ...], dtype: torch.dtype
+) -> tuple[int, ...]:
     limit = MAGNIFICATION_LIMITS[dtype]
     slopes = [max(abs(a), 1.0) for a, _, _ in coefficients]
 
@@ -112,5 +120,6 @@ def segments_for(
         (5,)
     """
     if method == "gram" or (method == "auto" and gram_pays(m, n, panels=panels)):
-        return gram_segments(tuple(coefficients), dtype)
+        cut: tuple[int, ...] = gram_segments(tuple(coefficients), dtype)
+        return cut
     return plain_segments(coefficients)
