@@ -14,13 +14,14 @@ from itertools import pairwise
 PANELS_BY_SIZE = ((2048, 8), (512, 4))
 """``(smallest s, panels)`` of a symmetric s x s product on a CPU, largest first; 1 below.
 
-Measured in float32 on two threads (time over the full product's): 4 panels take 0.84 at 512, 0.60
-at 768, 0.70 at 1024; 8 panels 0.61 at 2048 and 0.64 at 4096. At 256 every cut is slower.
+Measured in float32 on two threads (time over the full product's): 4 panels take 0.86 at 512, 0.68
+at 768, 0.71 at 1024 and 0.69 at 2048; 8 panels 0.69 at 2048 and 0.64 at 4096. At 256 every cut is
+slower.
 """
 
 
 def num_panels(size: int, *, device_type: str) -> int:
-    """Into how many row panels a symmetric ``size x size`` product is cut.
+    """Into how many panels a symmetric ``size x size`` product is cut.
 
     One on accelerators: a cut there launches more kernels and was not measured to pay.
 
@@ -34,20 +35,20 @@ def num_panels(size: int, *, device_type: str) -> int:
 
 
 def panel_starts(size: int, panels: int) -> list[int]:
-    """The first row of each panel, all but the last of equal height, and ``size`` at the end.
+    """The first column of each panel, all but the last of equal width, and ``size`` at the end.
 
     Example:
         >>> panel_starts(10, 4)
         [0, 3, 6, 9, 10]
     """
-    height = -(-size // panels)
-    return [*range(0, size, height), size]
+    width = -(-size // panels)
+    return [*range(0, size, width), size]
 
 
 def symmetric_product_flops(s: int, inner: int, *, panels: int = 1) -> int:
     """FLOPs of a symmetric product ``[s, inner] x [inner, s]`` cut into panels.
 
-    The panel of rows i to j computes the columns from i on: sum over panels of
+    The panel of columns i to j computes the rows from i on: sum over panels of
     2 (j - i) inner (s - i), which is (p + 1) / 2p of the full 2 s^2 inner when p divides s.
 
     Example:

@@ -1,7 +1,7 @@
-"""Products that are known to be symmetric, computed in their upper half and mirrored.
+"""Products that are known to be symmetric, computed in their lower half and mirrored.
 
-X X^T is symmetric, and so is the product of two polynomials in it, because they commute. The rows
-are cut into panels: a panel's product needs only the columns from its diagonal on. How many panels
+X X^T is symmetric, and so is the product of two polynomials in it, because they commute. The columns
+are cut into panels: a panel's product needs only the rows from its diagonal on. How many panels
 pay is `flops.py`'s.
 """
 
@@ -67,7 +67,7 @@ def symmetric_product(
         add: ``[..., s, s]`` symmetric, or None.
         beta: factor of ``add``.
         alpha: factor of the product.
-        panels: row panels; more than one needs ``out`` and single matrices, not batches.
+        panels: column panels; more than one needs ``out`` and single matrices, not batches.
         out: where to write; must overlap no argument.
 
     Returns:
@@ -85,8 +85,8 @@ def symmetric_product(
     assert out.ndim == 2
     starts = panel_starts(a.shape[0], panels)
     for start, stop in pairwise(starts):
-        part = None if add is None else add[start:stop, start:]
-        panel = out[start:stop, start:]
-        product(a[start:stop], b[:, start:], add=part, beta=beta, alpha=alpha, out=panel)
-        out[stop:, start:stop].copy_(out[start:stop, stop:].mT)
+        part = None if add is None else add[start:, start:stop]
+        panel = out[start:, start:stop]
+        product(a[start:], b[:, start:stop], add=part, beta=beta, alpha=alpha, out=panel)
+        out[start:stop, stop:].copy_(out[stop:, start:stop].mT)
     return out
