@@ -25,6 +25,7 @@ from normuon.orthogonalize import (
     Orthogonalizer,
     Triple,
     check_backend,
+    flops_per_matrix,
     resolve_coefficients,
 )
 from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
@@ -113,6 +114,17 @@ class MatrixOptions:
             maximize=group["maximize"],
             cautious_weight_decay=group["cautious_weight_decay"],
             max_scratch_bytes=group["max_scratch_bytes"],
+        )
+
+    def flops(self, m: int, n: int, *, dtype: torch.dtype, device_type: str) -> int:
+        """FLOPs to orthogonalise one m x n matrix by these options."""
+        return flops_per_matrix(
+            m,
+            n,
+            coefficients=self.coefficients,
+            dtype=dtype,
+            device_type=device_type,
+            orthogonalizer=self.orthogonalizer,
         )
 
 

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ from normuon.options import (
     param_label,
     planned_name,
 )
-from normuon.orthogonalize import flops_per_matrix, transport_dtype
+from normuon.orthogonalize import transport_dtype
 from normuon.state import is_dtensor, view_of
 
 if TYPE_CHECKING:
@@ -213,15 +214,5 @@ def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
     if not found:
         return CostModel()
     options = max(found, key=lambda options: len(options.coefficients))
-
-    def flops(m: int, n: int) -> int:
-        return flops_per_matrix(
-            m,
-            n,
-            coefficients=options.coefficients,
-            dtype=options.ns_dtype or torch.bfloat16,
-            device_type="cuda",
-            orthogonalizer=options.orthogonalizer,
-        )
-
+    flops = partial(options.flops, dtype=options.ns_dtype or torch.bfloat16, device_type="cuda")
     return CostModel(flops=flops)

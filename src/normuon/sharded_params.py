@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from normuon.distributed.task import MatrixTask
 from normuon.matrix_tasks import dtype_name, second_moment_dims, tasks_of_param
 from normuon.matrix_view import MatrixView
 from normuon.options import MatrixOptions, param_label, planned_name
-from normuon.orthogonalize import flops_per_matrix, resolve_ns_dtype, transport_dtype
+from normuon.orthogonalize import resolve_ns_dtype, transport_dtype
 from normuon.state import view_of
 
 MatrixState = dict[str, Tensor]
@@ -246,18 +247,8 @@ def cost_model_for(params: Sequence[ShardedParam]) -> CostModel:
     """
     # One count serves the whole plan: the longest iteration's, where groups differ.
     entry = max(params, key=lambda entry: len(entry.options.coefficients))
-    options, device_type = entry.options, entry.param.device.type
-
-    def flops(m: int, n: int) -> int:
-        return flops_per_matrix(
-            m,
-            n,
-            coefficients=options.coefficients,
-            dtype=entry.ns_dtype,
-            device_type=device_type,
-            orthogonalizer=options.orthogonalizer,
-        )
-
+    device_type = entry.param.device.type
+    flops = partial(entry.options.flops, dtype=entry.ns_dtype, device_type=device_type)
     if device_type == "cpu":
         # One thread of a CPU, and Gloo over loopback or a 10 Gbit/s network.
         return CostModel(
