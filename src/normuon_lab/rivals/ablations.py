@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normuon import rule
 from normuon.orthogonalize import orthogonalize, resolve_coefficients, resolve_ns_dtype
-from normuon_lab.rivals.matrix_rival import MatrixRival, Memory, nesterov_momentum, with_adamw_rms
+from normuon_lab.rivals.matrix_rival import MatrixRival, Memory, advanced_momentum_, with_adamw_rms
 
 EPS = 1e-8
 COEFFICIENTS = resolve_coefficients("jordan", 5)
@@ -44,7 +44,7 @@ class MuonAdam(MatrixRival):
         self, grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, group: dict[str, Any]
     ) -> Tensor:
         """See `MatrixRival.direction`."""
-        o_BMN = orthogonalized(nesterov_momentum(grad_BMN, momentum_BMN, memory, group["momentum"]))
+        o_BMN = orthogonalized(advanced_momentum_(grad_BMN, momentum_BMN, group["momentum"]))
         v_BMN = _second_moment(memory, o_BMN.square(), group["beta2"])
         return with_adamw_rms(o_BMN / (v_BMN.sqrt() + EPS))
 
@@ -59,7 +59,7 @@ class NorMuonFront(MatrixRival):
         self, grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, group: dict[str, Any]
     ) -> Tensor:
         """See `MatrixRival.direction`."""
-        ahead_BMN = nesterov_momentum(grad_BMN, momentum_BMN, memory, group["momentum"])
+        ahead_BMN = advanced_momentum_(grad_BMN, momentum_BMN, group["momentum"])
         # Divided by its largest entry, which NS divides out again: eps is then relative.
         largest_B11 = ahead_BMN.abs().amax((-2, -1), keepdim=True)
         mean_square_BM = rule.mean_square_per_neuron(ahead_BMN, dim=-2)
@@ -75,7 +75,7 @@ class NorMuonTall(MatrixRival):
         self, grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, group: dict[str, Any]
     ) -> Tensor:
         """See `MatrixRival.direction`."""
-        o_BMN = orthogonalized(nesterov_momentum(grad_BMN, momentum_BMN, memory, group["momentum"]))
+        o_BMN = orthogonalized(advanced_momentum_(grad_BMN, momentum_BMN, group["momentum"]))
         if o_BMN.shape[-2] <= o_BMN.shape[-1]:
             return with_adamw_rms(o_BMN)
         mean_square_BM = rule.mean_square_per_neuron(o_BMN, dim=-2)
@@ -91,5 +91,5 @@ class FrobeniusMuon(MatrixRival):
     ) -> Tensor:
         """See `MatrixRival.direction`."""
         return with_adamw_rms(
-            orthogonalized(nesterov_momentum(grad_BMN, momentum_BMN, memory, group["momentum"]))
+            orthogonalized(advanced_momentum_(grad_BMN, momentum_BMN, group["momentum"]))
         )

@@ -43,7 +43,7 @@ class Dion(MatrixRival):
         b_BMN = momentum_BMN + grad_BMN
         p_BMR = torch.linalg.qr(b_BMN @ memory["q"]).Q
         r_BNR = b_BMN.mT @ p_BMR
-        memory["momentum"] = b_BMN - (1 - group["momentum"]) * p_BMR @ r_BNR.mT
+        momentum_BMN.copy_(b_BMN - (1 - group["momentum"]) * p_BMR @ r_BNR.mT)
         memory["q"] = _unit_columns(r_BNR)
         return with_adamw_rms(p_BMR @ memory["q"].mT)
 

@@ -63,14 +63,11 @@ class MatrixRival(Optimizer):
             state["memories"] = [{} for _ in view.parts(param.shape)]
         moved = torch.empty_like(param)
         for part, memory in zip(view.parts(param.shape), state["memories"], strict=True):
-            momentum_BMN = view.native(state["momentum_buffer"], part)
-            direction_BMN = self.direction(
-                view.matrices(param.grad, part),
-                momentum_BMN.reshape(part.batch, part.m, part.n),
-                memory,
-                group,
-            )
-            momentum_BMN.copy_(memory.pop("momentum").reshape(momentum_BMN.shape))
+            buffer = view.native(state["momentum_buffer"], part)
+            momentum_BMN = buffer.reshape(part.batch, part.m, part.n)
+            grad_BMN = view.matrices(param.grad, part)
+            direction_BMN = self.direction(grad_BMN, momentum_BMN, memory, group)
+            buffer.copy_(momentum_BMN.reshape(buffer.shape))  # Where reshaping had to copy.
             native = view.native(moved, part)
             native.copy_(direction_BMN.reshape(native.shape))
         return moved
@@ -78,25 +75,21 @@ class MatrixRival(Optimizer):
     def direction(
         self, grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, group: dict[str, Any]
     ) -> Tensor:
-        """The direction D of a batch, of RMS 0.2; leaves the new momentum in ``memory``.
+        """The direction D of a batch, of RMS 0.2; advances the momentum.
 
         Args:
             grad_BMN: gradients; not written to.
-            momentum_BMN: the momentum before the step; not written to.
-            memory: of this block; ``memory["momentum"]`` must hold the new momentum afterwards.
+            momentum_BMN: the momentum; written to.
+            memory: of this block; written to.
             group: the param group.
         """
         raise NotImplementedError
 
 
-def nesterov_momentum(
-    grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, momentum_beta: float
-) -> Tensor:
-    """Algorithm 1's line 2 and the look ahead that all Muon-like arms take."""
-    new_BMN = momentum_BMN.clone()
-    rule.update_momentum_(new_BMN, grad_BMN, momentum_beta=momentum_beta)
-    memory["momentum"] = new_BMN
-    return rule.nesterov_direction(new_BMN, grad_BMN, momentum_beta=momentum_beta)
+def advanced_momentum_(grad_BMN: Tensor, momentum_BMN: Tensor, momentum_beta: float) -> Tensor:
+    """Algorithm 1's line 2, on the momentum, and the look ahead that all Muon-like arms take."""
+    rule.update_momentum_(momentum_BMN, grad_BMN, momentum_beta=momentum_beta)
+    return rule.nesterov_direction(momentum_BMN, grad_BMN, momentum_beta=momentum_beta)
 
 
 def with_adamw_rms(direction_BMN: Tensor) -> Tensor:

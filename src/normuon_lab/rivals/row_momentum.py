@@ -10,7 +10,7 @@ from torch import Tensor
 from normuon_lab.rivals.matrix_rival import (
     MatrixRival,
     Memory,
-    nesterov_momentum,
+    advanced_momentum_,
     with_adamw_rms,
 )
 
@@ -25,6 +25,6 @@ class RowMomentum(MatrixRival):
         self, grad_BMN: Tensor, momentum_BMN: Tensor, memory: Memory, group: dict[str, Any]
     ) -> Tensor:
         """See `MatrixRival.direction`."""
-        ahead_BMN = nesterov_momentum(grad_BMN, momentum_BMN, memory, group["momentum"])
+        ahead_BMN = advanced_momentum_(grad_BMN, momentum_BMN, group["momentum"])
         norm_BM1 = torch.linalg.vector_norm(ahead_BMN, dim=-1, keepdim=True)
         return with_adamw_rms(torch.where(norm_BM1 == 0, 0.0, ahead_BMN / norm_BM1))
