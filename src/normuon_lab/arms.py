@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import require
@@ -39,6 +39,7 @@ class ArmOptions:
         momentum: Muon's, and NorMuon's first beta.
         beta2: NorMuon's second beta.
         ns_dtype: dtype of NorMuon's Newton-Schulz; None: NorMuon's own choice for the device.
+        normuon: further keyword arguments of `normuon.NorMuon`, as pairs; other arms refuse them.
     """
 
     adam_lr: float | None = None
@@ -49,6 +50,25 @@ class ArmOptions:
     momentum: float = 0.95
     beta2: float = 0.95
     ns_dtype: torch.dtype | None = None
+    normuon: tuple[tuple[str, Any], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values of those that are not the defaults.
+
+        Example:
+            >>> ArmOptions(weight_decay=0.3, normuon=(("ns_steps", 6),)).to_json()
+            {'weight_decay': 0.3, 'normuon': {'ns_steps': 6}}
+        """
+        changed = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        if "normuon" in changed:
+            changed["normuon"] = dict(self.normuon)
+        if "ns_dtype" in changed:
+            changed["ns_dtype"] = str(self.ns_dtype)
+        return changed
 
 
 DEFAULT_OPTIONS = ArmOptions()
@@ -173,6 +193,7 @@ def _build_normuon(
             beta2=options.beta2,
             betas=options.betas,
             ns_dtype=options.ns_dtype,
+            **dict(options.normuon),
         )
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from normuon_lab.arms import DEFAULT_OPTIONS, ArmOptions
 from normuon_lab.errors import require
 
 MODEL_FAMILIES = ("llama", "gpt2")
@@ -99,11 +100,19 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
-    """One run of an experiment: which arm, which seed, which peak learning rate."""
+    """One run of an experiment: which arm, which seed, which hyperparameters.
+
+    Attributes:
+        learning_rate: the peak, of hidden matrices and of whatever `options` says nothing about.
+        options: the arm's other hyperparameters.
+        steps: length of its schedule; None: the experiment's.
+    """
 
     arm: str
     seed: int
     learning_rate: float
+    options: ArmOptions = DEFAULT_OPTIONS
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"a seed must be at least 0, got {self.seed}")
@@ -111,11 +120,22 @@ class RunSpec:
             math.isfinite(self.learning_rate) and self.learning_rate > 0.0,
             f"the learning rate of {self.arm} must be a positive number, got {self.learning_rate}",
         )
+        require(
+            self.steps is None or self.steps >= 1,
+            f"the steps of {self.arm} must be at least 1, got {self.steps}",
+        )
 
     @property
     def name(self) -> str:
         """How messages call this run."""
-        return f"{self.arm} seed {self.seed}"
+        length = "" if self.steps is None else f" over {self.steps} steps"
+        return f"{self.arm} seed {self.seed}{length}"
+
+    def training(self, experiment: Experiment) -> TrainConfig:
+        """The budget of this run: the experiment's, at this run's length."""
+        if self.steps is None:
+            return experiment.training
+        return dataclasses.replace(experiment.training, steps=self.steps)
 
 
 def first_difference(

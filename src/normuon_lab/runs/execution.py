@@ -39,17 +39,19 @@ def execute(
         corpus: the text.
         console: where to show progress.
         on_finished: called with every record.
-        num_done: runs finished earlier, for the counter.
+        num_done: runs of the experiment's length that were finished earlier, for the counter.
 
     Raises:
         RunsFailedError: after all other jobs are done, if any failed.
     """
     failures: list[Failed] = []
+    lengths = {job.spec: job.spec.training(experiment).steps for job in jobs}
     display = RunDisplay(
         console,
         num_runs=num_done + len(jobs),
         num_done=num_done,
-        steps=experiment.training.steps,
+        steps=num_done * experiment.training.steps + sum(lengths.values()),
+        steps_done=num_done * experiment.training.steps,
     )
     events = run_jobs(jobs, experiment, corpus, num_workers=default_num_workers(len(jobs)))
     with display:
@@ -57,7 +59,7 @@ def execute(
             for event in events:
                 spec = event.job.spec
                 if isinstance(event, Started):
-                    display.start(spec)
+                    display.start(spec, steps=lengths[spec])
                 elif isinstance(event, Progress):
                     display.advance(spec, event.step, event.loss)
                 elif isinstance(event, Finished):

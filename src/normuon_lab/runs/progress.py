@@ -25,12 +25,15 @@ class RunDisplay:
     On a terminal the bars are live; elsewhere only the line per finished run is printed.
     """
 
-    def __init__(self, console: Console, *, num_runs: int, num_done: int, steps: int) -> None:
+    def __init__(
+        self, console: Console, *, num_runs: int, num_done: int, steps: int, steps_done: int
+    ) -> None:
         self._console = console
-        self._steps = steps
         self._num_runs = num_runs
         self._num_done = num_done
+        self._steps_done = steps_done
         self._tasks: dict[RunSpec, TaskID] = {}
+        self._lengths: dict[RunSpec, int] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
@@ -44,7 +47,7 @@ class RunDisplay:
         )
         # Counted in steps, so that its time left means something before a run is finished.
         self._total = self._progress.add_task(
-            "all runs", total=num_runs * steps, completed=num_done * steps, note=""
+            "all runs", total=steps, completed=steps_done, note=""
         )
 
     def __enter__(self) -> RunDisplay:
@@ -61,11 +64,10 @@ class RunDisplay:
             self._progress.remove_task(task)
         self._progress.stop()
 
-    def start(self, spec: RunSpec) -> None:
-        """A run begins."""
-        self._tasks[spec] = self._progress.add_task(
-            self._title(spec), total=self._steps, note="starting"
-        )
+    def start(self, spec: RunSpec, *, steps: int) -> None:
+        """A run of `steps` steps begins."""
+        self._lengths[spec] = steps
+        self._tasks[spec] = self._progress.add_task(self._title(spec), total=steps, note="starting")
 
     def advance(self, spec: RunSpec, step: int, loss: float) -> None:
         """A run has done `step` steps."""
@@ -88,6 +90,7 @@ class RunDisplay:
 
     def _end(self, spec: RunSpec, outcome: str) -> None:
         self._num_done += 1
+        self._steps_done += self._lengths.pop(spec, 0)
         task = self._tasks.pop(spec, None)
         if task is not None:
             self._progress.remove_task(task)
@@ -98,7 +101,7 @@ class RunDisplay:
     def _show_total(self) -> None:
         running = set(self._tasks.values())
         steps = sum(task.completed for task in self._progress.tasks if task.id in running)
-        self._progress.update(self._total, completed=self._num_done * self._steps + steps)
+        self._progress.update(self._total, completed=self._steps_done + steps)
 
     @staticmethod
     def _title(spec: RunSpec) -> str:

@@ -11,6 +11,8 @@ class RunRecord:
     """What a finished run leaves behind.
 
     Attributes:
+        options: hyperparameters besides the peak learning rate that are not the arm's defaults.
+        steps: length of the schedule.
         eval_steps: numbers of finished steps at which the validation loss was taken.
         eval_losses: those losses, nats per token.
         eval_seconds: seconds of training, evaluations left out, up to each of them.
@@ -23,6 +25,8 @@ class RunRecord:
     seed: int
     learning_rate: float
     num_parameters: int
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
     eval_steps: list[int] = field(default_factory=list)
     eval_losses: list[float] = field(default_factory=list)
     eval_seconds: list[float] = field(default_factory=list)

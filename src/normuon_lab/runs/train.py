@@ -50,7 +50,7 @@ def train_run(
     run = _Run(spec, experiment, corpus, probe_updates=probe_updates)
     with _deterministic():
         run.evaluate(finished_steps=0)
-        for step in range(experiment.training.steps):
+        for step in range(run.steps):
             loss = run.train_step(step)
             if not math.isfinite(loss):
                 break
@@ -69,11 +69,12 @@ class _Run:
     def __init__(
         self, spec: RunSpec, experiment: Experiment, corpus: Corpus, *, probe_updates: bool
     ) -> None:
-        self._training = experiment.training
-        self._learning_rate = spec.learning_rate
+        self._training = spec.training(experiment)
+        self.steps = self._training.steps
         self.eval_steps = frozenset(self._training.eval_steps)
         self._model = build_model(experiment.model, seed=spec.seed)
-        self._optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate)
+        self._optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate, spec.options)
+        self._peaks = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
         self._loss = torch.compile(next_token_loss) if experiment.compile else next_token_loss
         matrix_names = choose_matrices(
             self._model, hidden_matrix_kinds(experiment.model), experiment.model.num_layers
@@ -100,6 +101,8 @@ class _Run:
             seed=spec.seed,
             learning_rate=spec.learning_rate,
             num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            options=spec.options.to_json(),
+            steps=self.steps,
         )
 
     def train_step(self, step: int) -> float:
@@ -152,9 +155,9 @@ class _Run:
         factor = learning_rate_factor(
             step, steps=self._training.steps, warmup_steps=self._training.warmup_steps
         )
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate * factor
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
 
 
 @contextmanager

@@ -1,0 +1,104 @@
+"""What is tuned, run and claimed: fixed before the runs that count, and described in the docs.
+
+A cell is one task at one size. In every cell each arm is tuned with the same number of trials, on
+seeds that no claim uses, and then trained on the claim seeds with complete schedules of several
+lengths. Change nothing here without saying so in docs/lab/protocol.md: its tables are tested
+against this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normuon_lab.errors import require
+from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
+
+TUNING_SEEDS = (1000, 1001)
+CLAIM_SEEDS = (0, 1, 2, 3, 4, 5)
+
+FULL_TUNING_TRIALS = 20
+"""Trials per arm where learning rate, weight decay and AdamW's learning rate are tuned."""
+
+RATE_TUNING_TRIALS = 8
+"""Trials per arm where the learning rate alone is tuned."""
+
+LENGTH_RATIO = 10 ** (1 / 10)
+"""Neighbouring lengths of complete schedules differ by this factor: 0.50, 0.63, 0.79, 1, 1.26."""
+
+MAIN_ARMS = ("adamw", "muon", "normuon")
+OTHER_ARMS = (
+    *("normuon-original", "normuon-short", "muon-adam", "normuon-front", "normuon-tall"),
+    *("muon-frobenius", "dion", "adam-mini", "rmnp"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One task at one size.
+
+    Attributes:
+        name: of its folder and its studies.
+        task: what is learned, for tables.
+        size: how large the model is, for tables.
+        experiment: model, training and data that all its runs share.
+        other_arms: arms whose learning rate alone is tuned, besides the main ones.
+    """
+
+    name: str
+    task: str
+    size: str
+    experiment: Experiment
+    other_arms: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """All arms of the cell, the main ones first."""
+        return (*MAIN_ARMS, *self.other_arms)
+
+    def tuning_trials(self, arm: str) -> int:
+        """How many trials the arm's tuning has at least."""
+        return FULL_TUNING_TRIALS if arm in MAIN_ARMS else RATE_TUNING_TRIALS
+
+
+_SMALL = ModelConfig(num_layers=4, width=96, num_heads=3, mlp_width=256)
+_LARGE = ModelConfig(num_layers=6, width=256, num_heads=8, mlp_width=688)
+_TRAINING = TrainConfig(steps=500, batch_size=8)
+
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        Cell(
+            name="bytes-small",
+            task="Python source, bytes",
+            size="0.5M",
+            experiment=Experiment(model=_SMALL, training=_TRAINING, data=("stdlib",)),
+            other_arms=OTHER_ARMS,
+        ),
+        Cell(
+            name="bytes-large",
+            task="Python source, bytes",
+            size="4.9M",
+            experiment=Experiment(model=_LARGE, training=_TRAINING, data=("stdlib",)),
+        ),
+    )
+}
+
+
+def cell_of(name: str) -> Cell:
+    """The cell of that name.
+
+    Raises:
+        InputError: there is none; the message lists them.
+    """
+    require(name in CELLS, f"unknown cell {name!r}: choose from {', '.join(CELLS)}")
+    return CELLS[name]
+
+
+def schedule_steps(full_steps: int, rung: int) -> int:
+    """Steps of the complete schedule `rung` rungs above the full one, or below it.
+
+    Example:
+        >>> [schedule_steps(500, rung) for rung in (-3, -2, -1, 0, 1)]
+        [251, 315, 397, 500, 629]
+    """
+    return round(full_steps * LENGTH_RATIO**rung)
