@@ -172,7 +172,7 @@ def test_the_learning_rate_of_every_group_follows_the_schedule(
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             seen.append({group["lr"] for group in self.param_groups})
 
-    def build(model: nn.Module, lr: float, options: ArmOptions) -> list[torch.optim.Optimizer]:
+    def build(model: nn.Module, lr: float, options: object) -> list[torch.optim.Optimizer]:
         parameters = list(model.parameters())
         return [Recorder([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=lr)]
 
