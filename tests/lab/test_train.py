@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ def run(
 ) -> RunRecord:
     spec = RunSpec(arm=arm, seed=seed, learning_rate=LEARNING_RATE)
     return train_run(spec, experiment, corpus, probe_updates=probe_updates)
+
+
+def spread(values: list[float]) -> float:
+    return max(values) / min(values)
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
@@ -83,9 +88,6 @@ def test_the_update_is_what_the_step_adds_without_decay() -> None:
 def test_normuon_moves_all_rows_alike_and_muon_flattens_the_spectrum(
     corpus: Corpus, experiment: Experiment
 ) -> None:
-    def spread(values: list[float]) -> float:
-        return max(values) / min(values)
-
     def up_projection(arm: str) -> dict[str, list[float]]:
         updates = run(corpus, experiment, arm, probe_updates=True).updates
         return next(u for u in updates if "up_proj" in u["matrix"])
@@ -101,6 +103,21 @@ def test_described_matrix_by_hand() -> None:
     assert described["singular_values"] == [3.0, 2.0]
     assert described["row_norms"] == [3.0, 2.0, 0.0]
     assert described["frobenius_norm"] == pytest.approx(13**0.5, rel=1e-5)
+
+
+def test_the_momentum_is_measured_where_it_is_orthogonalised(
+    corpus: Corpus, experiment: Experiment
+) -> None:
+    def updates(arm: str) -> list[dict[str, Any]]:
+        return run(corpus, experiment, arm, probe_updates=True).updates
+
+    assert all("momentum" not in update for update in updates("adamw"))
+    for arm in ("muon", "normuon"):
+        for update in updates(arm):
+            momentum = update["momentum"]
+            assert momentum["shape"] == update["shape"]
+            # What the update flattens is still steep here.
+            assert spread(momentum["singular_values"]) > 3 * spread(update["singular_values"])
 
 
 def test_conv1d_updates_have_their_neurons_as_rows(corpus: Corpus, experiment: Experiment) -> None:

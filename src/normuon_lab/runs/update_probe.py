@@ -21,6 +21,9 @@ STAGES = (0.1, 0.5, 0.9)
 class UpdateProbe:
     """Measures the update matrices of a few hidden matrices at a few steps of one run.
 
+    Where the optimizer orthogonalises a momentum, that is measured too, as `momentum`: it is what
+    the update would be without orthogonalisation and scaling.
+
     Args:
         model: the model; its parameters are read, never written.
         optimizers: those that step the model, asked for learning rate and weight decay.
@@ -45,6 +48,12 @@ class UpdateProbe:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        self._state_of = {
+            parameter: optimizer.state
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self._due = {max(0, round(stage * steps) - 1) for stage in STAGES}
         self._before: dict[str, Tensor] = {}
         self.measurements: list[dict[str, Any]] = []
@@ -64,10 +73,15 @@ class UpdateProbe:
             update = update_matrix(
                 before, parameter.detach(), lr=group["lr"], weight_decay=group["weight_decay"]
             )
-            if name in self._transposed:
-                update = update.T
-            self.measurements.append({"step": step + 1, "matrix": name, **describe_matrix(update)})
+            measured = {"step": step + 1, "matrix": name, **self._described(name, update)}
+            momentum = self._state_of[parameter].get(parameter, {}).get("momentum_buffer")
+            if momentum is not None:
+                measured["momentum"] = self._described(name, momentum.detach().double())
+            self.measurements.append(measured)
         self._before = {}
+
+    def _described(self, name: str, matrix: Tensor) -> dict[str, Any]:
+        return describe_matrix(matrix.T if name in self._transposed else matrix)
 
 
 def update_matrix(before: Tensor, after: Tensor, *, lr: float, weight_decay: float) -> Tensor:
