@@ -34,6 +34,7 @@ EXIT_INTERRUPTED = 130
 _DEFAULT_ARMS = ("adamw", "muon", "normuon")
 _MODEL = ModelConfig()
 _TRAINING = TrainConfig()
+_BPE_VOCAB_SIZE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,10 @@ class ExperimentOptions:
 
     data: tuple[str, ...] = ("stdlib",)
     """Text to train on: stdlib (the running Python's library), shakespeare, or text files."""
+    tokenizer: str = "bytes"
+    """Tokens: bytes, or bpe, made from the training part of the text."""
+    vocab_size: int | None = None
+    """Tokens of the BPE; 1024 unless given."""
     steps: int = _TRAINING.steps
     """Optimizer steps of each run."""
     batch_size: int = _TRAINING.batch_size
@@ -82,6 +87,7 @@ class ExperimentOptions:
                 num_heads=self.heads,
                 mlp_width=self.mlp_width,
                 sequence_length=self.sequence_length,
+                vocab_size=self._vocab_size(),
             ),
             training=TrainConfig(
                 steps=self.steps,
@@ -91,8 +97,14 @@ class ExperimentOptions:
                 eval_tokens=self.eval_tokens,
             ),
             data=self.data,
+            tokenizer=self.tokenizer,
             compile=self.compile,
         )
+
+    def _vocab_size(self) -> int:
+        if self.vocab_size is not None:
+            return self.vocab_size
+        return _BPE_VOCAB_SIZE if self.tokenizer == "bpe" else _MODEL.vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ from normuon_lab.compare.tensorboard import write_scalars
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import Corpus, check_lengths, load_corpus
+from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.tasks import load_task
 from normuon_lab.tune.tuned_rates import TunedRates
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -69,8 +70,7 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
         RunsFailedError: some runs failed; what the others found was written.
         InterruptedRunsError: Ctrl-C came; finished runs are kept.
     """
-    corpus = load_corpus(request.experiment.data)
-    check_lengths(corpus, request.experiment)
+    corpus = load_task(request.experiment)
     results = open_results(request.out, _planned(request, corpus), resume=request.resume)
     # Not before the request is known to be good: an error should not wait for torch.
     results.machine = results.machine or describe_machine(

@@ -51,7 +51,9 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
     title = "training steps" if against == "steps" else "seconds of training, evaluations left out"
     apply_style(figure, height=460)
     figure.update_xaxes(title_text=title, rangemode="tozero")
-    figure.update_yaxes(title_text="validation loss (nats per byte)", range=_loss_range(results))
+    figure.update_yaxes(
+        title_text=f"validation loss ({_unit(results)})", range=_loss_range(results)
+    )
     return figure
 
 
@@ -75,10 +77,10 @@ def final_loss_figure(results: Results) -> go.Figure:
         for comparison in chosen:
             _add_difference(figure, comparison, column)
         figure.add_vline(x=0, line={"color": MUTED, "width": 1}, row=1, col=column)
-        figure.update_xaxes(title_text="nats per byte; left is better", row=1, col=column)
+        figure.update_xaxes(title_text=f"{_unit(results)}; left is better", row=1, col=column)
         # Categories are at 0, 1, ...; the first is on top.
         figure.update_yaxes(range=[len(chosen) - 0.4, -0.6], row=1, col=column)
-    figure.update_yaxes(title_text="final validation loss (nats per byte)", row=1, col=1)
+    figure.update_yaxes(title_text=f"final validation loss ({_unit(results)})", row=1, col=1)
     apply_style(figure, height=380)
     figure.update_layout(showlegend=False)
     return figure
@@ -129,10 +131,14 @@ def tuning_figure(results: Results) -> go.Figure | None:
     top = min(max(losses), min(losses) + 2 * (max(medians) - min(losses)))
     margin = 0.08 * (top - min(losses) or 1.0)
     figure.update_yaxes(
-        title_text="mean final loss (nats per byte)",
+        title_text=f"mean final loss ({_unit(results)})",
         range=[min(losses) - margin, top + margin],
     )
     return figure
+
+
+def _unit(results: Results) -> str:
+    return "nats per byte" if results.corpus["tokenizer"] == "bytes" else "nats per token"
 
 
 def _add_target(figure: go.Figure, results: Results, against: str) -> None:

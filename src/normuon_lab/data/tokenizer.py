@@ -1,4 +1,4 @@
-"""Tokenizers by one interface: bytes, a `tokenizers` file, or a transformers tokenizer.
+"""Tokenizers by one interface: bytes, a `tokenizers` file, a transformers tokenizer, a trained BPE.
 
 Downloads nothing except where a name is not a local path; then transformers asks the Hub.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +101,46 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def train_bpe(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE made from `texts`: the 256 bytes and the merges of their commonest pairs.
+
+    Texts are cut into words as GPT-2 does it. The same texts in the same order give the same
+    tokenizer, on any number of threads. Byte 0 separates documents, as it does where tokens are
+    bytes.
+
+    Args:
+        texts: what to count pairs in.
+        vocab_size: tokens in all, at least 256.
+
+    Raises:
+        InputError: the texts have too few different words for as many tokens.
+
+    Example:
+        >>> bpe = train_bpe(["low lower lowest"] * 3, vocab_size=258)
+        >>> bpe.backend.encode("low").tokens
+        ['low']
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    found = backend.get_vocab_size()
+    require(
+        found == vocab_size,
+        f"the text is too short for a BPE of {vocab_size} tokens: it has pairs for {found}; "
+        "give more text or a smaller vocabulary",
+    )
+    zero = next(character for character, byte in _byte_characters().items() if byte == 0)
+    return _with_backend(f"BPE of {vocab_size}", backend, zero)
 
 
 def save_for_transformers(tokenizer: TextTokenizer, folder: Path) -> None:

@@ -8,7 +8,7 @@ against this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from normuon_lab.errors import require
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
@@ -73,6 +73,17 @@ CELLS: dict[str, Cell] = {
             size="0.5M",
             experiment=Experiment(model=_SMALL, training=_TRAINING, data=("stdlib",)),
             other_arms=OTHER_ARMS,
+        ),
+        Cell(
+            name="bpe-small",
+            task="Shakespeare, BPE 1,024",
+            size="0.6M",
+            experiment=Experiment(
+                model=replace(_SMALL, vocab_size=1024),
+                training=_TRAINING,
+                data=("shakespeare",),
+                tokenizer="bpe",
+            ),
         ),
         Cell(
             name="bytes-large",

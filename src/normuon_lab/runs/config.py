@@ -16,6 +16,14 @@ from normuon_lab.arms import DEFAULT_OPTIONS, ArmOptions
 from normuon_lab.errors import require
 
 MODEL_FAMILIES = ("llama", "gpt2")
+TOKENIZERS = ("bytes", "bpe")
+NUM_BYTES = 256
+# Token arrays are uint16.
+MAX_BPE_TOKENS = 2**16
+
+# Fields of an experiment that came later: files leave them out at these values, so that those from
+# before still equal new ones.
+_LATER_FIELDS = {"tokenizer": "bytes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +85,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """What all runs of a comparison or of a tuning share."""
+    """What all runs of a comparison or of a tuning share.
+
+    Attributes:
+        data: the text, as `--data` names it.
+        tokenizer: bytes, or bpe: one of `model.vocab_size` tokens, made from the training text.
+    """
 
     model: ModelConfig = ModelConfig()
     training: TrainConfig = TrainConfig()
     data: tuple[str, ...] = ("stdlib",)
+    tokenizer: str = "bytes"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -90,12 +104,17 @@ class Experiment:
             f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "
             f"{self.model.sequence_length} tokens",
         )
+        check_tokenizer(self.tokenizer, vocab_size=self.model.vocab_size)
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values, as they are stored in results and compared on `--resume`."""
         values = dataclasses.asdict(self)
         values["data"] = list(self.data)
-        return values
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +155,22 @@ class RunSpec:
         if self.steps is None:
             return experiment.training
         return dataclasses.replace(experiment.training, steps=self.steps)
+
+
+def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
+    """Raise `InputError` unless a text can have such tokens, and as many."""
+    require(
+        tokenizer in TOKENIZERS,
+        f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(TOKENIZERS)}",
+    )
+    if tokenizer == "bytes":
+        require(vocab_size == NUM_BYTES, f"bytes are {NUM_BYTES} tokens, not {vocab_size}")
+    else:
+        require(
+            NUM_BYTES < vocab_size <= MAX_BPE_TOKENS,
+            f"a BPE has the {NUM_BYTES} bytes and more, up to {MAX_BPE_TOKENS} tokens; "
+            f"got {vocab_size}",
+        )
 
 
 def first_difference(

@@ -1,7 +1,7 @@
 """Text on this machine becomes two disjoint token arrays, train and validation, and a digest.
 
-Tokens are the bytes of the text. Nothing is downloaded. How windows are drawn from the arrays is
-`batches.py`'s business.
+Tokens are the bytes of the text, or those of a BPE made from its training part. Nothing is
+downloaded. How windows are drawn from the arrays is `batches.py`'s business.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, require
-from normuon_lab.runs.config import Experiment
+from normuon_lab.runs.config import NUM_BYTES, Experiment, check_tokenizer
 
-Tokens = npt.NDArray[np.uint8]
+Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 # One document in ten, or the last tenth of a single document, is held out.
 VALIDATION_SHARE = 10
@@ -47,6 +48,12 @@ class Corpus:
     """Token arrays and where they came from.
 
     `train` and `validation` share no document, or, for a single file, no line.
+
+    Attributes:
+        digest: SHA-256 of the text, whatever its tokens.
+        train_bytes_per_token: bytes of the training text over its tokens; that a loss in nats per
+            token can be had per byte.
+        validation_bytes_per_token: the same of the held-out text.
     """
 
     name: str
@@ -55,37 +62,85 @@ class Corpus:
     digest: str
     num_train_documents: int
     num_validation_documents: int
+    tokenizer: str = "bytes"
+    vocab_size: int = NUM_BYTES
+    train_bytes_per_token: float = 1.0
+    validation_bytes_per_token: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """What results record of the text: everything but the text."""
         return {
             "name": self.name,
             "sha256": self.digest,
-            "tokenizer": "bytes",
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
             "train_tokens": int(self.train.size),
             "validation_tokens": int(self.validation.size),
+            "train_bytes_per_token": self.train_bytes_per_token,
+            "validation_bytes_per_token": self.validation_bytes_per_token,
             "train_documents": self.num_train_documents,
             "validation_documents": self.num_validation_documents,
         }
 
 
-def load_corpus(sources: Sequence[str]) -> Corpus:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SplitText:
+    """A text in two parts, not tokens yet: lists of documents, each to be followed by `end`."""
+
+    name: str
+    train: list[bytes]
+    validation: list[bytes]
+    end: bytes
+    digest: str
+
+    def with_ends(self, documents: list[bytes]) -> list[bytes]:
+        """The documents, each with its end."""
+        return [document + self.end for document in documents]
+
+
+def load_corpus(
+    sources: Sequence[str], *, tokenizer: str = "bytes", vocab_size: int = NUM_BYTES
+) -> Corpus:
     """Read the text that `--data` names.
 
     Args:
         sources: `("stdlib",)`, `("shakespeare",)`, or paths of text files.
+        tokenizer: bytes, or bpe: made from the training documents, never from those held out.
+        vocab_size: how many tokens the BPE has; 256 for bytes.
 
     Returns:
-        The corpus. Several documents are split by document, a single one at a line near its end.
+        The corpus; uint8 tokens for bytes, uint16 for a BPE. Several documents are split by
+        document, a single one at a line near its end.
 
     Raises:
-        InputError: a file is missing, unreadable or empty, or an optional package is absent.
+        InputError: a file is missing, unreadable or empty, an optional package is absent, or the
+            text is not UTF-8 or too short for the BPE.
 
     Example:
         >>> corpus = load_corpus(["stdlib"])
         >>> corpus.train.size > 5 * corpus.validation.size
         True
     """
+    check_tokenizer(tokenizer, vocab_size=vocab_size)
+    text = _read(sources)
+    tokens = _byte_tokens if tokenizer == "bytes" else _train_bpe(text, vocab_size)
+    train_bytes, validation_bytes = text.with_ends(text.train), text.with_ends(text.validation)
+    train, validation = tokens(train_bytes), tokens(validation_bytes)
+    return Corpus(
+        name=text.name,
+        train=train,
+        validation=validation,
+        digest=text.digest,
+        num_train_documents=len(text.train),
+        num_validation_documents=len(text.validation),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        train_bytes_per_token=_bytes_per_token(train_bytes, train),
+        validation_bytes_per_token=_bytes_per_token(validation_bytes, validation),
+    )
+
+
+def _read(sources: Sequence[str]) -> _SplitText:
     require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
     if tuple(sources) == ("stdlib",):
         return _from_documents("Python standard library", list(_stdlib_documents()))
@@ -121,34 +176,31 @@ def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
     )
 
 
-def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> Corpus:
+def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> _SplitText:
     require(bool(documents), f"no text was found for {name}")
     documents = sorted(documents)
     held_out = _held_out_names([document for document, _ in documents])
-    train = [text for document, text in documents if document not in held_out]
-    validation = [text for document, text in documents if document in held_out]
-    return Corpus(
+    return _SplitText(
         name=name,
-        train=_join(train),
-        validation=_join(validation),
+        train=[text for document, text in documents if document not in held_out],
+        validation=[text for document, text in documents if document in held_out],
+        end=END_OF_DOCUMENT,
         digest=_digest(documents),
-        num_train_documents=len(train),
-        num_validation_documents=len(validation),
     )
 
 
-def _from_single_document(path: str, text: bytes) -> Corpus:
+def _from_single_document(path: str, text: bytes) -> _SplitText:
     cut = len(text) - len(text) // VALIDATION_SHARE
     line_end = text.find(b"\n", cut)
     # A text without line breaks is cut where the share falls.
     cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
-    return Corpus(
-        name=Path(path).name,
-        train=np.frombuffer(text[:cut], dtype=np.uint8),
-        validation=np.frombuffer(text[cut:], dtype=np.uint8),
-        digest=_digest([(Path(path).name, text)]),
-        num_train_documents=1,
-        num_validation_documents=1,
+    name = Path(path).name
+    return _SplitText(
+        name=name,
+        train=[text[:cut]],
+        validation=[text[cut:]],
+        end=b"",
+        digest=_digest([(name, text)]),
     )
 
 
@@ -164,8 +216,33 @@ def _held_out_names(names: Sequence[str]) -> set[str]:
     return held_out
 
 
-def _join(texts: Sequence[bytes]) -> Tokens:
-    return np.frombuffer(b"".join(text + END_OF_DOCUMENT for text in texts), dtype=np.uint8)
+def _byte_tokens(documents: Sequence[bytes]) -> Tokens:
+    return np.frombuffer(b"".join(documents), dtype=np.uint8)
+
+
+def _train_bpe(text: _SplitText, vocab_size: int) -> Callable[[Sequence[bytes]], Tokens]:
+    """The tokens of a BPE that has seen the training documents alone."""
+    bpe = train_bpe(_decoded(text.train, text.name), vocab_size=vocab_size)
+
+    def tokens(documents: Sequence[bytes]) -> Tokens:
+        return np.concatenate(bpe.encode(_decoded(documents, text.name))).astype(np.uint16)
+
+    return tokens
+
+
+def _bytes_per_token(documents: Sequence[bytes], tokens: Tokens) -> float:
+    # The end of a very short text is empty; `check_lengths` refuses it.
+    return sum(map(len, documents)) / max(tokens.size, 1)
+
+
+def _decoded(documents: Sequence[bytes], name: str) -> list[str]:
+    try:
+        return [document.decode() for document in documents]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--data: {name} is not UTF-8 ({error.reason}), which --tokenizer bpe needs: "
+            "take --tokenizer bytes"
+        ) from error
 
 
 def _digest(documents: Sequence[tuple[str, bytes]]) -> str:

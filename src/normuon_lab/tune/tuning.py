@@ -19,8 +19,8 @@ from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import check_lengths, load_corpus
 from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.tasks import load_task
 from normuon_lab.tune.grid import best_rate, check_grid, is_done, is_interior, next_rate
 from normuon_lab.tune.tuned_rates import KIND, SCHEMA_VERSION
 
@@ -173,8 +173,7 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
         RunsFailedError: a run failed; the rounds before are kept.
         InterruptedRunsError: Ctrl-C came; finished rounds are kept.
     """
-    corpus = load_corpus(request.experiment.data)
-    check_lengths(corpus, request.experiment)
+    corpus = load_task(request.experiment)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     jobs_at_once = len(request.arms) * len(request.rates) * request.num_seeds
     provenance = {
