@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import require
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     NamedParameters = list[tuple[str, Tensor]]
+    Builder = Callable[[nn.Module, float, "ArmOptions"], list[Optimizer]]
 
 ADAM_BETAS = (0.9, 0.95)
 HIDDEN_WEIGHT_DECAY = 0.1  # 0 elsewhere, as in the paper
@@ -82,8 +84,8 @@ class Arm:
         name: what `--arms` calls it.
         label: what the report calls it.
         description: one line for the report's configuration table.
-        build: from the model, the peak learning rate and, if they are not the defaults,
-            `ArmOptions`, to the optimizers that step together.
+        builder: what `build` calls.
+        takes_normuon_options: whether `ArmOptions.normuon` may say anything.
         pretrains: whether `normuon train` offers it: it steps sharded parameters, and its state
             exists from the start and fits a checkpoint. Rivals are for comparisons on one device.
     """
@@ -91,8 +93,30 @@ class Arm:
     name: str
     label: str
     description: str
-    build: Callable[..., list[Optimizer]]
+    builder: Builder
+    takes_normuon_options: bool = False
     pretrains: bool = True
+
+    def build(
+        self, model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+    ) -> list[Optimizer]:
+        """The plain torch optimizers that step a model together.
+
+        Args:
+            model: what they train.
+            lr: peak learning rate, of steps of AdamW's size: those of hidden matrices have an RMS
+                of about 0.2 lr in every arm.
+            options: the other hyperparameters.
+
+        Raises:
+            InputError: `options.normuon` for an arm that is not NorMuon.
+        """
+        require(
+            self.takes_normuon_options or not options.normuon,
+            f"the arm {self.name!r} is not normuon.NorMuon and takes none of its options; got "
+            + ", ".join(keyword for keyword, _ in options.normuon),
+        )
+        return self.builder(model, lr, options)
 
 
 def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
@@ -144,9 +168,7 @@ def _other_groups(
     ]
 
 
-def _build_adamw(
-    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
-) -> list[Optimizer]:
+def _build_adamw(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
     from torch.optim import AdamW
 
     hidden, other = split_parameters(model)
@@ -157,9 +179,7 @@ def _build_adamw(
     return [AdamW(groups, lr=lr, betas=options.betas)]
 
 
-def _build_muon(
-    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
-) -> list[Optimizer]:
+def _build_muon(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
     from torch.optim import AdamW, Muon
 
     hidden, other = split_parameters(model)
@@ -176,34 +196,47 @@ def _build_muon(
 
 
 def _build_normuon(
-    model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
+    model: nn.Module, lr: float, options: ArmOptions, **fixed: Any
 ) -> list[Optimizer]:
-    from normuon import NorMuon, param_groups
+    """`normuon.NorMuon` with the keyword arguments `fixed`, which `options.normuon` overrules.
 
+    With ``adjust_lr_fn="original"`` the learning rate of hidden matrices is the one at which steps
+    are as large as the paper's scaling makes them, and the decay of a step stays what it was.
+    """
+    from normuon import NorMuon, param_groups, suggest_lr
+
+    keywords = fixed | dict(options.normuon)
     _, other = split_parameters(model)
     groups = [group for group in param_groups(model) if group["algorithm"] != "adamw"]
+    ratio = 1.0
+    if keywords.get("adjust_lr_fn") == "original":
+        ratio = 1 / suggest_lr(1.0, coming_from="muon_original", to=groups)
     for rate, parameters in other_rates(model, other, lr, options).items():
         groups.append({"params": parameters, "algorithm": "adamw", "lr": rate, "weight_decay": 0.0})
     return [
         NorMuon(
             groups,
-            lr=lr,
-            weight_decay=options.weight_decay,
+            lr=lr * ratio,
+            weight_decay=options.weight_decay / ratio,
             momentum=options.momentum,
             beta2=options.beta2,
             betas=options.betas,
             ns_dtype=options.ns_dtype,
-            **dict(options.normuon),
+            **keywords,
         )
     ]
 
 
-def _rival(module: str, name: str, **fixed: Any) -> Callable[..., list[Optimizer]]:
+def _build_adam_mini(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
+    from normuon_lab.rivals.adam_mini import build_adam_mini
+
+    return build_adam_mini(model, lr, options)
+
+
+def _rival(module: str, name: str, **fixed: Any) -> Builder:
     """Builds a class of `normuon_lab.rivals` for hidden matrices, and AdamW for the rest."""
 
-    def build(
-        model: nn.Module, lr: float, options: ArmOptions = DEFAULT_OPTIONS
-    ) -> list[Optimizer]:
+    def build(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
         from torch.optim import AdamW
 
         from normuon import param_groups
@@ -237,61 +270,88 @@ ARMS: dict[str, Arm] = {
             name="adamw",
             label="AdamW",
             description="torch.optim.AdamW for every parameter",
-            build=_build_adamw,
+            builder=_build_adamw,
         ),
         Arm(
             name="muon",
             label="Muon",
             description='torch.optim.Muon(adjust_lr_fn="match_rms_adamw") for hidden matrices, '
             "torch.optim.AdamW for the rest",
-            build=_build_muon,
+            builder=_build_muon,
         ),
         Arm(
             name="normuon",
             label="NorMuon",
             description="normuon.NorMuon: NorMuon for hidden matrices, AdamW for the rest",
-            build=_build_normuon,
+            builder=_build_normuon,
+            takes_normuon_options=True,
+        ),
+        Arm(
+            name="normuon-original",
+            label="NorMuon, original",
+            description='normuon.NorMuon(adjust_lr_fn="original"), the scaling of the authors\' '
+            "released code, its learning rate and decay converted to steps of AdamW's size",
+            builder=partial(_build_normuon, adjust_lr_fn="original"),
+            takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-short",
+            label="NorMuon, short axis",
+            description='normuon.NorMuon(neuron_axis="short"): columns of wide matrices scaled, '
+            "rows of the others",
+            builder=partial(_build_normuon, neuron_axis="short"),
+            takes_normuon_options=True,
+            pretrains=False,
         ),
         Arm(
             name="muon-adam",
             label="Muon + Adam",
             description="one second moment per entry after the orthogonalisation (an ablation)",
-            build=_rival("ablations", "MuonAdam"),
+            builder=_rival("ablations", "MuonAdam"),
             pretrains=False,
         ),
         Arm(
             name="normuon-front",
             label="NorMuon, in front",
             description="neurons scaled before the orthogonalisation (an ablation)",
-            build=_rival("ablations", "NorMuonFront"),
+            builder=_rival("ablations", "NorMuonFront"),
             pretrains=False,
         ),
         Arm(
             name="normuon-tall",
             label="NorMuon, m > n only",
             description="neurons scaled in matrices with more rows than columns (an ablation)",
-            build=_rival("ablations", "NorMuonTall"),
+            builder=_rival("ablations", "NorMuonTall"),
             pretrains=False,
         ),
         Arm(
             name="muon-frobenius",
             label="Muon, fixed norm",
             description="every orthogonalised step scaled to one Frobenius norm (an ablation)",
-            build=_rival("ablations", "FrobeniusMuon"),
+            builder=_rival("ablations", "FrobeniusMuon"),
             pretrains=False,
         ),
         Arm(
             name="dion",
             label="Dion, rank 1/4",
             description="Dion (arXiv 2504.05295) at a quarter of the rank",
-            build=_rival("dion", "Dion", rank_fraction=0.25),
+            builder=_rival("dion", "Dion", rank_fraction=0.25),
+            pretrains=False,
+        ),
+        Arm(
+            name="adam-mini",
+            label="Adam-mini",
+            description="pytorch_optimizer.AdamMini (arXiv 2406.16793) for every parameter: one "
+            "second moment per query or key head, token or other neuron (GPT-2: hidden matrix)",
+            builder=_build_adam_mini,
             pretrains=False,
         ),
         Arm(
             name="rmnp",
             label="RMNP",
             description="momentum with every row normalised, without orthogonalisation",
-            build=_rival("row_momentum", "RowMomentum"),
+            builder=_rival("row_momentum", "RowMomentum"),
             pretrains=False,
         ),
     )
