@@ -16,14 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from normuon import NorMuon
+from normuon_lab.plot_style import GRID, INK, MUTED, color_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "compare_default.json"
 
-# The report's colours: Okabe and Ito's, distinct under colour blindness.
-COLORS = {"adamw": "#0072B2", "muon": "#E69F00", "normuon": "#009E73"}
 LABELS = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}
-INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+COLORS = {arm: color_of(arm) for arm in LABELS}
 
 plt.rcParams.update(
     {

@@ -1,35 +1,111 @@
-"""How every figure of the report looks: one colour and one marker per arm in all of them."""
+"""How every figure looks: each arm has a colour, a marker and a dash of its own in all of them.
+
+Figures are drawn by plotly (the report) and by matplotlib (the documentation); a style has both
+libraries' names.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
 from normuon_lab.arms import ARMS
 
-# Okabe and Ito's palette, which stays distinct under the common forms of colour blindness; an arm's
-# place in the registry decides, so that a colour means the same in every report.
+# Okabe and Ito's palette, which stays distinct under the common forms of colour blindness.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 INK = "#1f2933"
 MUTED = "#616e7c"
 GRID = "#e4e7eb"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
+_MATPLOTLIB_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "triangle-left": "<",
+    "triangle-right": ">",
+    "cross": "P",
+    "x": "X",
+    "pentagon": "p",
+    "hexagon": "h",
+    "diamond-tall": "d",
+    "circle-open": "$\\circ$",
+}
+_MATPLOTLIB_LINESTYLES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
+
+
+@dataclass(frozen=True, slots=True)
+class ArmStyle:
+    """How an arm is drawn.
+
+    Attributes:
+        color: `#rrggbb`.
+        marker: by plotly's name.
+        dash: of its lines, by plotly's name.
+    """
+
+    color: str
+    marker: str
+    dash: str
+
+    @property
+    def matplotlib_marker(self) -> str:
+        """The marker, by matplotlib's name."""
+        return _MATPLOTLIB_MARKERS[self.marker]
+
+    @property
+    def matplotlib_linestyle(self) -> str:
+        """The dash, by matplotlib's name."""
+        return _MATPLOTLIB_LINESTYLES[self.dash]
+
+
+# Written out, so that a new arm changes no other's look. The compared arms are solid, NorMuon's own
+# variants dashed, ablations dash-dotted and rivals dotted. The five colours that are not the
+# palette's are as far from all others as its own are from each other, colour blindness included.
+_ARM_STYLES = {
+    "adamw": ArmStyle(PALETTE[0], "circle", "solid"),
+    "muon": ArmStyle(PALETTE[1], "square", "solid"),
+    "normuon": ArmStyle(PALETTE[2], "diamond", "solid"),
+    "normuon-original": ArmStyle(PALETTE[4], "triangle-up", "dash"),
+    "normuon-short": ArmStyle("#112288", "triangle-down", "dash"),
+    "muon-adam": ArmStyle(PALETTE[3], "cross", "dashdot"),
+    "normuon-front": ArmStyle(PALETTE[5], "triangle-left", "dashdot"),
+    "normuon-tall": ArmStyle(PALETTE[6], "triangle-right", "dashdot"),
+    "muon-frobenius": ArmStyle("#8800FF", "x", "dashdot"),
+    "dion": ArmStyle("#553311", "pentagon", "dot"),
+    "adam-mini": ArmStyle("#882255", "hexagon", "dot"),
+    "rmnp": ArmStyle("#88BB66", "diamond-tall", "dot"),
+}
+_UNKNOWN_ARM = ArmStyle(MUTED, "circle-open", "dot")
+
+
+def style_of(arm: str) -> ArmStyle:
+    """How the arm is drawn; grey for one of another version."""
+    return _ARM_STYLES.get(arm, _UNKNOWN_ARM)
+
+
 def color_of(arm: str) -> str:
     """The arm's colour, `#rrggbb`."""
-    return PALETTE[arm_index(arm) % len(PALETTE)]
+    return style_of(arm).color
+
+
+def marker_of(arm: str) -> str:
+    """The arm's marker, by plotly's name."""
+    return style_of(arm).marker
+
+
+def dash_of(arm: str) -> str:
+    """The dash of the arm's lines, by plotly's name."""
+    return style_of(arm).dash
 
 
 def arm_index(arm: str) -> int:
     """The arm's place in the registry; one past the end for an arm of another version."""
     return list(ARMS).index(arm) if arm in ARMS else len(ARMS)
-
-
-def marker_of(arm: str) -> str:
-    """The arm's marker, by plotly's name; arms that share a colour differ in it."""
-    index = arm_index(arm)
-    return MARKERS[(index + index // len(PALETTE)) % len(MARKERS)]
 
 
 def apply_style(figure: go.Figure, *, height: int) -> None:

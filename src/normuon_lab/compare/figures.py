@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from normuon_lab.compare.results import Results
 from normuon_lab.compare.summary import label_of
-from normuon_lab.plot_style import INK, MUTED, apply_style, color_of, marker_of
+from normuon_lab.plot_style import INK, MUTED, apply_style, color_of, dash_of, marker_of
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.statistics import Comparison, steps_to_target
 
@@ -29,7 +29,7 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                     x=_abscissas(record, against),
                     y=record.eval_losses,
                     mode="lines",
-                    line={"color": color_of(arm), "width": 1},
+                    line={"color": color_of(arm), "dash": dash_of(arm), "width": 1},
                     opacity=0.35,
                     hoverinfo="skip",
                     showlegend=False,
@@ -42,7 +42,7 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                 y=_mean_columns([record.eval_losses for record in records]),
                 mode="lines+markers",
                 name=label_of(arm),
-                line={"color": color_of(arm), "width": 2.5},
+                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2.5},
                 marker={"symbol": marker_of(arm), "size": 6},
                 hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
             )
@@ -107,7 +107,7 @@ def tuning_figure(results: Results) -> go.Figure | None:
                 y=[trial["mean_final_loss"] for trial in trials],
                 mode="lines+markers",
                 name=label_of(arm),
-                line={"color": color_of(arm), "width": 2},
+                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2},
                 marker={
                     "symbol": ["star" if c else marker_of(arm) for c in chosen],
                     "size": [15 if c else 7 for c in chosen],

@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from normuon_lab.compare.results import Results
 from normuon_lab.compare.summary import label_of
-from normuon_lab.plot_style import apply_style, arm_index, color_of
+from normuon_lab.plot_style import apply_style, arm_index, color_of, dash_of
 from normuon_lab.runs.update_probe import layer_of
 
 
@@ -76,7 +76,11 @@ def _update_figure(
                 showlegend=(arm, layer) not in named,
                 visible=layer == layers[-1],
                 # Every second one wide, so that equal curves show that they are two.
-                line={"color": color_of(arm), "width": 3.4 if arm_index(arm) % 2 else 1.8},
+                line={
+                    "color": color_of(arm),
+                    "dash": dash_of(arm),
+                    "width": 3.4 if arm_index(arm) % 2 else 1.8,
+                },
                 hovertemplate=f"{label_of(arm)}, %{{x}}: %{{y:.3f}}<extra></extra>",
             ),
             row=1 + steps.index(update["step"]),
