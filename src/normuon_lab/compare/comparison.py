@@ -149,7 +149,7 @@ def _do_missing_runs(
     from normuon_lab.runs.execution import execute
     from normuon_lab.runs.workers import Job
 
-    def keep(record: RunRecord) -> None:
+    def keep(spec: RunSpec, record: RunRecord) -> None:
         results.records.append(record)
         write_json(request.out / RESULTS_FILE, results.to_json())
         write_scalars(request.out / TENSORBOARD_FOLDER, record)

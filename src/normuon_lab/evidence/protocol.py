@@ -9,6 +9,7 @@ against this file.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from normuon_lab.errors import require
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
@@ -16,11 +17,14 @@ from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 TUNING_SEEDS = (1000, 1001)
 CLAIM_SEEDS = (0, 1, 2, 3, 4, 5)
 
-FULL_TUNING_TRIALS = 20
+FULL_TUNING_TRIALS = 16
 """Trials per arm where learning rate, weight decay and AdamW's learning rate are tuned."""
 
 RATE_TUNING_TRIALS = 8
 """Trials per arm where the learning rate alone is tuned."""
+
+MAX_TUNING_TRIALS = 32
+"""Where to stop looking for an interior best setting."""
 
 LENGTH_RATIO = 10 ** (1 / 10)
 """Neighbouring lengths of complete schedules differ by this factor: 0.50, 0.63, 0.79, 1, 1.26."""
@@ -30,6 +34,33 @@ OTHER_ARMS = (
     *("normuon-original", "normuon-short", "muon-adam", "normuon-front", "normuon-tall"),
     *("muon-frobenius", "dion", "adam-mini", "rmnp"),
 )
+
+INHERITED_FROM = {
+    **dict.fromkeys(("normuon-original", "normuon-short", "normuon-front"), "normuon"),
+    **dict.fromkeys(("normuon-tall", "muon-adam"), "normuon"),
+    **dict.fromkeys(("muon-frobenius", "dion", "rmnp"), "muon"),
+    "adam-mini": "adamw",
+}
+"""Whose weight decay and AdamW learning rate an arm takes over, its learning rate alone tuned."""
+
+_ADAMW_START = {"learning_rate": 1.0, "adam_lr": 3.0, "weight_decay": 0.0}
+_MUON_START = {"learning_rate": 3.0, "adam_lr": 3.0, "weight_decay": 0.0}
+STARTS = {
+    **dict.fromkeys(("adamw", "adam-mini"), _ADAMW_START),
+    **dict.fromkeys((*MAIN_ARMS[1:], *OTHER_ARMS[:-2], "rmnp"), _MUON_START),
+}
+"""Where each arm's search begins, as places on `sweep.space.AXES`, from the quick comparison."""
+
+SENSITIVITY: dict[str, tuple[Any, ...]] = {
+    "beta2": (0.0, 0.5, 0.8, 0.9, 0.99),
+    "ns_steps": (1, 2, 3, 4, 6, 8),
+    "nesterov": (False,),
+    "ns_coefficients": ("polar_express", "you"),
+    "eps": (1e-12, 1e-4, 1e-2),
+    "neuron_axis": ("short",),
+    "cautious_weight_decay": (True,),
+}
+"""Keyword arguments of NorMuon that are varied one at a time, besides their defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.machine import default_num_workers
-from normuon_lab.runs.config import Experiment
+from normuon_lab.runs.config import Experiment, RunSpec
 from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.progress import RunDisplay
 from normuon_lab.runs.records import RunRecord
@@ -28,7 +28,7 @@ def execute(
     corpus: Corpus,
     *,
     console: Console,
-    on_finished: Callable[[RunRecord], None],
+    on_finished: Callable[[RunSpec, RunRecord], object],
     num_done: int = 0,
 ) -> None:
     """Do all jobs and hand over each record as it comes.
@@ -38,7 +38,7 @@ def execute(
         experiment: what they share.
         corpus: the text.
         console: where to show progress.
-        on_finished: called with every record.
+        on_finished: called with every run's specification and record.
         num_done: runs of the experiment's length that were finished earlier, for the counter.
 
     Raises:
@@ -63,7 +63,7 @@ def execute(
                 elif isinstance(event, Progress):
                     display.advance(spec, event.step, event.loss)
                 elif isinstance(event, Finished):
-                    on_finished(event.record)
+                    on_finished(spec, event.record)
                     display.finish(spec, event.record)
                 else:
                     failures.append(event)

@@ -204,7 +204,7 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
             request.experiment,
             corpus,
             console=console,
-            on_finished=records.append,
+            on_finished=lambda spec, record: records.append(record),
         )
         return records
 

@@ -1,0 +1,70 @@
+"""Which complete schedules a claim still needs: pure logic over the final losses there are.
+
+Every arm runs the full length on every claim seed. Then lengths are added, one rung of the ladder
+`protocol.schedule_steps` at a time, until the crossing of each target lies between two neighbouring
+lengths: downwards while an arm is at or below the target, upwards while it is above. Targets are
+AdamW's mean final loss at the full length, and, between Muon and NorMuon, the other's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from normuon_lab.evidence.protocol import MAIN_ARMS
+
+LOWEST_RUNG = -8
+HIGHEST_RUNG = 3
+
+MeanLosses = Mapping[str, Mapping[int, float]]
+"""By arm and rung, the mean final loss over all claim seeds; infinite where one diverged."""
+
+
+def missing_rungs(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+    """Arm and rung of the complete schedules to run next; empty when all targets are bracketed.
+
+    Args:
+        means: what was run, all claim seeds of a rung or none.
+        arms: the arms of the cell.
+
+    Example:
+        >>> missing_rungs({}, ["adamw", "normuon"])
+        [('adamw', 0), ('normuon', 0)]
+        >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8}}, ["adamw", "normuon"])
+        [('normuon', -1)]
+        >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8, -1: 2.1}}, ["adamw", "normuon"])
+        []
+    """
+    full = [(arm, 0) for arm in arms if 0 not in means.get(arm, {})]
+    if full:
+        return full
+    wanted = []
+    for arm in arms:
+        for target in _targets(means, arm):
+            rung = _next_rung(means[arm], target)
+            if rung is not None and (arm, rung) not in wanted:
+                wanted.append((arm, rung))
+    return wanted
+
+
+def _targets(means: MeanLosses, arm: str) -> list[float]:
+    """The losses whose crossing an arm's schedules must bracket."""
+    baselines = [name for name in MAIN_ARMS if name in means and name != arm]
+    if arm == "adamw":
+        return []
+    if arm not in MAIN_ARMS:
+        baselines = [name for name in baselines if name == "adamw"]
+    return [means[name][0] for name in baselines]
+
+
+def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:
+    """The neighbour to run next; None when the crossing is bracketed, or too far away to look."""
+    if not math.isfinite(target):
+        return None
+    reached = [rung for rung, loss in by_rung.items() if loss <= target]
+    if not reached:
+        rung = max(by_rung) + 1
+        return rung if rung <= HIGHEST_RUNG else None
+    # Contiguous from the full length: the nearest rung below the lowest that reached the target.
+    rung = min(reached) - 1
+    return rung if rung not in by_rung and rung >= LOWEST_RUNG else None
