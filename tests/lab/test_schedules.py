@@ -107,6 +107,8 @@ def test_what_is_not_bracketed_is_not_extrapolated(curve: dict[int, float], reas
     saved = steps_saved_by_schedules(arm_of(curve, [0.0, 0.1]), baseline, full_steps=500)
     assert saved.percent is None
     assert saved.interval is None
+    assert (saved.at_least is None) == (curve[500] > 2.0)
+    assert (saved.at_most is None) == (curve[500] < 2.0)
     assert saved.reason is not None
     assert re.search(reason, saved.reason)
     assert saved.test is not None

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,10 +14,10 @@ from matplotlib.patches import Patch
 
 from normuon_lab.bench.contender import OWN
 from normuon_lab.bench.contents import polar_error
-from normuon_lab.plot_style import GRID, INK, MUTED, PALETTE
+from normuon_lab.matplotlib_style import save_figure, style_axes
+from normuon_lab.plot_style import INK, PALETTE
 
 OWN_COLOR, PEER_COLOR = PALETTE[0], PALETTE[1]
-DPI = 150
 LONGEST_BAR = 4.0
 """In steps of the reference; a longer bar is cut, so that one slow contender hides no other."""
 
@@ -26,12 +25,6 @@ LONGEST_BAR = 4.0
 def write_figure(contents: Mapping[str, Any], path: Path) -> None:
     """Writes the figure; the suffix of `path` decides whether it is .png or .svg."""
     save_figure(bench_figure(contents), path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure, the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": "normuon"}):
-        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def bench_figure(contents: Mapping[str, Any]) -> Figure:
@@ -67,15 +60,6 @@ def machine_words(contents: Mapping[str, Any]) -> str:
     threads = machine["threads_per_worker"]
     plural = "" if threads == 1 else "s"
     return f"{machine['processor'].partition(' (')[0]}, {threads} thread{plural}"
-
-
-def style_axes(axes: Axes, *, grid_axis: str) -> None:
-    """The figures' common look: a light grid behind, no box."""
-    axes.grid(visible=True, axis=grid_axis, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
 
 
 def _draw_times(

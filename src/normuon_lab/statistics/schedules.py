@@ -42,6 +42,8 @@ class StepsSaved:
             curve does not meet its own target within the lengths run.
         test: on what the target is made of (final losses at the full length).
         reason: why there is no percentage.
+        at_least: where the shortest schedule is better than needed: it saves more than this.
+        at_most: where the longest schedule is not enough: less than this is saved.
         notes: what a reader should know about the figure.
     """
 
@@ -51,6 +53,8 @@ class StepsSaved:
     by_seed: Estimate = NO_ESTIMATE
     test: PairedTest | None = None
     reason: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -165,10 +169,17 @@ def steps_saved_by_schedules(
         return _percent(np.clip(steps, lengths[0], lengths[-1]), full_steps)
 
     steps = float(steps_to_reach(lengths, means_K, target_S.mean()))
+    limits = (float(_percent(lengths[-1], full_steps)), float(_percent(lengths[0], full_steps)))
     if not np.isfinite(steps):
-        reason = _not_bracketed(lengths, full_steps, is_below=steps < 0)
-        return StepsSaved(seeds=seeds, test=test, reason=reason, notes=tuple(notes))
-    limits = (_percent(lengths[-1], full_steps), _percent(lengths[0], full_steps))
+        is_below = steps < 0
+        return StepsSaved(
+            seeds=seeds,
+            test=test,
+            reason=_not_bracketed(lengths, limits, is_below=is_below),
+            at_least=limits[1] if is_below else None,
+            at_most=None if is_below else limits[0],
+            notes=tuple(notes),
+        )
     by_seed, unmet = _by_seed(lengths, losses_SK, target_S, seeds, full_steps)
     if unmet:
         notes.append(f"no interval by Student's t: seeds {unmet} alone do not meet their target")
@@ -234,7 +245,7 @@ def _by_seed(
     return Estimate(values=tuple(values), mean=None, low=None, high=None), unmet
 
 
-def _within(interval: Interval | None, limits: tuple[Array, Array]) -> Interval | None:
+def _within(interval: Interval | None, limits: tuple[float, float]) -> Interval | None:
     """The interval without the ends at which resamples ran out of schedules."""
     if interval is None:
         return None
@@ -249,17 +260,15 @@ def _within(interval: Interval | None, limits: tuple[Array, Array]) -> Interval 
     )
 
 
-def _not_bracketed(lengths: Sequence[int], full_steps: int, *, is_below: bool) -> str:
-    end = lengths[0] if is_below else lengths[-1]
-    percent = float(_percent(end, full_steps))
+def _not_bracketed(lengths: Sequence[int], limits: tuple[float, float], *, is_below: bool) -> str:
     if is_below:
         return (
-            f"the shortest schedule, {end} steps, already ends below the target: "
-            f"more than {percent:.1f}% saved"
+            f"the shortest schedule, {lengths[0]} steps, already ends below the target: "
+            f"more than {limits[1]:.1f}% saved"
         )
     return (
-        f"the longest schedule, {end} steps, still ends above the target: "
-        f"less than {percent:.1f}% saved"
+        f"the longest schedule, {lengths[-1]} steps, still ends above the target: "
+        f"less than {limits[0]:.1f}% saved"
     )
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from normuon_lab.bench import contents as bench_contents_module
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.contents import BenchRequest, bench_contents, read_bench, run_bench
-from normuon_lab.bench.figure import bench_figure, save_figure
+from normuon_lab.bench.figure import bench_figure
 from normuon_lab.bench.matrices import MatrixClass, model_matrices, parse_shapes
 from normuon_lab.bench.measure import Gradients, counted_flops, tracked_memory
 from normuon_lab.bench.own import own_contenders
@@ -29,6 +29,7 @@ from normuon_lab.bench.polar import (
 from normuon_lab.bench.race import Race, run_race
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
+from normuon_lab.matplotlib_style import save_figure
 from tests.lab.conftest import run_command
 
 CPU = torch.device("cpu")

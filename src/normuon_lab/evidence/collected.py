@@ -1,0 +1,94 @@
+"""What the results' folder holds, cell by cell, as the tables and figures want it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normuon_lab.atomic_files import read_json
+from normuon_lab.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
+from normuon_lab.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
+from normuon_lab.runs.records import RunRecord
+
+SWEEP_KIND = "normuon sweep"
+SWEEP_SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellEvidence:
+    """What was run of one cell; any part may be missing.
+
+    Attributes:
+        cell: what was to be run.
+        runs: claim runs, on claim seeds alone.
+        sensitivity: runs with one hyperparameter varied.
+        tuning: by arm, what the sweep's export says of it.
+    """
+
+    cell: Cell
+    runs: list[RunRecord] = field(default_factory=list)
+    sensitivity: list[StoredRun] = field(default_factory=list)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def full_steps(self) -> int:
+        """The full length N of the cell's schedules."""
+        return self.cell.experiment.training.steps
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the cell is there."""
+        return not (self.runs or self.sensitivity or self.tuning)
+
+    @property
+    def title(self) -> str:
+        """The cell's task and size."""
+        return f"{self.cell.task}, {self.cell.size} parameters"
+
+    def final_losses(self, arm: str) -> dict[int, dict[int, float | None]]:
+        """An arm's final losses by schedule length and seed; None where a run diverged."""
+        found: dict[int, dict[int, float | None]] = {}
+        for record in self.runs:
+            if record.arm == arm:
+                assert record.steps is not None
+                found.setdefault(record.steps, {})[record.seed] = record.final_loss
+        return dict(sorted(found.items()))
+
+    def full_runs(self, arm: str) -> list[RunRecord]:
+        """An arm's runs at the full length, in order of seeds."""
+        runs = [run for run in self.runs if run.arm == arm and run.steps == self.full_steps]
+        return sorted(runs, key=lambda run: run.seed)
+
+    def num_trials(self, arm: str) -> int | None:
+        """How many trials the arm's tuning had; None where it was not tuned."""
+        return len(self.tuning[arm]["trials"]) if arm in self.tuning else None
+
+
+def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEvidence]:
+    """Read everything there is of the cells, in their order.
+
+    Args:
+        results: the results' folder.
+        cells: those of the protocol.
+
+    Raises:
+        InputError: a file is not what it should be.
+    """
+    return [_collect_cell(results, cell) for cell in cells.values()]
+
+
+def _collect_cell(results: Path, cell: Cell) -> CellEvidence:
+    path = results / cell.name / SWEEP_FILE
+    tuning: Mapping[str, Any] = {}
+    if path.exists():
+        values = read_json(path, kind=SWEEP_KIND, schema_version=SWEEP_SCHEMA_VERSION)
+        tuning = {arm: found for arm, found in values["arms"].items() if found["trials"]}
+    records = [stored.record for stored in read_runs(results, cell.name)]
+    return CellEvidence(
+        cell=cell,
+        runs=[record for record in records if record.seed in CLAIM_SEEDS],
+        sensitivity=read_runs(results, cell.name, purpose="sensitivity"),
+        tuning=tuning,
+    )

@@ -1,0 +1,151 @@
+"""Table 1: by how many percent fewer steps each arm reaches its baselines' final loss.
+
+Also Muon-rescale, which is the same question the other way round: how many more steps Muon needs to
+reach NorMuon's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.protocol import CLAIM_SEEDS
+from normuon_lab.statistics import Estimate, Interval, StepsSaved, steps_saved_by_schedules
+
+KIND = "normuon evidence table1"
+SCHEMA_VERSION = 1
+FILE = "table1.json"
+
+METHOD = (
+    "Steps saved: 100 (1 - n*/N), where N is the full length of the schedule and n* the length of "
+    "the arm's own complete schedule whose mean final loss equals the baseline's mean final loss "
+    "at N, interpolated linearly in log(steps) between neighbouring lengths, never beyond them. "
+    "ci95: BCa bootstrap over claim seeds, all runs of a seed together; an end is null where it "
+    "lies beyond the lengths run. ci95_t: Student's t over each seed's own saving. p_value: paired "
+    "t test on final losses at N; p_value_sign_flip: permutation test on the same, which gives "
+    "2 / 2^seeds at best."
+)
+
+
+def baselines_of(arm: str) -> tuple[str, ...]:
+    """The arms that an arm is held against.
+
+    Example:
+        >>> baselines_of("muon"), baselines_of("normuon-short")
+        (('adamw',), ('adamw', 'muon'))
+    """
+    if arm == "adamw":
+        return ()
+    return ("adamw", "muon") if arm.startswith("normuon") else ("adamw",)
+
+
+def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
+    """The contents of table1.json."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "method": METHOD,
+        "rows": [
+            _row(found, arm, baseline)
+            for found in evidence
+            for arm in found.cell.arms
+            for baseline in baselines_of(arm)
+        ],
+        "muon_rescale": [_rescale_row(found) for found in evidence],
+    }
+
+
+def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
+    """What an arm saves of a baseline's steps in a cell."""
+    target = found.final_losses(baseline).get(found.full_steps, {})
+    losses = found.final_losses(arm)
+    for name, there in ((arm, losses), (baseline, target)):
+        if not there:
+            return StepsSaved(seeds=(), reason=f"{name} has not been run")
+    return steps_saved_by_schedules(losses, target, full_steps=found.full_steps)
+
+
+def _row(found: CellEvidence, arm: str, baseline: str) -> dict[str, Any]:
+    saved = steps_saved(found, arm, baseline)
+    return {
+        "task": found.cell.task,
+        "size": found.cell.size,
+        "cell": found.cell.name,
+        "arm": arm,
+        "baseline": baseline,
+        "steps_saved_percent": _rounded(saved.percent),
+        "ci95": _bounds(saved.interval),
+        "ci95_method": saved.interval.method if saved.interval else None,
+        "ci95_t": _bounds(saved.by_seed),
+        **_test_fields(saved),
+        "claim_seeds": list(saved.seeds),
+        "tuning_trials": found.num_trials(arm),
+        "tuning_is_interior": found.tuning.get(arm, {}).get("is_interior"),
+        "reason_if_missing": saved.reason,
+        "at_least_percent": _rounded(saved.at_least),
+        "at_most_percent": _rounded(saved.at_most),
+        "notes": _notes(saved),
+    }
+
+
+def _rescale_row(found: CellEvidence) -> dict[str, Any]:
+    """How many percent more steps Muon needs to reach NorMuon's mean final loss at full length."""
+    saved = steps_saved(found, "muon", "normuon")
+    return {
+        "task": found.cell.task,
+        "size": found.cell.size,
+        "cell": found.cell.name,
+        "more_steps_percent": _negative(saved.percent),
+        "ci95": _mirrored(_bounds(saved.interval)),
+        "ci95_t": _mirrored(_bounds(saved.by_seed)),
+        **_test_fields(saved),
+        "claim_seeds": list(saved.seeds),
+        "reason_if_missing": saved.reason,
+        "at_least_percent": _negative(saved.at_most),
+        "at_most_percent": _negative(saved.at_least),
+        "notes": _notes(saved),
+    }
+
+
+def _test_fields(saved: StepsSaved) -> Mapping[str, float | None]:
+    test = saved.test
+    if test is None:
+        names = ("loss_difference", "p_value", "p_value_sign_flip", "smallest_p_value_sign_flip")
+        return dict.fromkeys(names)
+    return {
+        "loss_difference": round(test.mean_difference, 5),
+        "p_value": float(f"{test.p_value:.4g}"),
+        "p_value_sign_flip": float(f"{test.sign_flip_p_value:.4g}"),
+        "smallest_p_value_sign_flip": test.smallest_sign_flip_p_value,
+    }
+
+
+def _notes(saved: StepsSaved) -> list[str]:
+    notes = list(saved.notes)
+    missing = len(CLAIM_SEEDS) - len(saved.seeds)
+    if saved.seeds and missing:
+        notes.append(f"{missing} of {len(CLAIM_SEEDS)} claim seeds are not there yet")
+    return notes
+
+
+def _rounded(value: float | None) -> float | None:
+    # -0.0 would read as a saving of its own.
+    return None if value is None else round(value, 2) + 0.0
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else _rounded(-value)
+
+
+def _bounds(interval: Interval | Estimate | None) -> list[float | None] | None:
+    """Both ends; None where there is no interval at all."""
+    if interval is None or (interval.low is None and interval.high is None):
+        return None
+    return [_rounded(interval.low), _rounded(interval.high)]
+
+
+def _mirrored(bounds: list[float | None] | None) -> list[float | None] | None:
+    if bounds is None:
+        return None
+    return [_negative(end) for end in reversed(bounds)]

@@ -1,0 +1,120 @@
+"""Whether a claim of the paper holds here: a rule over numbers, never a judgement by hand.
+
+In one cell a claim is *shown* when two things agree: the bootstrap interval lies wholly on the
+claimed side of zero, and the paired t test on the same seeds gives p < 0.05 (the bootstrap alone
+is too narrow over six seeds). Then it is reproduced where the estimate is at least the paper's, and
+weaker where it is less. Over cells the worst and the best decide, see `overall`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+ALPHA = 0.05
+
+
+class Verdict(Enum):
+    """What a claim came to."""
+
+    REPRODUCED = "reproduced"
+    WEAKER = "weaker"
+    NOT_REPRODUCED = "not reproduced"
+    NOT_TESTABLE = "not testable here"
+    NOT_RUN = "not run yet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one cell says about a claim; positive is the claimed side.
+
+    Attributes:
+        where: the cell, in words.
+        estimate: None where there is none.
+        low: lower end of its interval; None: open, or no interval.
+        high: upper end; None: open, or no interval.
+        has_interval: whether there is an interval at all.
+        p_value: of a paired test of no difference; None without one.
+        text: the figure in words, or why there is none.
+        was_run: whether the runs are there; without them there is nothing to find.
+    """
+
+    where: str
+    estimate: float | None
+    low: float | None = None
+    high: float | None = None
+    has_interval: bool = False
+    p_value: float | None = None
+    text: str
+    was_run: bool = True
+
+
+def verdict_in_cell(finding: Finding, *, paper_value: float) -> Verdict:
+    """The rule in one cell.
+
+    Args:
+        finding: what the cell says.
+        paper_value: the paper's estimate, in the finding's unit; 0 where only the sign is claimed.
+
+    Example:
+        >>> ends = {"has_interval": True, "low": 9.0, "high": 15.0}
+        >>> found = Finding(where="", text="", estimate=12.0, p_value=0.001, **ends)
+        >>> verdict_in_cell(found, paper_value=10.0).value
+        'reproduced'
+        >>> verdict_in_cell(found, paper_value=20.0).value
+        'weaker'
+    """
+    if not finding.was_run:
+        return Verdict.NOT_RUN
+    if finding.estimate is None or not _is_shown(finding):
+        return Verdict.NOT_REPRODUCED
+    return Verdict.REPRODUCED if finding.estimate >= paper_value else Verdict.WEAKER
+
+
+def verdict_by_count(count: int, total: int) -> Verdict:
+    """The rule for what was measured on the matrices of one seed, where there is no interval.
+
+    Args:
+        count: of measurements on the claimed side.
+        total: of measurements.
+
+    Example:
+        >>> [verdict_by_count(count, 24).value for count in (24, 20, 12)]
+        ['reproduced', 'weaker', 'not reproduced']
+    """
+    if total == 0:
+        return Verdict.NOT_RUN
+    if count == total:
+        return Verdict.REPRODUCED
+    return Verdict.WEAKER if 2 * count > total else Verdict.NOT_REPRODUCED
+
+
+def overall(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict over the cells that were run.
+
+    Reproduced where every cell reproduces; not reproduced where no cell shows the claim; weaker in
+    between.
+
+    Example:
+        >>> overall([Verdict.REPRODUCED, Verdict.NOT_REPRODUCED, Verdict.NOT_RUN]).value
+        'weaker'
+    """
+    found = {verdict for verdict in verdicts if verdict is not Verdict.NOT_RUN}
+    if not found:
+        return Verdict.NOT_RUN
+    if found == {Verdict.REPRODUCED}:
+        return Verdict.REPRODUCED
+    if found == {Verdict.NOT_REPRODUCED}:
+        return Verdict.NOT_REPRODUCED
+    return Verdict.WEAKER
+
+
+def _is_shown(finding: Finding) -> bool:
+    return (
+        finding.has_interval
+        and finding.low is not None
+        and finding.low > 0.0
+        and finding.p_value is not None
+        and finding.p_value < ALPHA
+    )
