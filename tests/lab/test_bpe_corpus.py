@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normuon_lab.cli import Compare, parse
+from normuon_lab.cli import parse
+from normuon_lab.compare.command import CompareCommand
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError
 from normuon_lab.runs.config import Experiment, RunSpec, first_difference
@@ -145,7 +146,7 @@ def test_the_command_line_names_the_tokens(
     words: list[str], tokenizer: str, vocab_size: int
 ) -> None:
     command = parse(["compare", *words])
-    assert isinstance(command, Compare)
+    assert isinstance(command, CompareCommand)
     asked = command.experiment()
     assert (asked.tokenizer, asked.model.vocab_size) == (tokenizer, vocab_size)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normuon_lab.arms import ArmOptions
+from normuon_lab.arms import HIDDEN_WEIGHT_DECAY, ArmOptions
 from normuon_lab.errors import require
 
 
@@ -50,12 +50,17 @@ Place = tuple[float, ...]
 """One k per axis of a search."""
 
 
-def check_axes(names: tuple[str, ...]) -> None:
-    """Raise `InputError` unless `names` are known axes, the learning rate among them."""
+def in_order(names: Sequence[str]) -> tuple[str, ...]:
+    """The named axes in the order in which a search looks at them.
+
+    Raises:
+        InputError: a name is unknown or comes twice, or the learning rate is not among them.
+    """
     for name in names:
         require(name in AXES, f"unknown axis {name!r}: choose from {', '.join(AXES)}")
-        require(names.count(name) == 1, f"the axis {name!r} is named twice")
-    require("learning_rate" in names, "a sweep tunes the learning rate: name learning_rate")
+        require(list(names).count(name) == 1, f"the axis {name!r} is named twice")
+    require("learning_rate" in names, "--axes: a sweep tunes learning_rate, at least")
+    return tuple(name for name in AXES if name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,29 +69,29 @@ class Setting:
 
     Attributes:
         learning_rate: the peak, of hidden matrices.
-        adam_lr: the peak of everything else.
+        adam_lr: the peak of everything else; None: the same.
         weight_decay: of hidden matrices.
     """
 
     learning_rate: float
-    adam_lr: float
-    weight_decay: float
+    adam_lr: float | None = None
+    weight_decay: float = HIDDEN_WEIGHT_DECAY
 
     def options(self, *, normuon: tuple[tuple[str, Any], ...] = ()) -> ArmOptions:
         """What an arm is told besides the learning rate; `normuon` is `ArmOptions`'."""
         return ArmOptions(adam_lr=self.adam_lr, weight_decay=self.weight_decay, normuon=normuon)
 
-    def to_json(self) -> dict[str, float]:
-        """Plain values, as stored."""
+    def to_json(self) -> dict[str, float | None]:
+        """Plain values by axis, as stored."""
         return {name: getattr(self, name) for name in AXES}
 
 
-def setting_at(names: tuple[str, ...], place: Place, fixed: Mapping[str, float]) -> Setting:
-    """The hyperparameters at a place; those that no axis names are `fixed`'s.
+def setting_at(names: tuple[str, ...], place: Place, fixed: Mapping[str, float | None]) -> Setting:
+    """The hyperparameters at a place; those that no axis names are `fixed`'s, or the defaults.
 
     Example:
         >>> setting_at(("learning_rate",), (1.0,), {"adam_lr": 0.008, "weight_decay": 0.1})
         Setting(learning_rate=0.002, adam_lr=0.008, weight_decay=0.1)
     """
     tuned = {name: AXES[name].value(k) for name, k in zip(names, place, strict=True)}
-    return Setting(**{name: tuned.get(name, fixed.get(name, 0.0)) for name in AXES})
+    return Setting(**{**fixed, **tuned})

@@ -93,9 +93,8 @@ class Studies:
         for trial in trials:
             study.add_trial(
                 optuna.trial.create_trial(
-                    # A logarithmic axis has no zero; the exact value is among the attributes.
-                    params={k: max(v, 1e-9) for k, v in trial.setting.to_json().items()},
-                    distributions=_DISTRIBUTIONS,
+                    params=(params := _params(trial.setting)),
+                    distributions={name: _DISTRIBUTIONS[name] for name in params},
                     value=trial.mean,
                     user_attrs={"trial": trial.to_json()},
                 )
@@ -110,3 +109,7 @@ class Studies:
         return optuna.create_study(
             storage=self._storage, study_name=f"{self._name}/{arm}", load_if_exists=True
         )
+
+
+def _params(setting: Setting) -> dict[str, float]:
+    return {name: value for name, value in setting.to_json().items() if value is not None}

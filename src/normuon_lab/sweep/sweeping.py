@@ -18,7 +18,7 @@ from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import load_task
 from normuon_lab.sweep.search import Losses, best_place, is_interior, next_round
-from normuon_lab.sweep.space import AXES, Place, Setting, check_axes, setting_at
+from normuon_lab.sweep.space import AXES, Place, Setting, in_order, setting_at
 from normuon_lab.sweep.study import Studies, Trial
 
 KIND = "normuon sweep"
@@ -49,12 +49,12 @@ class SweepRequest:
     max_trials: int
     storage: Path
     out: Path
-    fixed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     starts: Mapping[str, Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_arms(self.arms)
-        check_axes(self.axes)
+        require(in_order(self.axes) == self.axes, "the axes come in the order of a search")
         require(len(self.seeds) > 0, "a sweep needs at least one seed")
         require(
             1 <= self.min_trials <= self.max_trials,

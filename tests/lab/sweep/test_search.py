@@ -1,0 +1,88 @@
+"""The lattice search finds bowls' bottoms, stays within equal budgets and ends interior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normuon_lab.sweep.search import best_place, is_interior, next_places, next_round
+from normuon_lab.sweep.space import Place
+
+LossOf = Callable[[Place], float]
+
+
+def bowl(*bottom: float) -> LossOf:
+    return lambda place: sum((k - b) ** 2 for k, b in zip(place, bottom, strict=True))
+
+
+def search(
+    loss_of: dict[str, LossOf], start: Place, *, min_trials: int, max_trials: int = 60
+) -> dict[str, dict[Place, float]]:
+    tried: dict[str, dict[Place, float]] = {arm: {} for arm in loss_of}
+    starts = dict.fromkeys(loss_of, start)
+    for _ in range(200):
+        wanted = next_round(tried, starts, min_trials=min_trials, max_trials=max_trials)
+        if not wanted:
+            return tried
+        for arm, places in wanted.items():
+            for place in places:
+                assert place not in tried[arm], "no place is tried twice"
+                tried[arm][place] = loss_of[arm](place)
+    raise AssertionError("the search does not end")
+
+
+@given(
+    bottoms=st.lists(st.tuples(*[st.floats(-4, 4)] * 3), min_size=1, max_size=3),
+    min_trials=st.integers(1, 40),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_bowl_is_found_within_half_a_step_and_budgets_are_equal(
+    bottoms: list[tuple[float, float, float]], min_trials: int
+) -> None:
+    arms = {f"arm{i}": bowl(*bottom) for i, bottom in enumerate(bottoms)}
+    tried = search(arms, (0.0, 0.0, 0.0), min_trials=min_trials)
+    assert len({len(losses) for losses in tried.values()}) == 1
+    for losses, bottom in zip(tried.values(), bottoms, strict=True):
+        assert len(losses) >= min_trials
+        assert is_interior(losses)
+        distance = [abs(k - b) for k, b in zip(best_place(losses), bottom, strict=True)]
+        assert max(distance) <= 0.5 + 1e-9
+
+
+def test_a_search_starts_where_it_is_told() -> None:
+    assert next_places({}, (3.0, 1.0)) == [(3.0, 1.0)]
+
+
+def test_the_grid_is_extended_beyond_a_best_place_at_its_end() -> None:
+    losses = {(0.0,): 3.0, (1.0,): 2.0, (2.0,): 1.0}
+    assert not is_interior(losses)
+    assert next_places(losses, (0.0,)) == [(3.0,)]
+
+
+def test_a_diverged_neighbour_bounds_the_grid() -> None:
+    losses = {(0.0,): 2.0, (1.0,): math.inf, (-1.0,): 2.5}
+    assert is_interior(losses)
+    assert next_places(losses, (0.0,)) == [(-0.5,)]
+
+
+def test_a_search_that_never_turns_ends_at_the_most_trials() -> None:
+    tried = search({"a": lambda place: -place[0]}, (0.0,), min_trials=3, max_trials=7)
+    assert len(tried["a"]) == 7
+    assert not is_interior(tried["a"])
+
+
+def test_an_arm_that_is_done_waits_for_one_that_needs_more() -> None:
+    tried = search({"near": bowl(0.0), "far": bowl(9.0)}, (0.0,), min_trials=3)
+    assert len(tried["near"]) == len(tried["far"]) > 10
+    assert best_place(tried["far"]) == (9.0,)
+
+
+@pytest.mark.parametrize("min_trials", [20, 30])
+def test_trials_that_are_left_refine_to_half_steps(min_trials: int) -> None:
+    tried = search({"a": bowl(0.4, -0.6, 0.1)}, (0.0, 0.0, 0.0), min_trials=min_trials)
+    assert best_place(tried["a"]) == (0.5, -0.5, 0.0)
+    assert len(tried["a"]) == min_trials
