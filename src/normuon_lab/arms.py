@@ -205,26 +205,22 @@ def _build_normuon(
     """
     from normuon import NorMuon, param_groups, suggest_lr
 
-    keywords = fixed | dict(options.normuon)
     _, other = split_parameters(model)
     groups = [group for group in param_groups(model) if group["algorithm"] != "adamw"]
+    keywords = {
+        "momentum": options.momentum,
+        "beta2": options.beta2,
+        "betas": options.betas,
+        "ns_dtype": options.ns_dtype,
+        **fixed,
+        **dict(options.normuon),
+    }
     ratio = 1.0
     if keywords.get("adjust_lr_fn") == "original":
         ratio = 1 / suggest_lr(1.0, coming_from="muon_original", to=groups)
     for rate, parameters in other_rates(model, other, lr, options).items():
         groups.append({"params": parameters, "algorithm": "adamw", "lr": rate, "weight_decay": 0.0})
-    return [
-        NorMuon(
-            groups,
-            lr=lr * ratio,
-            weight_decay=options.weight_decay / ratio,
-            momentum=options.momentum,
-            beta2=options.beta2,
-            betas=options.betas,
-            ns_dtype=options.ns_dtype,
-            **keywords,
-        )
-    ]
+    return [NorMuon(groups, lr=lr * ratio, weight_decay=options.weight_decay / ratio, **keywords)]
 
 
 def _build_adam_mini(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:

@@ -1,0 +1,118 @@
+"""The evidence of a tiny cell, really trained: tuned, claimed, varied, and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from normuon_lab.errors import InputError
+from normuon_lab.evidence import running
+from normuon_lab.evidence.protocol import Cell
+from normuon_lab.evidence.runs_store import read_runs
+from normuon_lab.runs import execution
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.tasks import load_task
+from normuon_lab.runs.train import train_run
+from normuon_lab.runs.workers import Job
+
+ARMS = ("adamw", "muon", "normuon", "rmnp")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
+    """Trains in this process, and remembers what; workers have tests of their own."""
+    seen: list[RunSpec] = []
+
+    def execute(
+        jobs: Sequence[Job],
+        experiment: Experiment,
+        corpus: object,
+        *,
+        console: Console,
+        on_finished: Callable[[RunSpec, RunRecord], object],
+    ) -> None:
+        for job in jobs:
+            seen.append(job.spec)
+            data = load_task(experiment)
+            record = train_run(job.spec, experiment, data, probe_updates=job.probe_updates)
+            on_finished(job.spec, record)
+
+    monkeypatch.setattr(execution, "execute", execute)
+    monkeypatch.setattr(running, "TUNING_SEEDS", (1000,))
+    monkeypatch.setattr(running, "CLAIM_SEEDS", (0, 1))
+    monkeypatch.setattr(running, "MAX_TUNING_TRIALS", 3)
+    monkeypatch.setattr(running, "SENSITIVITY", {"beta2": (0.5,), "nesterov": (False,)})
+    return seen
+
+
+class TinyCell(Cell):
+    def tuning_trials(self, arm: str) -> int:
+        return 2
+
+
+def test_a_cell_is_tuned_claimed_and_varied_and_nothing_is_run_twice(
+    tmp_path: Path, experiment: Experiment, trained: list[RunSpec]
+) -> None:
+    cell = TinyCell(name="tiny", task="words", size="tiny", experiment=experiment)
+    console, results = Console(quiet=True), tmp_path / "results"
+
+    def tune() -> None:
+        running.tune_cell(
+            cell,
+            ARMS,
+            results=results,
+            storage=tmp_path / "runs" / "evidence.db",
+            console=console,
+            command="normuon evidence run",
+        )
+
+    tune()
+    contents = json.loads((results / "tiny" / "sweep.json").read_text())
+    assert list(contents["arms"]) == list(ARMS)
+    muon, rmnp = contents["arms"]["muon"], contents["arms"]["rmnp"]
+    assert rmnp["axes"] == ["learning_rate"]
+    for name in ("adam_lr", "weight_decay"):
+        assert {trial[name] for trial in rmnp["trials"]} == {muon["best"][name]}
+    tuned = len(trained)
+    tune()
+    assert len(trained) == tuned, "a second tuning runs nothing"
+
+    running.claim_cell(cell, ARMS, results=results, console=console)
+    runs = [run.record for run in read_runs(results, "tiny")]
+    full = experiment.training.steps
+    for arm in ARMS:
+        best = contents["arms"][arm]["best"]
+        of_arm = [run for run in runs if run.arm == arm]
+        assert {run.seed for run in of_arm if run.steps == full} == {0, 1}
+        assert {run.learning_rate for run in of_arm} == {best["learning_rate"]}
+        assert {run.options["adam_lr"] for run in of_arm} == {best["adam_lr"]}
+        assert all(len(run.train_losses) == run.steps for run in of_arm)
+    assert [run.arm for run in runs if run.updates] == sorted(ARMS)
+    assert all(run.seed == 0 and run.steps == full for run in runs if run.updates)
+
+    removed = results / "tiny" / "runs" / f"muon-n{full}-s1.json"
+    removed.unlink()
+    before = len(trained)
+    running.claim_cell(cell, ARMS, results=results, console=console)
+    assert [(spec.arm, spec.seed, spec.steps) for spec in trained[before:]] == [("muon", 1, full)]
+
+    running.sensitivity_cell(cell, results=results, console=console)
+    before = len(trained)
+    running.sensitivity_cell(cell, results=results, console=console)
+    assert len(trained) == before
+    varied = read_runs(results, "tiny", purpose="sensitivity")
+    assert {run.varied for run in varied} == {("beta2", 0.5), ("nesterov", False)}
+    assert all(run.record.options["normuon"] == dict([run.varied]) for run in varied if run.varied)
+
+
+def test_nothing_is_claimed_of_an_arm_that_was_not_tuned(
+    tmp_path: Path, experiment: Experiment
+) -> None:
+    cell = Cell(name="tiny", task="words", size="tiny", experiment=experiment)
+    with pytest.raises(InputError, match="tune adamw in tiny before its claim runs"):
+        running.claim_cell(cell, ("adamw",), results=tmp_path, console=Console(quiet=True))
