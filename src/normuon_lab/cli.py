@@ -18,6 +18,7 @@ from normuon_lab.compare.command import CompareCommand
 from normuon_lab.data.command import DataCommand
 from normuon_lab.doctor import DoctorCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError
+from normuon_lab.evidence.command import EvidenceCommand
 from normuon_lab.plan.command import PlanCommand
 from normuon_lab.pretrain.command import Train, default_command
 from normuon_lab.pretrain.export import ExportCommand
@@ -34,6 +35,7 @@ AnyCommand = (
     CompareCommand
     | TuneCommand
     | SweepCommand
+    | EvidenceCommand
     | PlanCommand
     | BenchCommand
     | Train
@@ -46,6 +48,7 @@ Command = (
     Annotated[CompareCommand, tyro.conf.subcommand("compare")]
     | Annotated[TuneCommand, tyro.conf.subcommand("tune")]
     | Annotated[SweepCommand, tyro.conf.subcommand("sweep")]
+    | Annotated[EvidenceCommand, tyro.conf.subcommand("evidence")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
     | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
     | Annotated[Train, tyro.conf.subcommand("train")]

@@ -73,6 +73,7 @@ class Cell:
         size: how large the model is, for tables.
         experiment: model, training and data that all its runs share.
         other_arms: arms whose learning rate alone is tuned, besides the main ones.
+        varies_settings: whether NorMuon's other hyperparameters are varied in it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Cell:
     size: str
     experiment: Experiment
     other_arms: tuple[str, ...] = ()
+    varies_settings: bool = False
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -104,6 +106,7 @@ CELLS: dict[str, Cell] = {
             size="0.5M",
             experiment=Experiment(model=_SMALL, training=_TRAINING, data=("stdlib",)),
             other_arms=OTHER_ARMS,
+            varies_settings=True,
         ),
         Cell(
             name="bpe-small",

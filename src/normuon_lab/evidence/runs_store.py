@@ -29,12 +29,14 @@ class StoredRun:
     Attributes:
         purpose: ``"claim"`` or ``"sensitivity"``.
         varied: for a sensitivity run, the hyperparameter and its value; None for a claim.
+        corpus_digest: SHA-256 of the text, of a run that was read; empty for arithmetic.
     """
 
     cell: str
     purpose: str
     record: RunRecord
     varied: tuple[str, Any] | None = None
+    corpus_digest: str = ""
 
     @property
     def path(self) -> Path:
@@ -89,5 +91,13 @@ def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[Stored
         values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
         varied = (values["parameter"], values["value"]) if "parameter" in values else None
         record = RunRecord.from_json(values["run"])
-        found.append(StoredRun(cell=cell, purpose=purpose, record=record, varied=varied))
+        found.append(
+            StoredRun(
+                cell=cell,
+                purpose=purpose,
+                record=record,
+                varied=varied,
+                corpus_digest=values["corpus"].get("sha256", ""),
+            )
+        )
     return found
