@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all lint types docs format install clean
+.PHONY: compare reproduce-quick test test-all lint types docs format install clean
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
 $(LAB): pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ install: $(STAMP)
 
 compare: $(LAB)
 	$(BIN)/normuon compare $(ARGS)
+
+# Six published runs again, on two seeds: about five minutes on two cores.
+reproduce-quick: $(LAB)
+	$(BIN)/normuon evidence reproduce $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules $(ARGS)

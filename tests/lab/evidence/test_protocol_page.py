@@ -1,0 +1,99 @@
+"""The page that describes the protocol says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from normuon_lab.arms import ARMS
+from normuon_lab.evidence.protocol import (
+    CELLS,
+    CLAIM_SEEDS,
+    FULL_TUNING_TRIALS,
+    INHERITED_FROM,
+    MAIN_ARMS,
+    OTHER_ARMS,
+    RATE_TUNING_TRIALS,
+    SENSITIVITY,
+    STARTS,
+    TUNING_SEEDS,
+    schedule_steps,
+)
+from normuon_lab.sweep.space import AXES
+
+PAGE = Path(__file__).parents[3] / "docs" / "lab" / "protocol.md"
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of one of the page's tables, without its head."""
+    table = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", PAGE.read_text(), re.S)
+    assert table is not None, name
+    lines = table.group(1).strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def numbers(values: tuple[object, ...]) -> str:
+    return ", ".join(f"`{value}`" for value in values)
+
+
+def test_cells() -> None:
+    assert rows("cells") == [
+        [
+            f"`{cell.name}`",
+            f"{cell.task}, {cell.size}",
+            str(cell.experiment.model.num_layers),
+            str(cell.experiment.model.width),
+            str(cell.experiment.model.mlp_width),
+            str(cell.experiment.model.vocab_size),
+            str(cell.experiment.model.sequence_length),
+            str(cell.experiment.training.batch_size),
+            str(cell.experiment.training.steps),
+            "all" if cell.other_arms else "main",
+        ]
+        for cell in CELLS.values()
+    ]
+
+
+def test_tuning() -> None:
+    lattice = [
+        [
+            f"`{axis.name}`",
+            f"`{axis.base:g} * {axis.ratio:.4g}^k`, from "
+            + ", ".join(f"{axis.value(STARTS[arm][axis.name]):g} ({arm})" for arm in MAIN_ARMS),
+        ]
+        for axis in AXES.values()
+    ]
+    assert rows("tuning") == [
+        ["tuning seeds", ", ".join(map(str, TUNING_SEEDS))],
+        ["trials of a main arm", f"{FULL_TUNING_TRIALS}, each on all tuning seeds"],
+        ["trials of another arm", f"{RATE_TUNING_TRIALS}, of its learning rate"],
+        *lattice,
+    ]
+
+
+def test_inherited_settings() -> None:
+    assert rows("inherited") == [[f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS]
+
+
+def test_ladder() -> None:
+    steps = CELLS["bytes-small"].experiment.training.steps
+    lengths = ", ".join(str(schedule_steps(steps, rung)) for rung in range(-4, 3))
+    assert rows("ladder") == [
+        ["claim seeds", ", ".join(map(str, CLAIM_SEEDS))],
+        ["lengths", f"`{steps} * 10^(k/10)`: ..., {lengths}, ..."],
+    ]
+
+
+def test_sensitivity() -> None:
+    assert rows("sensitivity") == [
+        [f"`{name}`", numbers(values)] for name, values in SENSITIVITY.items()
+    ]
+
+
+def test_seeds_are_disjoint_and_arms_are_known() -> None:
+    assert not set(TUNING_SEEDS) & set(CLAIM_SEEDS)
+    assert len(set(CLAIM_SEEDS)) >= 5
+    for cell in CELLS.values():
+        assert set(cell.arms) <= set(ARMS)
+        assert set(cell.arms) <= set(STARTS)
+        assert set(cell.other_arms) <= set(INHERITED_FROM)
