@@ -184,17 +184,19 @@ def scratch_bytes(m: int, n: int, *, ns_dtype: torch.dtype, param_dtype: torch.d
     """Most scratch that one m x n matrix needs at any moment of a step, in bytes.
 
     What a step's workspace holds, and beside it the direction cast to another dtype: the direction
-    (later the step) in at least float32, its normalised copy in at least float32, that copy rounded
-    to a half precision, the next iterate, and the four s x s matrices of Newton-Schulz.
+    in at least float32, which is normalised and later becomes the step in the same memory if it has
+    the dtype for that; rounded to a half precision, the next iterate, and the four s x s matrices
+    of Newton-Schulz.
 
     Example:
         >>> scratch_bytes(4, 8, ns_dtype=torch.float32, param_dtype=torch.float32)
-        640
+        512
     """
     wide = torch.promote_types(param_dtype, torch.float32).itemsize
-    stats = torch.promote_types(ns_dtype, torch.float32).itemsize
+    unit = torch.promote_types(ns_dtype, torch.float32).itemsize
     elements, short = m * n, min(m, n)
-    rounded = ns_dtype.itemsize if ns_dtype.itemsize < stats else 0
+    rounded = ns_dtype.itemsize if ns_dtype.itemsize < unit else 0
+    stats = unit if unit != wide else 0
     cast = ns_dtype.itemsize if ns_dtype.itemsize != wide else 0
     iterating = ns_dtype.itemsize * (elements + 4 * short * short)
     return (wide + cast + stats + rounded) * elements + iterating
@@ -233,13 +235,15 @@ def _step_batch_(
     work_dtype = torch.promote_types(param_BMN.dtype, torch.float32)
     finite = [_finite_matrices(run) for run in batch] if options.skip_nonfinite else None
     moments = [run.v_BV for run in batch if run.v_BV is not None]
+    direction_BMN = _advance_momentum_(batch, finite, options, workspace)
     update = update_whole_matrices(
-        _advance_momentum_(batch, finite, options, workspace),
+        direction_BMN,
         _joined(moments) if moments else None,
         options=options,
         ns_dtype=ns_dtype,
         stats_dtype=work_dtype,
         workspace=workspace,
+        scratch=_scratch(direction_BMN, batch[0].momentum_BMN, ns_dtype, workspace),
     )
     moves_B11 = None if finite is None else _joined(finite)
     factor_B11 = _step_factor_(moments, update, moves_B11, lr=lr, options=options)
@@ -255,6 +259,16 @@ def _step_batch_(
         cautious=options.cautious_weight_decay,
         moves=finite,
     )
+
+
+def _scratch(
+    direction_BMN: Tensor, momentum_BMN: Tensor, ns_dtype: torch.dtype, workspace: Workspace
+) -> Tensor:
+    """Where the direction is normalised: in place, if it is the step's own and wide enough."""
+    dtype = torch.promote_types(ns_dtype, torch.float32)
+    if direction_BMN is not momentum_BMN and direction_BMN.dtype == dtype:
+        return direction_BMN
+    return workspace.empty("direction", direction_BMN.shape, like=direction_BMN, dtype=dtype)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -275,7 +289,10 @@ def _advance_momentum_(
     options: MatrixOptions,
     workspace: Workspace,
 ) -> Tensor:
-    """Line 2 for each matrix; returns what line 3 takes, ``[B, M, N]`` (not to be written to)."""
+    """Line 2 for each matrix; returns what line 3 takes, ``[B, M, N]``.
+
+    That is memory of the step's own, but for a single momentum that nothing is added to.
+    """
     grads = [-run.grad_BMN if options.maximize else run.grad_BMN for run in batch]
     momenta = [run.momentum_BMN for run in batch]
     if finite is not None:

@@ -235,13 +235,15 @@ class ShardedStep:
             _assemble(self.plan.tasks[number], arrived[number], direction[index], v, index, flags)
         moves_B = flags == GRADIENT
         v_BV = None if v is None else v.flatten(1).to(entry.stats_dtype)
+        matrices = as_matrices(direction, entry.view, first.rows, first.cols)
         update = update_whole_matrices(
-            as_matrices(direction, entry.view, first.rows, first.cols),
+            matrices,
             v_BV,
             options=step.options,
             ns_dtype=entry.ns_dtype,
             stats_dtype=entry.stats_dtype,
             workspace=self.workspace,
+            scratch=matrices if matrices.is_contiguous() else None,
         )
         o = as_native(update.o_BMN, entry.view, first.region.shape)
         scale_B = torch.where(moves_B, update.scale_B.to(flags.dtype), UNTOUCHED)

@@ -39,16 +39,18 @@ def update_whole_matrices(
     ns_dtype: torch.dtype,
     stats_dtype: torch.dtype,
     workspace: Workspace,
+    scratch: Tensor | None = None,
 ) -> WholeUpdate:
     """Orthogonalises a batch, advances its second moments and finds each matrix's scale.
 
     Args:
-        direction_BMN: what line 3 takes; not written to.
+        direction_BMN: what line 3 takes; not written to unless it is ``scratch``.
         v_BV: the second moments before the step, not written to; None for `muon`.
         options: of the group.
         ns_dtype: dtype to orthogonalise in.
         stats_dtype: dtype of second moments and scales, whatever Newton-Schulz computes in.
         workspace: scratch kept between calls; O may live there until its next use.
+        scratch: of `orthogonalize`; O may live there too.
     """
     o_BMN = orthogonalize(
         direction_BMN,
@@ -57,6 +59,7 @@ def update_whole_matrices(
         orthogonalizer=options.orthogonalizer,
         backend=options.ns_backend,
         workspace=workspace,
+        scratch=scratch,
     )
     batch, m, n = o_BMN.shape
     if v_BV is None:

@@ -47,11 +47,12 @@ def orthogonalize(
     orthogonalizer: str | Orthogonalizer = "auto",
     backend: Backend = "auto",
     workspace: Workspace | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """O = NS(M) of Alg. 1, line 3, for a batch of matrices of any scale.
 
     Args:
-        x_BMN: floating-point batch; not written to.
+        x_BMN: floating-point batch; not written to unless it is ``scratch``.
         coefficients: one ``(a, b, c)`` per Newton-Schulz step; a callable orthogonaliser has its
             own and ignores these.
         dtype: dtype to compute in.
@@ -60,6 +61,8 @@ def orthogonalize(
         backend: ``"eager"``; ``"compile"`` for torch.compile; ``"kernels"`` for the package
             gram-newton-schulz; ``"auto"`` for those kernels where they run and eager elsewhere.
         workspace: scratch kept between calls; None for none.
+        scratch: contiguous memory of the shape that may be overwritten, ``x_BMN`` itself perhaps;
+            it saves a copy where its dtype is that of `normalize_frobenius`'s division.
 
     Returns:
         A ``[B, M, N]`` tensor in ``dtype`` that the caller may overwrite, valid until the workspace
@@ -79,7 +82,7 @@ def orthogonalize(
     """
     workspace = workspace or Workspace()
     unit_BMN = normalize_frobenius(
-        x_BMN.to(transport_dtype(dtype)), dtype=dtype, workspace=workspace
+        x_BMN.to(transport_dtype(dtype)), dtype=dtype, workspace=workspace, out=scratch
     )
     # A step may run under autocast, which would round these products to a dtype nobody chose.
     device_type = x_BMN.device.type

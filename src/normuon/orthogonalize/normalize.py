@@ -9,7 +9,11 @@ from normuon.orthogonalize.workspace import Workspace
 
 
 def normalize_frobenius(
-    x_BMN: Tensor, *, dtype: torch.dtype, workspace: Workspace | None = None
+    x_BMN: Tensor,
+    *,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each matrix divided by its Frobenius norm, so that ||X||_2 <= 1: X_0 of eq. 5.
 
@@ -18,13 +22,15 @@ def normalize_frobenius(
     or overflows (1e-30 and 1e+30 are fine in float32), and an all-zero matrix is left at zero.
 
     Args:
-        x_BMN: floating-point batch; not written to.
+        x_BMN: floating-point batch; not written to unless it is ``out``.
         dtype: dtype of the result.
         workspace: scratch kept between calls; None for none.
+        out: contiguous memory of the shape to divide in, ``x_BMN`` itself perhaps; used if its
+            dtype is that of the statistics, ``dtype`` or float32, whichever is wider.
 
     Returns:
-        A contiguous ``[B, M, N]`` tensor that is not ``x_BMN``, valid until the workspace is used
-        again; every matrix of norm 1 or 0 (a non-finite one stays non-finite).
+        A contiguous ``[B, M, N]`` tensor, of ``out``'s or of the workspace's memory and valid until
+        that is used again; every matrix of norm 1 or 0 (a non-finite one stays non-finite).
 
     Example:
         >>> x = torch.tensor([[[3e-30, 4e-30]], [[0.0, 0.0]]])
@@ -38,7 +44,10 @@ def normalize_frobenius(
     if workspace is None or torch.compiler.is_compiling():
         scaled_BMN = (x_BMN / scale_B11).contiguous()
         return scaled_BMN.div_(_frobenius_norm(scaled_BMN)).to(dtype)
-    scaled_BMN = workspace.empty("scaled", x_BMN.shape, like=x_BMN, dtype=stats_dtype)
+    if out is not None and out.dtype == stats_dtype:
+        scaled_BMN = out
+    else:
+        scaled_BMN = workspace.empty("scaled", x_BMN.shape, like=x_BMN, dtype=stats_dtype)
     torch.div(x_BMN, scale_B11, out=scaled_BMN)
     scaled_BMN.div_(_frobenius_norm(scaled_BMN))
     if dtype == stats_dtype:
