@@ -12,6 +12,7 @@ from rich.console import Console
 from normuon_lab.errors import InputError
 from normuon_lab.evidence import running
 from normuon_lab.evidence.protocol import Cell
+from normuon_lab.evidence.reproduce import repeat_runs
 from normuon_lab.evidence.runs_store import read_runs
 from normuon_lab.runs import execution
 from normuon_lab.runs.config import Experiment, RunSpec
@@ -108,6 +109,43 @@ def test_a_cell_is_tuned_claimed_and_varied_and_nothing_is_run_twice(
     varied = read_runs(results, "tiny", purpose="sensitivity")
     assert {run.varied for run in varied} == {("beta2", 0.5), ("nesterov", False)}
     assert all(run.record.options["normuon"] == dict([run.varied]) for run in varied if run.varied)
+
+
+def test_published_runs_repeat_bit_by_bit_and_a_changed_one_is_told(
+    tmp_path: Path, experiment: Experiment, trained: list[RunSpec]
+) -> None:
+    cell = TinyCell(name="tiny", task="words", size="tiny", experiment=experiment)
+    console, arms = Console(quiet=True), ("adamw", "normuon")
+    running.tune_cell(
+        cell,
+        arms,
+        results=tmp_path,
+        storage=tmp_path / "evidence.db",
+        console=console,
+        command="normuon evidence run",
+    )
+    running.claim_cell(cell, arms, results=tmp_path, console=console)
+    repeats = repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
+    assert [repeat.published.arm for repeat in repeats] == ["adamw", "normuon"]
+    assert [repeat.verdict for repeat in repeats] == ["equal", "equal"]
+
+    path = tmp_path / "tiny" / "runs" / f"normuon-n{experiment.training.steps}-s0.json"
+    stored = json.loads(path.read_text())
+    stored["run"]["final_loss"] += 1e-3
+    path.write_text(json.dumps(stored))
+    repeats = repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
+    assert [repeat.verdict for repeat in repeats] == ["equal", "within tolerance"]
+    stored["run"]["final_loss"] += 1.0
+    path.write_text(json.dumps(stored))
+    repeats = repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
+    assert [repeat.verdict for repeat in repeats] == ["equal", "differs"]
+
+    stored["corpus"]["sha256"] = "another"
+    path.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="was made from another text"):
+        repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
+    with pytest.raises(InputError, match="no full-length runs of tiny"):
+        repeat_runs(cell, seeds=(7,), results=tmp_path, console=console)
 
 
 def test_nothing_is_claimed_of_an_arm_that_was_not_tuned(
