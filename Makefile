@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
-.PHONY: compare reproduce-quick test test-all lint types docs format install clean
+.PHONY: compare results reproduce-quick test test-all lint types docs format install clean
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
 $(LAB): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ compare: $(LAB)
 # Six published runs again, on two seeds: about five minutes on two cores.
 reproduce-quick: $(LAB)
 	$(BIN)/normuon evidence reproduce $(ARGS)
+
+# Every table and figure of docs/results.md, from the files under results/.
+results: $(LAB)
+	$(BIN)/normuon evidence build $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest -m "not slow" --doctest-modules $(ARGS)

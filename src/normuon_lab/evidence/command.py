@@ -1,4 +1,4 @@
-"""`normuon evidence`: does the runs of the protocol, and repeats a few of them."""
+"""`normuon evidence`: does the runs of the protocol, shows what they say, and repeats a few."""
 
 from __future__ import annotations
 
@@ -96,11 +96,60 @@ class ReproduceEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureTable2:
+    """Measure every arm's state, scratch and step time on the cells' models: a few minutes."""
+
+    cells: tuple[str, ...] = ("bytes-small", "bytes-large")
+    """Cells of the protocol whose models to take."""
+    rounds: int = 30
+    """Timed training steps of every arm."""
+    results: Path = Path("results")
+    """Folder of the published runs, where table2.json is written."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        require(self.rounds >= 1, f"--rounds must be at least 1, got {self.rounds}")
+        from rich.console import Console
+
+        from normuon_lab.evidence.protocol import cell_of
+        from normuon_lab.evidence.table2 import write_table2
+
+        write_table2(
+            self.results,
+            [cell_of(name) for name in self.cells],
+            rounds=self.rounds,
+            command=shlex.join(["normuon", *sys.argv[1:]]),
+            say=Console(stderr=True).print,
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildEvidence:
+    """Make table1.json, the figures and the results page anew from the published runs."""
+
+    results: Path = Path("results")
+    """Folder of the published runs, where table1.json is written."""
+    docs: Path = Path("docs")
+    """Folder of the documentation."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        from normuon_lab.evidence.build import build
+
+        for path in build(self.results, self.docs):
+            print(path)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvidenceCommand:
     """Make, build and repeat the published evidence."""
 
     action: Annotated[
         Annotated[RunEvidence, tyro.conf.subcommand("run")]
+        | Annotated[MeasureTable2, tyro.conf.subcommand("table2")]
+        | Annotated[BuildEvidence, tyro.conf.subcommand("build")]
         | Annotated[ReproduceEvidence, tyro.conf.subcommand("reproduce")],
         tyro.conf.arg(name=""),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.protocol import CLAIM_SEEDS
 from normuon_lab.statistics import Estimate, Interval, StepsSaved, steps_saved_by_schedules
@@ -62,7 +63,7 @@ def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
     losses = found.final_losses(arm)
     for name, there in ((arm, losses), (baseline, target)):
         if not there:
-            return StepsSaved(seeds=(), reason=f"{name} has not been run")
+            return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
     return steps_saved_by_schedules(losses, target, full_steps=found.full_steps)
 
 

@@ -36,8 +36,10 @@ class Finding:
         high: upper end; None: open, or no interval.
         has_interval: whether there is an interval at all.
         p_value: of a paired test of no difference; None without one.
+        short: the figure alone, for a table.
         text: the figure in words, or why there is none.
-        was_run: whether the runs are there; without them there is nothing to find.
+        was_run: whether all runs are there. A cell that is half done says nothing yet: a verdict
+            that comes and goes with the seeds so far is not one.
     """
 
     where: str
@@ -46,6 +48,7 @@ class Finding:
     high: float | None = None
     has_interval: bool = False
     p_value: float | None = None
+    short: str
     text: str
     was_run: bool = True
 
@@ -59,7 +62,7 @@ def verdict_in_cell(finding: Finding, *, paper_value: float) -> Verdict:
 
     Example:
         >>> ends = {"has_interval": True, "low": 9.0, "high": 15.0}
-        >>> found = Finding(where="", text="", estimate=12.0, p_value=0.001, **ends)
+        >>> found = Finding(where="", short="", text="", estimate=12.0, p_value=0.001, **ends)
         >>> verdict_in_cell(found, paper_value=10.0).value
         'reproduced'
         >>> verdict_in_cell(found, paper_value=20.0).value
@@ -103,11 +106,7 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     found = {verdict for verdict in verdicts if verdict is not Verdict.NOT_RUN}
     if not found:
         return Verdict.NOT_RUN
-    if found == {Verdict.REPRODUCED}:
-        return Verdict.REPRODUCED
-    if found == {Verdict.NOT_REPRODUCED}:
-        return Verdict.NOT_REPRODUCED
-    return Verdict.WEAKER
+    return found.pop() if len(found) == 1 else Verdict.WEAKER
 
 
 def _is_shown(finding: Finding) -> bool:

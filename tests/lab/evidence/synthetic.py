@@ -33,11 +33,12 @@ SHIFTS = {
 }
 RUNGS = range(-3, 3)
 STEPS = 500
+PROVENANCE: dict[str, Any] = {"corpus": {}, "machine": {}}
 NUM_EVALS = 10
 MATRICES = [
     f"model.layers.{layer}.{kind}.weight"
     for layer in (0, 3)
-    for kind in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    for kind in ("self_attn.q_proj", "mlp.up_proj")
 ]
 
 
@@ -114,7 +115,7 @@ def write_cell(
 ) -> None:
     """Write a cell's runs and the export of its tuning."""
     arms = made.arms if arms is None else arms
-    provenance = {"experiment": made.experiment.to_json(), "corpus": {}, "machine": {}}
+    provenance = {"experiment": made.experiment.to_json(), **PROVENANCE}
     for arm in arms:
         for seed in seeds:
             for rung in RUNGS:

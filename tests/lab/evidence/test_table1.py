@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import collect
 from normuon_lab.evidence.runs_store import StoredRun, write_run
 from normuon_lab.evidence.table1 import table1
@@ -68,15 +69,15 @@ def test_what_is_missing_is_said_and_not_made_up(tmp_path: Path) -> None:
     table = table1(collect(tmp_path, {cell.name: cell}))
     for row in table["rows"]:
         assert row["steps_saved_percent"] is row["ci95"] is row["p_value"] is None
-        assert row["reason_if_missing"] == f"{row['arm']} has not been run"
+        assert row["reason_if_missing"] == f"{label_of(row['arm'])} has not been run"
         assert row["tuning_trials"] is None
     synthetic.write_cell(tmp_path, cell, arms=["adamw", "muon"], seeds=[0, 1])
     table = table1(collect(tmp_path, {cell.name: cell}))
     muon, normuon = row_of(table, "muon", "adamw"), row_of(table, "normuon", "adamw")
     assert muon["steps_saved_percent"] is not None
     assert muon["notes"][-1] == "4 of 6 claim seeds are not there yet"
-    assert normuon["reason_if_missing"] == "normuon has not been run"
-    assert table["muon_rescale"][0]["reason_if_missing"] == "normuon has not been run"
+    assert normuon["reason_if_missing"] == "NorMuon has not been run"
+    assert table["muon_rescale"][0]["reason_if_missing"] == "NorMuon has not been run"
 
 
 def test_a_diverged_claim_run_is_no_figure(tmp_path: Path) -> None:
@@ -84,7 +85,9 @@ def test_a_diverged_claim_run_is_no_figure(tmp_path: Path) -> None:
     synthetic.write_cell(tmp_path, cell)
     run = synthetic.record("normuon", 3, 500)
     run.final_loss = None
-    write_run(tmp_path, StoredRun(cell=cell.name, purpose="claim", record=run), {})
+    write_run(
+        tmp_path, StoredRun(cell=cell.name, purpose="claim", record=run), synthetic.PROVENANCE
+    )
     row = row_of(table1(collect(tmp_path, {cell.name: cell})), "normuon", "adamw")
     assert row["steps_saved_percent"] is None
     assert row["reason_if_missing"] == "1 of 6 runs over 500 steps diverged"

@@ -1,0 +1,34 @@
+"""All figures of the results page, by file name; a figure whose runs are not there is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.figures.ablations import ablation_figure
+from normuon_lab.evidence.figures.losses import loss_figure
+from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
+from normuon_lab.evidence.figures.sensitivity import learning_rate_figure, sensitivity_figure
+from normuon_lab.evidence.figures.updates import update_figures
+
+STEPS_SAVED = "steps-saved"
+
+
+def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) -> dict[str, Figure]:
+    """Figures by name: `steps-saved`, and `<cell>-<what>` for every cell."""
+    rows = table1["rows"]
+    figures: dict[str, Figure | None] = {STEPS_SAVED: steps_saved_figure(evidence, rows)}
+    for found in evidence:
+        of_cell: dict[str, Figure | None] = {
+            "losses": loss_figure(found),
+            "schedules": schedule_figure(found, rows),
+            "ablations": ablation_figure(found),
+            "learning-rates": learning_rate_figure(found),
+            "sensitivity": sensitivity_figure(found),
+            **update_figures(found),
+        }
+        figures |= {f"{found.cell.name}-{what}": figure for what, figure in of_cell.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}

@@ -1,0 +1,76 @@
+"""The ablations against Muon, along training and at its end (the paper's Fig. 3 and 7)."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normuon_lab.compare.summary import label_of
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.figures.bands import Array, add_legend, draw_band, new_figure
+from normuon_lab.matplotlib_style import style_axes
+from normuon_lab.plot_style import INK, MUTED, style_of
+from normuon_lab.runs.records import RunRecord
+from normuon_lab.statistics import t_interval
+
+REFERENCE = "muon"
+ALONG_TRAINING = ("normuon", "muon-adam", "normuon-front", "normuon-tall", "muon-frobenius")
+AT_THE_END = (*ALONG_TRAINING, "normuon-original", "normuon-short", "dion", "rmnp")
+SHOWN_FROM = 0.1
+"""The first tenth of training, where differences are ten times the later ones, is left out."""
+
+
+def ablation_figure(found: CellEvidence) -> Figure | None:
+    """Paired differences of loss to Muon's; None unless an arm besides NorMuon is there."""
+    differences = {arm: loss_differences(found, arm, REFERENCE) for arm in AT_THE_END}
+    present = {arm: values for arm, values in differences.items() if values is not None}
+    if set(present) <= {"normuon"}:
+        return None
+    steps = np.array(found.full_runs(REFERENCE)[0].eval_steps)
+    shown = steps >= SHOWN_FROM * steps[-1]
+    figure = new_figure(10.5, 4.6)
+    along, at_end = figure.subplots(1, 2, width_ratios=(3, 2))
+    for arm, values_SK in present.items():
+        if arm in ALONG_TRAINING:
+            draw_band(along, arm, steps[shown], values_SK[:, shown], with_markers=False)
+    along.axhline(0, color=MUTED, linewidth=1)
+    along.set_xlabel("training steps", color=INK)
+    along.set_ylabel(f"validation loss minus {label_of(REFERENCE)}'s\n(nats per token)", color=INK)
+    for place, (arm, values_SK) in enumerate(present.items()):
+        _draw_end(at_end, place, arm, values_SK[:, -1])
+    at_end.axvline(0, color=MUTED, linewidth=1)
+    at_end.set_yticks(range(len(present)), [label_of(arm) for arm in present])
+    at_end.set_ylim(len(present) - 0.4, -0.6)
+    at_end.set_xlabel(f"final loss minus {label_of(REFERENCE)}'s (nats per token)", color=INK)
+    style_axes(along, grid_axis="both")
+    style_axes(at_end, grid_axis="x")
+    add_legend(figure, along, columns=5)
+    figure.suptitle(f"Against {label_of(REFERENCE)}, seed by seed: {found.title}", color=INK)
+    return figure
+
+
+def loss_differences(found: CellEvidence, arm: str, reference: str) -> Array | None:
+    """An arm's validation losses minus another's, `[seeds, evaluations]`, full length, paired.
+
+    None where no seed has finished both, or where one diverged.
+    """
+    ours, theirs = _by_seed(found.full_runs(arm)), _by_seed(found.full_runs(reference))
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds or any(ours[seed].diverged or theirs[seed].diverged for seed in seeds):
+        return None
+    return np.array(
+        [np.subtract(ours[seed].eval_losses, theirs[seed].eval_losses) for seed in seeds]
+    )
+
+
+def _by_seed(runs: list[RunRecord]) -> dict[int, RunRecord]:
+    return {run.seed: run for run in runs}
+
+
+def _draw_end(axes: Axes, place: int, arm: str, values_S: Array) -> None:
+    style = style_of(arm)
+    estimate = t_interval(values_S.tolist())
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([estimate.low, estimate.high], [place] * 2, color=style.color, linewidth=2)
+    axes.scatter([estimate.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker)

@@ -1,0 +1,85 @@
+"""Means over seeds with Student's t bands, and the legend that all figures of arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normuon_lab.compare.summary import label_of
+from normuon_lab.plot_style import INK, style_of
+from normuon_lab.statistics import t_interval
+
+Array = npt.NDArray[np.float64]
+
+BAND_OPACITY = 0.18
+LABEL_SIZE = 9
+
+
+def band(values_SK: Array) -> tuple[Array, Array, Array]:
+    """Mean, lower and upper end over the first dim; with one seed all three are the mean."""
+    estimates = [t_interval(column.tolist()) for column in values_SK.T]
+    means = np.array([e.mean for e in estimates], dtype=np.float64)
+    lows = np.array([e.mean if e.low is None else e.low for e in estimates], dtype=np.float64)
+    highs = np.array([e.mean if e.high is None else e.high for e in estimates], dtype=np.float64)
+    return means, lows, highs
+
+
+def draw_band(
+    axes: Axes, arm: str, x: Sequence[float] | Array, values_SK: Array, *, with_markers: bool
+) -> None:
+    """An arm's mean as a line and its interval as a band."""
+    means, lows, highs = band(values_SK)
+    style = style_of(arm)
+    axes.fill_between(x, lows, highs, color=style.color, alpha=BAND_OPACITY, linewidth=0)
+    axes.plot(
+        x,
+        means,
+        color=style.color,
+        linestyle=style.matplotlib_linestyle,
+        linewidth=1.8,
+        marker=style.matplotlib_marker if with_markers else None,
+        markersize=5.5,
+        label=label_of(arm),
+    )
+
+
+def draw_target(axes: Axes, loss: float) -> None:
+    """The loss that all arms are to reach: AdamW's mean final loss."""
+    color = style_of("adamw").color
+    axes.axhline(loss, color=color, linestyle=":", linewidth=1.2)
+    axes.annotate(
+        f"{label_of('adamw')}'s final loss, {loss:.3f}",
+        (0.02, loss),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -3),
+        textcoords="offset points",
+        va="top",
+        fontsize=LABEL_SIZE,
+        color=color,
+    )
+
+
+def add_legend(figure: Figure, *panels: Axes, columns: int = 6) -> None:
+    """One legend below all panels, from what some of them show."""
+    shown = [axes.get_legend_handles_labels() for axes in panels]
+    handles = [handle for found, _ in shown for handle in found]
+    labels = [label for _, found in shown for label in found]
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(columns, len(handles)),
+        frameon=False,
+        labelcolor=INK,
+    )
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that lays itself out."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained")
+    return figure

@@ -1,0 +1,162 @@
+"""How steps saved are read off: final loss against length of schedule, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+
+from normuon_lab.compare.summary import label_of
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.figures.bands import (
+    LABEL_SIZE,
+    add_legend,
+    draw_band,
+    draw_target,
+    new_figure,
+)
+from normuon_lab.evidence.paper import STEPS_SAVED_1B
+from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.matplotlib_style import style_axes
+from normuon_lab.plot_style import INK, MUTED, color_of, style_of
+
+INCHES_PER_ARM = 0.3
+PAPER_MARK: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 7,
+    "color": INK,
+    "markerfacecolor": "white",
+    "linestyle": "",
+}
+
+
+def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Mean final losses of the main arms' complete schedules, and where they meet AdamW's.
+
+    Args:
+        found: a cell.
+        rows: Table 1's, of all cells.
+    """
+    finals = {arm: _complete(found.final_losses(arm)) for arm in MAIN_ARMS}
+    finals = {arm: by_length for arm, by_length in finals.items() if by_length}
+    baseline = finals.get("adamw", {}).get(found.full_steps)
+    if baseline is None or len(finals) < 2:
+        return None
+    target = float(np.mean(baseline))
+    figure = new_figure(8.5, 4.6)
+    axes = figure.subplots()
+    for arm, by_length in finals.items():
+        draw_band(
+            axes, arm, list(by_length), np.array(list(by_length.values())).T, with_markers=True
+        )
+    draw_target(axes, target)
+    for row in rows:
+        saved = row["steps_saved_percent"]
+        is_shown = row["cell"] == found.cell.name and row["baseline"] == "adamw"
+        if is_shown and row["arm"] in finals and saved is not None:
+            _mark_crossing(axes, row["arm"], saved, found.full_steps, target)
+    lengths = sorted({n for by_length in finals.values() for n in by_length})
+    axes.set_xscale("log")
+    axes.set_xticks(lengths)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("steps of the complete schedule (logarithmic)", color=INK)
+    axes.set_ylabel("final validation loss (nats per token)", color=INK)
+    style_axes(axes, grid_axis="both")
+    add_legend(figure, axes)
+    figure.suptitle(f"Where each arm meets AdamW's final loss: {found.title}", color=INK)
+    return figure
+
+
+def steps_saved_figure(
+    evidence: Sequence[CellEvidence], rows: Sequence[Mapping[str, Any]]
+) -> Figure | None:
+    """Table 1 against AdamW as points with intervals, a panel per cell; None without any figure."""
+    panels = [(found, _shown_rows(found, rows)) for found in evidence]
+    panels = [(found, shown) for found, shown in panels if shown]
+    if not panels:
+        return None
+    heights = [len(shown) + 0.8 for _, shown in panels]
+    figure = new_figure(8.5, 1.1 + 0.35 * len(panels) + INCHES_PER_ARM * sum(heights))
+    all_axes = figure.subplots(
+        len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    for axes, (found, shown) in zip(all_axes, panels, strict=True):
+        for place, row in enumerate(shown):
+            _draw_saving(axes, place, row)
+        axes.set_yticks(range(len(shown)), [label_of(row["arm"]) for row in shown])
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_title(found.title, loc="left", fontsize=10, color=INK)
+        style_axes(axes, grid_axis="x")
+    all_axes[-1].set_xlabel("steps saved to AdamW's final loss (percent), 95% intervals", color=INK)
+    handles = [
+        Line2D([], [], color=INK, marker="o", linewidth=2.6, label="bootstrap"),
+        Line2D([], [], color=INK, linewidth=0.9, label="Student's t"),
+        Line2D([], [], label="the paper, 1.1B parameters", **PAPER_MARK),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _complete(
+    by_length: Mapping[int, Mapping[int, float | None]],
+) -> dict[int, list[float]]:
+    """Final losses of the lengths that have as many seeds as any, and none that diverged."""
+    most = max(map(len, by_length.values()), default=0)
+    complete: dict[int, list[float]] = {}
+    for n, by_seed in by_length.items():
+        losses = [loss for _, loss in sorted(by_seed.items()) if loss is not None]
+        if len(losses) == most:
+            complete[n] = losses
+    return complete
+
+
+def _mark_crossing(axes: Axes, arm: str, saved: float, full_steps: int, target: float) -> None:
+    steps = full_steps * (1 - saved / 100)
+    color = color_of(arm)
+    axes.scatter([steps], [target], marker="*", s=200, color=color, edgecolors="white", zorder=4)
+    change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
+    bottom = axes.get_ylim()[0]
+    axes.plot([steps, steps], [bottom, target], color=color, linestyle=":", linewidth=1.2)
+    axes.set_ylim(bottom=bottom)
+    axes.annotate(
+        f"{label_of(arm)}:\n{steps:.0f} steps,\n{change}",
+        (steps, 0.03),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5, 0),
+        textcoords="offset points",
+        ha="right",
+        fontsize=LABEL_SIZE,
+        color=INK,
+    )
+
+
+def _shown_rows(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [
+        row
+        for row in rows
+        if row["cell"] == found.cell.name
+        and row["baseline"] == "adamw"
+        and row["steps_saved_percent"] is not None
+    ]
+
+
+def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+    style = style_of(row["arm"])
+    saved = row["steps_saved_percent"]
+    for bounds, width in ((row["ci95_t"], 0.9), (row["ci95"], 2.6)):
+        if bounds is not None:
+            # An open end is drawn to the estimate only: how far it goes on is not known.
+            low, high = (saved if end is None else end for end in bounds)
+            axes.plot([low, high], [place, place], color=style.color, linewidth=width)
+    axes.plot([saved], [place], color=style.color, marker=style.matplotlib_marker, markersize=8)
+    paper = STEPS_SAVED_1B.get(row["arm"])
+    if paper is not None:
+        axes.plot([paper], [place], **PAPER_MARK)

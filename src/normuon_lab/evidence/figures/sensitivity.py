@@ -1,0 +1,193 @@
+"""How much depends on the learning rate, and on NorMuon's other hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+
+from normuon_lab.compare.summary import label_of
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.figures.bands import add_legend, new_figure
+from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.matplotlib_style import style_axes
+from normuon_lab.plot_style import INK, MUTED, color_of, style_of
+from normuon_lab.statistics import Estimate, t_interval
+
+DEFAULTS: Mapping[str, Any] = {
+    "beta2": 0.95,
+    "ns_steps": 5,
+    "nesterov": True,
+    "ns_coefficients": "jordan",
+    "eps": 1e-8,
+    "neuron_axis": "row",
+    "cautious_weight_decay": False,
+}
+"""What the claim runs had. Written down, since the library's defaults may move on this evidence."""
+
+HIGHEST_SHOWN = 3.0
+"""A tuning curve is shown up to this many times the arms' median height above the best loss."""
+
+
+def learning_rate_figure(found: CellEvidence) -> Figure | None:
+    """At every learning rate tried, the best loss over the other axes; None without tuning."""
+    curves = {arm: best_by_rate(found.tuning[arm]["trials"]) for arm in found.tuning}
+    curves = {arm: curve for arm, curve in curves.items() if curve}
+    if not curves:
+        return None
+    main = [arm for arm in curves if arm in MAIN_ARMS]
+    others = [arm for arm in curves if arm not in MAIN_ARMS]
+    panels = [arms for arms in (main, others) if arms]
+    figure = new_figure(5.2 * len(panels) if len(panels) > 1 else 7.0, 5.0 if others else 4.2)
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, arms in zip(all_axes, panels, strict=True):
+        for arm in arms:
+            _draw_rates(axes, arm, curves[arm])
+        rates = sorted({rate for arm in arms for rate in curves[arm]})
+        axes.set_xscale("log")
+        axes.set_xticks(_spread_out(rates))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("peak learning rate of hidden matrices (logarithmic)", color=INK)
+        style_axes(axes, grid_axis="both")
+    losses = [loss for curve in curves.values() for loss in curve.values()]
+    heights = np.array(losses) - min(losses)
+    top = min(heights.max(), HIGHEST_SHOWN * float(np.median(heights)) or heights.max())
+    margin = 0.06 * (top or 1.0)
+    all_axes[0].set_ylim(min(losses) - margin, min(losses) + top + margin)
+    all_axes[0].set_ylabel("mean final loss of the tuning seeds\n(nats per token)", color=INK)
+    add_legend(figure, *all_axes)
+    figure.suptitle(f"Sensitivity to the learning rate: {found.title}", color=INK)
+    return figure
+
+
+def best_by_rate(trials: Sequence[Mapping[str, Any]]) -> dict[float, float]:
+    """The lowest mean final loss at each learning rate, over the other axes; ascending.
+
+    Example:
+        >>> trials = [(0.1, 3.0), (0.2, 2.5), (0.1, 2.0), (0.4, None)]
+        >>> best_by_rate([{"learning_rate": r, "mean_final_loss": loss} for r, loss in trials])
+        {0.1: 2.0, 0.2: 2.5}
+    """
+    best: dict[float, float] = {}
+    for trial in trials:
+        rate, loss = trial["learning_rate"], trial["mean_final_loss"]
+        if loss is not None:
+            best[rate] = min(loss, best.get(rate, loss))
+    return dict(sorted(best.items()))
+
+
+def sensitivity_figure(found: CellEvidence) -> Figure | None:
+    """NorMuon's final loss minus that of its defaults, seed by seed, a panel per hyperparameter."""
+    changes = sensitivity(found)
+    if not changes:
+        return None
+    names = [name for name in DEFAULTS if name in changes]
+    names += [name for name in changes if name not in names]
+    counts = [len(changes[name]) + 1 for name in names]
+    rows = [names[:2], names[2:]] if len(names) > 2 else [names]
+    figure = new_figure(10.0, 3.4 * len(rows) + 0.4)
+    parts = np.atleast_1d(figure.subfigures(len(rows), 1))
+    for part, shown in zip(parts, rows, strict=True):
+        widths = [counts[names.index(name)] + 0.6 for name in shown]
+        row = part.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
+        for axes, name in zip(row, shown, strict=True):
+            _draw_changes(axes, name, changes[name])
+            style_axes(axes, grid_axis="y")
+        row[0].set_ylabel("final loss minus the defaults'\n(nats per token)", color=INK)
+    figure.suptitle(f"NorMuon with one hyperparameter changed: {found.title}", color=INK)
+    return figure
+
+
+def sensitivity(found: CellEvidence) -> dict[str, dict[Any, Estimate | None]]:
+    """By hyperparameter and value, the paired difference of final loss to the claim runs.
+
+    None where one of the runs diverged; values in the order of the numbers, or of the files.
+    """
+    reference = {run.seed: run.final_loss for run in found.full_runs("normuon")}
+    losses: dict[str, dict[Any, dict[int, float | None]]] = {}
+    for run in found.sensitivity:
+        assert run.varied is not None
+        name, value = run.varied
+        by_seed = losses.setdefault(name, {}).setdefault(value, {})
+        by_seed[run.record.seed] = run.record.final_loss
+    changes: dict[str, dict[Any, Estimate | None]] = {}
+    for name, by_value in losses.items():
+        for value in sorted(by_value, key=lambda v: (isinstance(v, str), v)):
+            pairs = [
+                (loss, reference[seed])
+                for seed, loss in sorted(by_value[value].items())
+                if seed in reference
+            ]
+            if pairs:
+                changes.setdefault(name, {})[value] = _difference(pairs)
+    return changes
+
+
+def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate | None:
+    differences = [
+        ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None
+    ]
+    return t_interval(differences) if len(differences) == len(pairs) else None
+
+
+def _draw_rates(axes: Axes, arm: str, curve: Mapping[float, float]) -> None:
+    style = style_of(arm)
+    axes.plot(
+        list(curve),
+        list(curve.values()),
+        color=style.color,
+        linestyle=style.matplotlib_linestyle,
+        marker=style.matplotlib_marker,
+        linewidth=1.6,
+        markersize=5.5,
+        label=label_of(arm),
+    )
+    best = min(curve, key=curve.__getitem__)
+    axes.scatter(
+        [best], [curve[best]], marker="*", s=210, color=style.color, edgecolors=INK, zorder=4
+    )
+
+
+def _draw_changes(axes: Axes, name: str, changes: Mapping[Any, Estimate | None]) -> None:
+    default = DEFAULTS.get(name)
+    values = [*changes] if default is None else [*changes, default]
+    values.sort(key=lambda v: (isinstance(v, str), v))
+    for place, value in enumerate(values):
+        if value == default:
+            axes.scatter([place], [0.0], s=64, color="white", edgecolors=INK, zorder=3)
+            continue
+        estimate = changes[value]
+        if estimate is None or estimate.mean is None:
+            label = axes.annotate("diverged", (place, 0.0), rotation=90, ha="center", va="bottom")
+            label.set_color(MUTED)
+            continue
+        if estimate.low is not None and estimate.high is not None:
+            ends = [estimate.low, estimate.high]
+            axes.plot([place] * 2, ends, color=color_of("normuon"), linewidth=2)
+        axes.plot([place], [estimate.mean], color=color_of("normuon"), marker="D", markersize=6)
+    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.set_xticks(range(len(values)), [_written(value) for value in values])
+    axes.set_xlim(-0.6, len(values) - 0.4)
+    # Long names break, so that they fit below a panel of two values.
+    axes.set_xlabel(name.replace("_weight", "\n_weight"), color=INK)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)
+    return f"{value:g}" if isinstance(value, int | float) else str(value).replace("_", "\n")
+
+
+def _spread_out(rates: Sequence[float], *, least_ratio: float = 1.9) -> list[float]:
+    """Rates to write at the axis: none so close to the one before that they would overlap."""
+    ticks: list[float] = []
+    for rate in rates:
+        if not ticks or rate / ticks[-1] >= least_ratio:
+            ticks.append(rate)
+    return ticks

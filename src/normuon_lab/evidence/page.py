@@ -1,0 +1,190 @@
+"""The results page: its tables, sentences and figures, all from the files under ``results``.
+
+The words are templates/results.md.j2's; every number and every verdict is put there by code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from normuon_lab.compare.summary import label_of
+from normuon_lab.evidence import paper
+from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.paper_claims import interval_words, p_words, paper_claims
+from normuon_lab.evidence.protocol import CLAIM_SEEDS, TUNING_SEEDS
+from normuon_lab.evidence.verdicts import ALPHA
+
+FIGURES_FOLDER = "figures/results"
+
+UPDATE_FIGURES = ("singular-values", "row-norms")
+
+
+def render_page(
+    evidence: Sequence[CellEvidence],
+    table1: Mapping[str, Any],
+    table2: Mapping[str, Any] | None,
+    figures: Collection[str],
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        evidence: what was run.
+        table1: the contents of table1.json.
+        table2: those of table2.json; None where it was not measured.
+        figures: names of those that were drawn.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("normuon_lab.evidence"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("results.md.j2").render(
+        claims=paper_claims(evidence, table1, table2),
+        alpha=ALPHA,
+        paper=paper,
+        cells=[_cell(found, table1, figures) for found in evidence],
+        rescale=[_rescale(row) for row in table1["muon_rescale"]],
+        table2=_table2(table2),
+        figures=set(figures),
+        folder=FIGURES_FOLDER,
+        claim_seeds=CLAIM_SEEDS,
+        tuning_seeds=TUNING_SEEDS,
+    )
+
+
+def saved_words(row: Mapping[str, Any]) -> str:
+    """A row of Table 1 in a table's cell: the percentage, or why there is none."""
+    saved = row["steps_saved_percent"]
+    return f"none: {row['reason_if_missing']}" if saved is None else f"**{saved:.1f}%**"
+
+
+def missing_words(found: CellEvidence) -> list[str]:
+    """What of a cell is not there, in sentences; empty when all is."""
+    if found.is_empty:
+        return ["Nothing of this cell has been run yet."]
+    missing = []
+    untuned = [label_of(arm) for arm in found.cell.arms if arm not in found.tuning]
+    if untuned:
+        missing.append(f"Not tuned yet: {', '.join(untuned)}.")
+    at_an_end = [
+        label_of(arm)
+        for arm in found.cell.arms
+        if arm in found.tuning and not found.tuning[arm]["is_interior"]
+    ]
+    if at_an_end:
+        missing.append(
+            "The best setting found is at an end of what was tried, so that a better one may lie "
+            f"beyond: {', '.join(at_an_end)}."
+        )
+    counts = {arm: len(found.full_runs(arm)) for arm in found.cell.arms}
+    for count in sorted(set(counts.values()) - {len(CLAIM_SEEDS)}):
+        names = ", ".join(label_of(arm) for arm in counts if counts[arm] == count)
+        missing.append(f"Claim runs at full length, {count} of {len(CLAIM_SEEDS)}: {names}.")
+    diverged = [run for run in found.runs if run.diverged]
+    missing.extend(
+        f"Diverged: {label_of(run.arm)}, seed {run.seed}, {run.steps} steps." for run in diverged
+    )
+    return missing
+
+
+def _cell(
+    found: CellEvidence, table1: Mapping[str, Any], figures: Collection[str]
+) -> dict[str, Any]:
+    name = found.cell.name
+    return {
+        "name": name,
+        "title": f"{found.cell.task}, {found.cell.size}",
+        "is_empty": found.is_empty,
+        "missing": missing_words(found),
+        "num_runs": len(found.runs),
+        "num_sensitivity": len(found.sensitivity),
+        "full_steps": found.full_steps,
+        "rows": [_row(row) for row in table1["rows"] if row["cell"] == name],
+        "settings": [_setting(found, arm) for arm in found.cell.arms if arm in found.tuning],
+        "update_figures": [
+            figure
+            for what in UPDATE_FIGURES
+            for figure in sorted(figures)
+            if figure.startswith(f"{name}-{what}-")
+        ],
+    }
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, str]:
+    has_figure = row["steps_saved_percent"] is not None
+    sign_flip = row["p_value_sign_flip"]
+    return {
+        "arm": label_of(row["arm"]),
+        "baseline": label_of(row["baseline"]),
+        "saved": saved_words(row),
+        "ci95": interval_words(row["ci95"]) if has_figure else "",
+        "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",
+        "loss": "" if row["loss_difference"] is None else f"{row['loss_difference']:+.4f}",
+        "p_value": "" if row["p_value"] is None else p_words(row["p_value"]),
+        "sign_flip": "" if sign_flip is None else f"{sign_flip:.3g}",
+        "seeds": str(len(row["claim_seeds"])),
+        "trials": "" if row["tuning_trials"] is None else str(row["tuning_trials"]),
+        "notes": "; ".join(row["notes"]),
+    }
+
+
+def _rescale(row: Mapping[str, Any]) -> dict[str, str]:
+    more = row["more_steps_percent"]
+    has_figure = more is not None
+    return {
+        "title": f"{row['task']}, {row['size']}",
+        "more": f"**{more:+.1f}%**" if has_figure else f"none: {row['reason_if_missing']}",
+        "ci95": interval_words(row["ci95"]) if has_figure else "",
+        "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",
+        "seeds": str(len(row["claim_seeds"])),
+        "notes": "; ".join(row["notes"]),
+    }
+
+
+def _setting(found: CellEvidence, arm: str) -> dict[str, str]:
+    tuned = found.tuning[arm]
+    best = tuned["best"]
+    same = "the same"
+    return {
+        "arm": label_of(arm),
+        "learning_rate": f"{best['learning_rate']:.3g}",
+        "adam_lr": same if best["adam_lr"] is None else f"{best['adam_lr']:.3g}",
+        "weight_decay": f"{best['weight_decay']:.3g}",
+        "axes": ", ".join(axis.replace("_", " ") for axis in tuned["axes"]),
+        "trials": str(len(tuned["trials"])),
+        "is_interior": "yes" if tuned["is_interior"] else "no",
+    }
+
+
+def _table2(table2: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if table2 is None:
+        return []
+    return [
+        {
+            "name": name,
+            "machine": measured["machine"]["processor"],
+            "torch": measured["machine"]["packages"]["torch"],
+            "created": measured["created"],
+            "rounds": measured["rounds"],
+            "rows": [_cost_row(arm, found, measured) for arm, found in measured["arms"].items()],
+        }
+        for name, measured in table2["cells"].items()
+    ]
+
+
+def _cost_row(arm: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, str]:
+    parameters = sum(rows * columns for rows, columns in measured["hidden_matrices"])
+    low, high = found["step_ms_quartiles"]
+    return {
+        "arm": label_of(arm),
+        "state": f"{found['state_bytes'] / 2**20:.2f}",
+        "per_parameter": f"{found['hidden_state_elements'] / parameters:.3f}",
+        "scratch": f"{found['scratch_bytes'] / 2**20:.2f}",
+        "step": f"{found['step_ms']:.2f} ({low:.2f} to {high:.2f})",
+        "share": f"{found['share_percent']:.1f}%",
+    }
