@@ -30,7 +30,7 @@ DEFAULTS: Mapping[str, Any] = {
 """What the claim runs had. Written down, since the library's defaults may move on this evidence."""
 
 HIGHEST_SHOWN = 3.0
-"""A tuning curve is shown up to this many times the arms' median height above the best loss."""
+"""A tuning curve is shown up to this many times its median height above its own best loss."""
 
 
 def learning_rate_figure(found: CellEvidence) -> Figure | None:
@@ -55,11 +55,7 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("peak learning rate of hidden matrices (logarithmic)", color=INK)
         style_axes(axes, grid_axis="both")
-    losses = [loss for curve in curves.values() for loss in curve.values()]
-    heights = np.array(losses) - min(losses)
-    top = min(heights.max(), HIGHEST_SHOWN * float(np.median(heights)) or heights.max())
-    margin = 0.06 * (top or 1.0)
-    all_axes[0].set_ylim(min(losses) - margin, min(losses) + top + margin)
+    all_axes[0].set_ylim(*_losses_shown([list(curve.values()) for curve in curves.values()]))
     all_axes[0].set_ylabel("mean final loss of the tuning seeds\n(nats per token)", color=INK)
     add_legend(figure, *all_axes)
     figure.suptitle(f"Sensitivity to the learning rate: {found.title}", color=INK)
@@ -134,6 +130,17 @@ def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate 
         ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None
     ]
     return t_interval(differences) if len(differences) == len(pairs) else None
+
+
+def _losses_shown(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits that show every arm's best loss, but not losses near divergence."""
+    tops = [
+        min(max(curve), min(curve) + HIGHEST_SHOWN * float(np.median(np.array(curve) - min(curve))))
+        for curve in curves
+    ]
+    low, high = min(map(min, curves)), max(tops)
+    margin = 0.06 * (high - low or 1.0)
+    return low - margin, high + margin
 
 
 def _draw_rates(axes: Axes, arm: str, curve: Mapping[float, float]) -> None:
