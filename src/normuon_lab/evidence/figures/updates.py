@@ -23,6 +23,12 @@ MOMENTUM_OF = "muon"
 LEAST_SHOWN = 1e-3
 """Of singular values over their RMS: below it a value is rounding noise of the measurement."""
 
+GREATEST_SHOWN = 3.0
+"""Of row norms over their mean: a few rows of the momentum and of Adam-mini are far larger."""
+
+WIDTHS = {"muon": 3.4}
+"""Wider than NorMuon's line drawn over it, so that equal curves show that they are two."""
+
 Updates = Mapping[tuple[str, int], Mapping[str, Any]]
 """By matrix and step."""
 
@@ -95,7 +101,7 @@ def _figure(
         grid[0, 0].set_yscale("log")
         grid[0, 0].set_ylim(bottom=LEAST_SHOWN)
     else:
-        grid[0, 0].set_ylim(bottom=0)
+        grid[0, 0].set_ylim(0, GREATEST_SHOWN)
     add_legend(figure, grid[0, 0])
     what = "Singular values" if key == "singular_values" else "Row norms"
     figure.suptitle(f"{what} of updates, layer {layer_of(matrices[0])}: {found.title}", color=INK)
@@ -111,7 +117,7 @@ def _draw(axes: Axes, arm: str, values: Sequence[float], key: str) -> None:
         scaled,
         color=MUTED if is_momentum else style.color,
         linestyle=":" if is_momentum else style.matplotlib_linestyle,
-        linewidth=1.6,
+        linewidth=WIDTHS.get(arm, 1.6),
         label="raw momentum (Muon's)" if is_momentum else label_of(arm),
     )
 
