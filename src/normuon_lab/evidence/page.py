@@ -5,6 +5,7 @@ The words are templates/results.md.j2's; every number and every verdict is put t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -171,6 +172,7 @@ def _table2(table2: Mapping[str, Any] | None) -> list[dict[str, Any]]:
             "torch": measured["machine"]["packages"]["torch"],
             "created": measured["created"],
             "rounds": measured["rounds"],
+            "tokens": f"{math.prod(measured['batch']):,}",
             "rows": [_cost_row(arm, found, measured) for arm, found in measured["arms"].items()],
         }
         for name, measured in table2["cells"].items()
