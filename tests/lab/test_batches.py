@@ -78,6 +78,14 @@ def test_schedule_rises_and_falls_linearly_and_never_steps_by_zero() -> None:
     assert factors[-1] == pytest.approx(1 / 95)
 
 
+def test_a_constant_schedule_stays_after_its_warmup() -> None:
+    factors = [
+        learning_rate_factor(t, steps=100, warmup_steps=4, schedule="constant") for t in range(100)
+    ]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[4:]) == {1.0}
+
+
 def test_schedule_without_warmup_and_of_one_step() -> None:
     assert learning_rate_factor(0, steps=4, warmup_steps=0) == 1.0
     assert learning_rate_factor(0, steps=1, warmup_steps=TrainConfig(steps=1).warmup_steps) == 1.0

@@ -22,9 +22,8 @@ from normuon_lab.compare.tensorboard import write_scalars
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.records import RunRecord
-from normuon_lab.runs.tasks import load_task
+from normuon_lab.runs.tasks import Task, load_task
 from normuon_lab.tune.tuned_rates import TunedRates
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -70,15 +69,15 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
         RunsFailedError: some runs failed; what the others found was written.
         InterruptedRunsError: Ctrl-C came; finished runs are kept.
     """
-    corpus = load_task(request.experiment)
-    results = open_results(request.out, _planned(request, corpus), resume=request.resume)
+    task = load_task(request.experiment)
+    results = open_results(request.out, _planned(request, task), resume=request.resume)
     # Not before the request is known to be good: an error should not wait for torch.
     results.machine = results.machine or describe_machine(
         num_workers=default_num_workers(len(results.arms) * len(results.seeds))
     )
     _announce(results, console)
     try:
-        _do_missing_runs(results, request, corpus, console)
+        _do_missing_runs(results, request, task, console)
     except KeyboardInterrupt:
         kept, wanted = len(results.records), len(results.arms) * len(results.seeds)
         raise InterruptedRunsError(
@@ -92,7 +91,7 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
     return results
 
 
-def choose_learning_rates(request: ComparisonRequest, corpus: Corpus) -> dict[str, dict[str, Any]]:
+def choose_learning_rates(request: ComparisonRequest, task: Task) -> dict[str, dict[str, Any]]:
     """Per arm the peak learning rate, a sentence on where it is from, and the trials behind it.
 
     Raises:
@@ -119,16 +118,16 @@ def choose_learning_rates(request: ComparisonRequest, corpus: Corpus) -> dict[st
     for arm in untuned:
         chosen[arm] = {
             "value": tuned.learning_rate(arm),
-            "source": tuned.summary(arm, request.experiment, corpus.digest),
+            "source": tuned.summary(arm, request.experiment, task.digest),
             "trials": tuned.values["arms"][arm]["trials"],
             "command": tuned.values.get("command"),
         }
     return {arm: chosen[arm] for arm in request.arms}
 
 
-def _planned(request: ComparisonRequest, corpus: Corpus) -> Results:
+def _planned(request: ComparisonRequest, task: Task) -> Results:
     """The comparison's results before any run."""
-    learning_rates = choose_learning_rates(request, corpus)
+    learning_rates = choose_learning_rates(request, task)
     return Results(
         config={
             "arms": list(request.arms),
@@ -136,7 +135,7 @@ def _planned(request: ComparisonRequest, corpus: Corpus) -> Results:
             "learning_rates": {arm: learning_rates[arm]["value"] for arm in request.arms},
             **request.experiment.to_json(),
         },
-        corpus=corpus.to_json(),
+        corpus=task.to_json(),
         learning_rates=learning_rates,
         machine={},
         created=utc_now(),
@@ -144,7 +143,7 @@ def _planned(request: ComparisonRequest, corpus: Corpus) -> Results:
 
 
 def _do_missing_runs(
-    results: Results, request: ComparisonRequest, corpus: Corpus, console: Console
+    results: Results, request: ComparisonRequest, task: Task, console: Console
 ) -> None:
     from normuon_lab.runs.execution import execute
     from normuon_lab.runs.workers import Job
@@ -165,7 +164,7 @@ def _do_missing_runs(
     execute(
         jobs,
         request.experiment,
-        corpus,
+        task,
         console=console,
         on_finished=keep,
         num_done=len(results.records),

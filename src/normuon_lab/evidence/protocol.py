@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from normuon_lab.errors import require
-from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
+from normuon_lab.runs.config import Experiment, ModelConfig, ModularAddition, TrainConfig
 
 TUNING_SEEDS = (1000, 1001)
 CLAIM_SEEDS = (0, 1, 2, 3, 4, 5)
@@ -124,6 +124,32 @@ CELLS: dict[str, Cell] = {
             task="Python source, bytes",
             size="4.9M",
             experiment=Experiment(model=_LARGE, training=_TRAINING, data=("stdlib",)),
+        ),
+        Cell(
+            name="modular-addition",
+            task="a + b mod 97",
+            size="0.5M",
+            # What counts is when it is learned, so that no end of a schedule may come into it.
+            experiment=Experiment(
+                model=ModelConfig(
+                    num_layers=2,
+                    width=128,
+                    num_heads=4,
+                    mlp_width=512,
+                    sequence_length=3,
+                    vocab_size=98,
+                ),
+                training=TrainConfig(
+                    steps=1000,
+                    batch_size=256,
+                    warmup_fraction=0.01,
+                    num_evals=50,
+                    eval_tokens=6000,
+                    schedule="constant",
+                    stop_at_accuracy=0.99,
+                ),
+                data=ModularAddition(modulus=97, train_share=0.5),
+            ),
         ),
     )
 }

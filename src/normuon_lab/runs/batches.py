@@ -1,4 +1,4 @@
-"""Which windows of the text a step trains on, and which every evaluation reads.
+"""Which examples a step trains on, and which windows of a text every evaluation reads.
 
 The order depends on the seed and the step alone, so every arm sees the same batches.
 """
@@ -13,10 +13,41 @@ from torch import Tensor
 from normuon_lab.runs.corpus import Tokens
 
 
-class BatchSampler:
-    """Draws each step's windows: a fresh permutation of all windows per epoch.
+class EpochOrder:
+    """The numbers of each step's examples: a fresh permutation of all examples per epoch.
 
-    Windows do not overlap, and none comes twice within an epoch. A batch may straddle two epochs.
+    None comes twice within an epoch. A batch may straddle two epochs.
+
+    Args:
+        num_examples: numbers are below it.
+        batch_size: examples per step.
+        seed: together with the step, all that the choice depends on.
+    """
+
+    def __init__(self, num_examples: int, *, batch_size: int, seed: int) -> None:
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def examples(self, step: int) -> list[int]:
+        """The numbers of the examples of batch `step`, counted from 0."""
+        first = step * self._batch_size
+        return [self._example_at(position) for position in range(first, first + self._batch_size)]
+
+    def _example_at(self, position: int) -> int:
+        epoch, offset = divmod(position, self._num_examples)
+        if epoch != self._epoch:
+            # A generator per epoch, so that any step can be asked for without those before it.
+            generator = np.random.default_rng((self._seed, epoch))
+            self._order = generator.permutation(self._num_examples)
+            self._epoch = epoch
+        return int(self._order[offset])
+
+
+class BatchSampler:
+    """Draws each step's windows of a text, which do not overlap, in the order of `EpochOrder`.
 
     Args:
         tokens: the training text, `[num_tokens]`.
@@ -28,29 +59,16 @@ class BatchSampler:
     def __init__(self, tokens: Tokens, *, sequence_length: int, batch_size: int, seed: int) -> None:
         self._tokens = tokens
         self._sequence_length = sequence_length
-        self._batch_size = batch_size
-        self._seed = seed
         self.num_windows = (tokens.size - 1) // sequence_length
-        self._epoch = -1
-        self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._order = EpochOrder(self.num_windows, batch_size=batch_size, seed=seed)
 
     def window_indices(self, step: int) -> list[int]:
         """The numbers of the windows of batch `step`, counted from 0."""
-        first = step * self._batch_size
-        return [self._window_at(position) for position in range(first, first + self._batch_size)]
+        return self._order.examples(step)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and next-token targets of batch `step`, both int64 `[batch, sequence]`."""
         return _gather(self._tokens, self.window_indices(step), self._sequence_length)
-
-    def _window_at(self, position: int) -> int:
-        epoch, offset = divmod(position, self.num_windows)
-        if epoch != self._epoch:
-            # A generator per epoch, so that any step can be asked for without those before it.
-            generator = np.random.default_rng((self._seed, epoch))
-            self._order = generator.permutation(self.num_windows)
-            self._epoch = epoch
-        return int(self._order[offset])
 
 
 def validation_batches(

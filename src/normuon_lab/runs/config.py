@@ -16,14 +16,17 @@ from normuon_lab.arms import DEFAULT_OPTIONS, ArmOptions
 from normuon_lab.errors import require
 
 MODEL_FAMILIES = ("llama", "gpt2")
+SCHEDULES = ("linear", "constant")
 TOKENIZERS = ("bytes", "bpe")
 NUM_BYTES = 256
+# Where nothing is to be predicted; cross-entropy leaves it out.
+NO_TARGET = -100
 # Token arrays are uint16.
 MAX_BPE_TOKENS = 2**16
 
 # Fields of an experiment that came later: files leave them out at these values, so that those from
 # before still equal new ones.
-_LATER_FIELDS = {"tokenizer": "bytes"}
+_LATER_FIELDS = {"tokenizer": "bytes", "schedule": "linear", "stop_at_accuracy": None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +57,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The budget of one run: the same for every arm."""
+    """The budget of one run: the same for every arm.
+
+    Attributes:
+        schedule: what follows the warmup: linear falls to zero, constant stays.
+        stop_at_accuracy: held-out accuracy at which a run ends, before its steps are done.
+    """
 
     steps: int = 500
     batch_size: int = 8
     warmup_fraction: float = 0.05
     num_evals: int = 20
     eval_tokens: int = 16384
+    schedule: str = "linear"
+    stop_at_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
@@ -69,6 +79,14 @@ class TrainConfig:
         require(
             0.0 <= self.warmup_fraction < 1.0,
             f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+        require(
+            self.schedule in SCHEDULES,
+            f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}",
+        )
+        require(
+            self.stop_at_accuracy is None or 0.0 < self.stop_at_accuracy <= 1.0,
+            f"stop_at_accuracy must be in (0, 1], got {self.stop_at_accuracy}",
         )
 
     @property
@@ -84,17 +102,57 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModularAddition:
+    """The task (a + b) mod p, learned from a share of all p^2 pairs.
+
+    Attributes:
+        modulus: p.
+        train_share: share of the pairs that a run trains on; it is tested on the others.
+    """
+
+    modulus: int = 97
+    train_share: float = 0.4
+
+    def __post_init__(self) -> None:
+        require(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}")
+        require(
+            0 < self.num_train_pairs < self.modulus**2,
+            f"train_share {self.train_share} leaves no pair on one side",
+        )
+
+    @property
+    def num_train_pairs(self) -> int:
+        """Pairs that a run trains on."""
+        return round(self.train_share * self.modulus**2)
+
+    @property
+    def vocab_size(self) -> int:
+        """The numbers below p, and the sign of equality."""
+        return self.modulus + 1
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of ``a b =``."""
+        return 3
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored where the words of `--data` stand for a text."""
+        return {"task": "modular-addition", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
     """What all runs of a comparison or of a tuning share.
 
     Attributes:
-        data: the text, as `--data` names it.
-        tokenizer: bytes, or bpe: one of `model.vocab_size` tokens, made from the training text.
+        data: a text, as `--data` names it, or arithmetic.
+        tokenizer: of a text: bytes, or bpe: one of `model.vocab_size` tokens, made from the
+            training part.
     """
 
     model: ModelConfig = ModelConfig()
     training: TrainConfig = TrainConfig()
-    data: tuple[str, ...] = ("stdlib",)
+    data: tuple[str, ...] | ModularAddition = ("stdlib",)
     tokenizer: str = "bytes"
     compile: bool = False
 
@@ -104,17 +162,27 @@ class Experiment:
             f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "
             f"{self.model.sequence_length} tokens",
         )
-        check_tokenizer(self.tokenizer, vocab_size=self.model.vocab_size)
+        if isinstance(self.data, ModularAddition):
+            wanted = (self.data.vocab_size, self.data.sequence_length)
+            found = (self.model.vocab_size, self.model.sequence_length)
+            require(
+                found == wanted,
+                f"addition mod {self.data.modulus} needs a model of vocab_size {wanted[0]} and "
+                f"sequence_length {wanted[1]}, not of {found[0]} and {found[1]}",
+            )
+        else:
+            check_tokenizer(self.tokenizer, vocab_size=self.model.vocab_size)
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values, as they are stored in results and compared on `--resume`."""
-        values = dataclasses.asdict(self)
-        values["data"] = list(self.data)
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
-        }
+        is_arithmetic = isinstance(self.data, ModularAddition)
+        return _without_later_defaults(
+            {
+                **dataclasses.asdict(self),
+                "training": _without_later_defaults(dataclasses.asdict(self.training)),
+                "data": self.data.to_json() if is_arithmetic else list(self.data),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +223,14 @@ class RunSpec:
         if self.steps is None:
             return experiment.training
         return dataclasses.replace(experiment.training, steps=self.steps)
+
+
+def _without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+    }
 
 
 def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:

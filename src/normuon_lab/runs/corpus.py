@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,12 @@ import numpy.typing as npt
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, require
 from normuon_lab.runs.config import NUM_BYTES, Experiment, check_tokenizer
+
+# The text is read and checked before anything slow starts, and importing torch takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normuon_lab.runs.batches import BatchSampler
 
 Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -66,6 +72,28 @@ class Corpus:
     vocab_size: int = NUM_BYTES
     train_bytes_per_token: float = 1.0
     validation_bytes_per_token: float = 1.0
+
+    def train_batches(self, experiment: Experiment, *, seed: int) -> BatchSampler:
+        """The windows that each step of a run trains on."""
+        from normuon_lab.runs.batches import BatchSampler
+
+        return BatchSampler(
+            self.train,
+            sequence_length=experiment.model.sequence_length,
+            batch_size=experiment.training.batch_size,
+            seed=seed,
+        )
+
+    def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """The windows that every evaluation reads, the same for every seed."""
+        from normuon_lab.runs.batches import validation_batches
+
+        return validation_batches(
+            self.validation,
+            sequence_length=experiment.model.sequence_length,
+            eval_tokens=experiment.training.eval_tokens,
+            batch_size=experiment.training.batch_size,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """What results record of the text: everything but the text."""

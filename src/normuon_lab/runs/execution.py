@@ -9,9 +9,9 @@ from rich.console import Console
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.machine import default_num_workers
 from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.progress import RunDisplay
 from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.tasks import Task
 from normuon_lab.runs.workers import (
     Failed,
     Finished,
@@ -25,7 +25,7 @@ from normuon_lab.runs.workers import (
 def execute(
     jobs: Sequence[Job],
     experiment: Experiment,
-    corpus: Corpus,
+    task: Task,
     *,
     console: Console,
     on_finished: Callable[[RunSpec, RunRecord], object],
@@ -36,7 +36,7 @@ def execute(
     Args:
         jobs: the runs, in order of start.
         experiment: what they share.
-        corpus: the text.
+        task: its data.
         console: where to show progress.
         on_finished: called with every run's specification and record.
         num_done: runs of the experiment's length that were finished earlier, for the counter.
@@ -53,7 +53,7 @@ def execute(
         steps=num_done * experiment.training.steps + sum(lengths.values()),
         steps_done=num_done * experiment.training.steps,
     )
-    events = run_jobs(jobs, experiment, corpus, num_workers=default_num_workers(len(jobs)))
+    events = run_jobs(jobs, experiment, task, num_workers=default_num_workers(len(jobs)))
     with display:
         try:
             for event in events:

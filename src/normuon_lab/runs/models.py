@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normuon_lab.runs.config import ModelConfig
+from normuon_lab.runs.config import NO_TARGET, ModelConfig
 
 
 def build_model(config: ModelConfig, *, seed: int) -> nn.Module:
@@ -20,9 +20,22 @@ def build_model(config: ModelConfig, *, seed: int) -> nn.Module:
 
 
 def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token; both arguments are int64 `[batch, sequence]`."""
-    logits = model(input_ids=inputs, use_cache=False).logits
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    """Mean cross-entropy in nats per target.
+
+    Args:
+        model: a causal language model of transformers.
+        inputs: int64 `[batch, sequence]`.
+        targets: the same shape; NO_TARGET where nothing is to be predicted.
+    """
+    loss, _ = _loss_and_logits(model, inputs, targets)
+    return loss
+
+
+def next_token_scores(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the share of targets whose logit is the largest."""
+    loss, logits = _loss_and_logits(model, inputs, targets)
+    num_correct = (logits.argmax(dim=-1) == targets).sum()
+    return loss, num_correct / (targets != NO_TARGET).sum()
 
 
 def hidden_matrix_kinds(config: ModelConfig) -> tuple[str, ...]:
@@ -30,6 +43,12 @@ def hidden_matrix_kinds(config: ModelConfig) -> tuple[str, ...]:
     if config.family == "llama":
         return ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
     return ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def _loss_and_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(input_ids=inputs, use_cache=False).logits
+    loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+    return loss, logits
 
 
 def _llama(config: ModelConfig) -> nn.Module:

@@ -12,13 +12,15 @@ class RunRecord:
 
     Attributes:
         options: hyperparameters besides the peak learning rate that are not the arm's defaults.
-        steps: length of the schedule.
+        steps: length of the schedule; a run may have stopped before.
         eval_steps: numbers of finished steps at which the validation loss was taken.
-        eval_losses: those losses, nats per token.
+        eval_losses: those losses, nats per target.
         eval_seconds: seconds of training, evaluations left out, up to each of them.
         train_losses: the loss of every step's batch, before the step.
         final_loss: the last validation loss; None when the run diverged.
         updates: measurements of update matrices, if they were asked for.
+        eval_accuracies: shares of held-out targets that were predicted, beside `eval_losses`; empty
+            in files from before they were taken.
     """
 
     arm: str
@@ -35,11 +37,29 @@ class RunRecord:
     train_seconds: float = 0.0
     total_seconds: float = 0.0
     updates: list[dict[str, Any]] = field(default_factory=list)
+    eval_accuracies: list[float] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
         """Whether the loss stopped being a number."""
         return self.final_loss is None
+
+    def steps_to_accuracy(self, accuracy: float) -> float | None:
+        """The step at which the held-out accuracy first is as high, linear between evaluations.
+
+        Example:
+            >>> record = RunRecord(arm="muon", seed=0, learning_rate=1.0, num_parameters=1)
+            >>> record.eval_steps, record.eval_accuracies = [0, 10, 20], [0.0, 0.5, 1.0]
+            >>> record.steps_to_accuracy(0.75)
+            15.0
+        """
+        before_step, before = 0, 0.0
+        for step, reached in zip(self.eval_steps, self.eval_accuracies, strict=True):
+            if reached >= accuracy:
+                share = (accuracy - before) / (reached - before) if reached > before else 0.0
+                return before_step + share * (step - before_step)
+            before_step, before = step, reached
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as stored in results."""

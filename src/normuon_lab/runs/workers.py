@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import Corpus
 from normuon_lab.runs.records import RunRecord
+from normuon_lab.runs.tasks import Task
 from normuon_lab.runs.train import train_run
 
 # Pipes would otherwise carry a message per step of a tiny model.
@@ -72,7 +72,7 @@ Event = Started | Progress | Finished | Failed
 
 
 def run_jobs(
-    jobs: Sequence[Job], experiment: Experiment, corpus: Corpus, *, num_workers: int
+    jobs: Sequence[Job], experiment: Experiment, task: Task, *, num_workers: int
 ) -> Generator[Event, None, None]:
     """Do all jobs, in order of start, and yield what happens.
 
@@ -84,7 +84,7 @@ def run_jobs(
     try:
         while waiting or any(worker.job is not None for worker in workers):
             while waiting and len(workers) < num_workers:
-                workers.append(_Worker(experiment, corpus))
+                workers.append(_Worker(experiment, task))
             for worker in workers:
                 if worker.job is None and waiting:
                     yield worker.take(waiting.popleft())
@@ -106,11 +106,11 @@ def run_jobs(
 class _Worker:
     """The parent's end of one worker process."""
 
-    def __init__(self, experiment: Experiment, corpus: Corpus) -> None:
+    def __init__(self, experiment: Experiment, task: Task) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, child_end = context.Pipe()
         self._process: BaseProcess = context.Process(
-            target=_work, args=(child_end, experiment, corpus), daemon=True
+            target=_work, args=(child_end, experiment, task), daemon=True
         )
         # The terminal sends Ctrl-C to the whole group. The parent alone answers it; a worker, which
         # inherits what is ignored here, must not print a traceback while it is still importing.
@@ -154,20 +154,20 @@ class _Worker:
             self._process.join()
 
 
-def _work(connection: Connection, experiment: Experiment, corpus: Corpus) -> None:
+def _work(connection: Connection, experiment: Experiment, task: Task) -> None:
     """A worker's life: take a job, report on it, until the parent closes the pipe."""
     import torch
 
     torch.set_num_threads(1)
     try:
         while True:
-            _do(connection.recv(), connection, experiment, corpus)
+            _do(connection.recv(), connection, experiment, task)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         # The parent is gone or has closed its end: nobody is left to report to.
         return
 
 
-def _do(job: Job, connection: Connection, experiment: Experiment, corpus: Corpus) -> None:
+def _do(job: Job, connection: Connection, experiment: Experiment, task: Task) -> None:
     last_sent = 0.0
 
     def send_progress(step: int, loss: float) -> None:
@@ -181,7 +181,7 @@ def _do(job: Job, connection: Connection, experiment: Experiment, corpus: Corpus
         record = train_run(
             job.spec,
             experiment,
-            corpus,
+            task,
             probe_updates=job.probe_updates,
             on_step=send_progress,
         )

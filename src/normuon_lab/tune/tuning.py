@@ -173,11 +173,11 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
         RunsFailedError: a run failed; the rounds before are kept.
         InterruptedRunsError: Ctrl-C came; finished rounds are kept.
     """
-    corpus = load_task(request.experiment)
+    task = load_task(request.experiment)
     request.out.parent.mkdir(parents=True, exist_ok=True)
     jobs_at_once = len(request.arms) * len(request.rates) * request.num_seeds
     provenance = {
-        "corpus": corpus.to_json(),
+        "corpus": task.to_json(),
         "machine": describe_machine(num_workers=default_num_workers(jobs_at_once)),
         "command": command,
         "created": utc_now(),
@@ -202,7 +202,7 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
         execute(
             [Job(spec) for spec in specs],
             request.experiment,
-            corpus,
+            task,
             console=console,
             on_finished=lambda spec, record: records.append(record),
         )
