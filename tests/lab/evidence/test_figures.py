@@ -1,0 +1,146 @@
+"""What the figures show: the right numbers, in the arms' own colours, with units on every axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from normuon_lab.arms import ARMS
+from normuon_lab.evidence.collected import CellEvidence, collect
+from normuon_lab.evidence.drawn import draw_figures
+from normuon_lab.evidence.figures.ablations import ablation_figure, loss_differences
+from normuon_lab.evidence.figures.losses import loss_figure
+from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
+from normuon_lab.evidence.figures.sensitivity import (
+    DEFAULTS,
+    learning_rate_figure,
+    sensitivity_figure,
+)
+from normuon_lab.evidence.figures.updates import measured_updates, update_figures
+from normuon_lab.evidence.protocol import SENSITIVITY
+from normuon_lab.evidence.table1 import table1
+from normuon_lab.plot_style import color_of
+from tests.lab.evidence import synthetic
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> CellEvidence:
+    results = tmp_path_factory.mktemp("results")
+    cell = synthetic.cell()
+    synthetic.write_cell(results, cell, sensitivity={"beta2": [0.5, 0.99], "ns_steps": [3]})
+    return collect(results, {cell.name: cell})[0]
+
+
+@pytest.fixture(scope="module")
+def table(found: CellEvidence) -> dict[str, Any]:
+    return table1([found])
+
+
+def line_of(figure: Figure, label: str, panel: int = 0) -> Any:
+    return next(line for line in figure.axes[panel].get_lines() if line.get_label() == label)
+
+
+def drawn(found: CellEvidence, table: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    yield from draw_figures([found], table).items()
+
+
+def test_every_panel_says_what_its_axes_are(found: CellEvidence, table: dict[str, Any]) -> None:
+    for name, figure in drawn(found, table):
+        assert figure.axes, name
+        bottom = [a for a in figure.axes if a.get_subplotspec().is_last_row()]
+        left = [a for a in figure.axes if a.get_subplotspec().is_first_col()]
+        assert all(axes.get_xlabel() for axes in bottom), name
+        # Named arms down the side need no title.
+        assert all(a.get_ylabel() or a.get_yticklabels()[0].get_text() for a in left), name
+
+
+def test_the_losses_are_the_means_in_the_arms_colours(found: CellEvidence) -> None:
+    figure = loss_figure(found)
+    assert figure is not None
+    for arm in ("adamw", "muon", "normuon"):
+        line = line_of(figure, ARMS[arm].label)
+        assert to_hex(line.get_color()) == color_of(arm).lower()
+        finals = [run.final_loss for run in found.full_runs(arm)]
+        assert line.get_ydata()[-1] == pytest.approx(np.mean(finals))
+        assert line.get_xdata()[-1] == synthetic.STEPS
+    # A band per arm.
+    assert len(figure.axes[0].collections) == 3
+
+
+def test_a_diverged_run_is_no_part_of_a_mean(found: CellEvidence) -> None:
+    broken = synthetic.record("normuon", 0, synthetic.STEPS)
+    broken.final_loss, broken.eval_losses = None, broken.eval_losses[:3]
+    runs = [r for r in found.runs if (r.arm, r.seed, r.steps) != ("normuon", 0, 500)]
+    figure = loss_figure(CellEvidence(cell=found.cell, runs=[*runs, broken]))
+    assert figure is not None
+    finals = [run.final_loss for run in found.full_runs("normuon")[1:]]
+    assert line_of(figure, "NorMuon").get_ydata()[-1] == pytest.approx(np.mean(finals))
+
+
+def test_the_stars_are_where_table_1_says(found: CellEvidence, table: dict[str, Any]) -> None:
+    figure = schedule_figure(found, table["rows"])
+    assert figure is not None
+    stars = {
+        to_hex(collection.get_facecolor()[0]): collection.get_offsets()[0]
+        for collection in figure.axes[0].collections
+        if len(collection.get_offsets()) == 1
+    }
+    target = np.mean([run.final_loss for run in found.full_runs("adamw")])
+    for arm in ("muon", "normuon"):
+        steps, loss = stars[color_of(arm).lower()]
+        assert steps == pytest.approx(500 * (1 - synthetic.truth(arm) / 100), rel=0.02)
+        assert loss == pytest.approx(target)
+
+
+def test_every_arm_of_table_1_is_drawn(found: CellEvidence, table: dict[str, Any]) -> None:
+    figure = steps_saved_figure([found], table["rows"])
+    assert figure is not None
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [ARMS[arm].label for arm in found.cell.arms if arm != "adamw"]
+
+
+def test_ablations_are_paired_with_muon(found: CellEvidence) -> None:
+    figure = ablation_figure(found)
+    assert figure is not None
+    differences = loss_differences(found, "muon-frobenius", "muon")
+    assert differences is not None
+    # The seeds' own hardness, 0.02, cancels; noise of 0.002 on both sides stays.
+    assert differences[:, -1].std() < 0.006
+    assert differences.mean() == pytest.approx(0.01, abs=0.004)
+    assert ablation_figure(CellEvidence(cell=found.cell, runs=found.full_runs("muon"))) is None
+
+
+def test_the_best_rate_has_the_star(found: CellEvidence) -> None:
+    figure = learning_rate_figure(found)
+    assert figure is not None
+    for axes in figure.axes:
+        for star in axes.collections:
+            assert star.get_offsets()[0][0] == pytest.approx(0.004)
+
+
+def test_defaults_are_marked_among_the_values(found: CellEvidence) -> None:
+    figure = sensitivity_figure(found)
+    assert figure is not None
+    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert labels == [["0.5", "0.95", "0.99"], ["3", "5"]]
+
+
+def test_all_that_is_varied_has_a_default_to_compare_with() -> None:
+    assert set(DEFAULTS) == set(SENSITIVITY)
+    for name, values in SENSITIVITY.items():
+        assert DEFAULTS[name] not in values
+
+
+def test_update_figures_show_the_momentum_and_leave_out_who_was_not_measured(
+    found: CellEvidence,
+) -> None:
+    assert list(measured_updates(found)) == ["momentum", "adamw", "adam-mini", "muon", "normuon"]
+    figures = update_figures(found)
+    labels = [line.get_label() for line in figures["row-norms-layer3"].axes[0].get_lines()]
+    assert labels == ["raw momentum (Muon's)", "AdamW", "Adam-mini", "Muon", "NorMuon"]
+    assert update_figures(CellEvidence(cell=found.cell, runs=found.full_runs("muon-adam"))) == {}
