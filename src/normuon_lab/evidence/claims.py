@@ -35,7 +35,7 @@ def missing_rungs(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int
         >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8, -1: 2.1}}, ["adamw", "normuon"])
         []
     """
-    full = [(arm, 0) for arm in arms if 0 not in means.get(arm, {})]
+    full = missing_full(means, arms)
     if full:
         return full
     wanted = []
@@ -45,6 +45,11 @@ def missing_rungs(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int
             if rung is not None and (arm, rung) not in wanted:
                 wanted.append((arm, rung))
     return wanted
+
+
+def missing_full(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+    """The arms without the full length, each with its rung, 0."""
+    return [(arm, 0) for arm in arms if 0 not in means.get(arm, {})]
 
 
 def _targets(means: MeanLosses, arm: str) -> list[float]:

@@ -8,7 +8,8 @@ against this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from normuon_lab.errors import require
@@ -45,11 +46,21 @@ INHERITED_FROM = {
 
 _ADAMW_START = {"learning_rate": 1.0, "adam_lr": 3.0, "weight_decay": 0.0}
 _MUON_START = {"learning_rate": 3.0, "adam_lr": 3.0, "weight_decay": 0.0}
-STARTS = {
+Starts = Mapping[str, Mapping[str, float]]
+"""By arm and axis, the place on `sweep.space.AXES` where a search begins."""
+
+STARTS: Starts = {
     **dict.fromkeys(("adamw", "adam-mini"), _ADAMW_START),
     **dict.fromkeys((*MAIN_ARMS[1:], *OTHER_ARMS[:-2], "rmnp"), _MUON_START),
 }
-"""Where each arm's search begins, as places on `sweep.space.AXES`, from the quick comparison."""
+"""Where the searches on text begin: near the rates of the quick comparison."""
+
+ARITHMETIC_STARTS: Starts = {
+    "adamw": {"learning_rate": 0.0, "adam_lr": 0.0, "weight_decay": 2.0},
+    "muon": {"learning_rate": 2.0, "adam_lr": 0.0, "weight_decay": 1.0},
+    "normuon": {"learning_rate": 2.0, "adam_lr": 0.0, "weight_decay": 1.0},
+}
+"""Where the searches on modular addition begin: near a pilot's, as few settings ever learn it."""
 
 SENSITIVITY: dict[str, tuple[Any, ...]] = {
     "beta2": (0.0, 0.5, 0.8, 0.9, 0.99),
@@ -74,6 +85,7 @@ class Cell:
         experiment: model, training and data that all its runs share.
         other_arms: arms whose learning rate alone is tuned, besides the main ones.
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
+        starts: where the search of each arm begins.
     """
 
     name: str
@@ -82,6 +94,12 @@ class Cell:
     experiment: Experiment
     other_arms: tuple[str, ...] = ()
     varies_settings: bool = False
+    starts: Starts = field(default_factory=lambda: STARTS)
+
+    @property
+    def has_ladder(self) -> bool:
+        """Whether claims rest on complete schedules of several lengths, not on steps to a goal."""
+        return self.experiment.training.stop_at_accuracy is None
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -127,6 +145,7 @@ CELLS: dict[str, Cell] = {
         ),
         Cell(
             name="modular-addition",
+            starts=ARITHMETIC_STARTS,
             task="a + b mod 97",
             size="0.5M",
             # What counts is when it is learned, so that no end of a schedule may come into it.

@@ -12,14 +12,13 @@ from rich.console import Console
 
 from normuon_lab.atomic_files import read_json
 from normuon_lab.errors import InterruptedRunsError, require
-from normuon_lab.evidence.claims import missing_rungs
+from normuon_lab.evidence.claims import missing_full, missing_rungs
 from normuon_lab.evidence.protocol import (
     CLAIM_SEEDS,
     INHERITED_FROM,
     MAIN_ARMS,
     MAX_TUNING_TRIALS,
     SENSITIVITY,
-    STARTS,
     TUNING_SEEDS,
     Cell,
     schedule_steps,
@@ -62,13 +61,18 @@ def tune_cell(
             fixed={arm: settings[INHERITED_FROM[arm]].to_json() for arm in group}
             if group is others
             else {},
-            starts={arm: tuple(STARTS[arm][name] for name in axes) for arm in group},
+            starts={arm: tuple(cell.starts[arm][name] for name in axes) for arm in group},
         )
         run_sweep(request, console, command=command)
 
 
 def _evaluated_at_the_end(experiment: Experiment) -> Experiment:
-    """Tuning looks at final losses alone, and evaluations take a seventh of a small run."""
+    """Tuning looks at final losses alone, and evaluations take a seventh of a small run.
+
+    Where runs stop at an accuracy, the evaluations are what finds it.
+    """
+    if experiment.training.stop_at_accuracy is not None:
+        return experiment
     training = dataclasses.replace(experiment.training, num_evals=1)
     return dataclasses.replace(experiment, training=training)
 
@@ -90,7 +94,8 @@ def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Conso
     full = cell.experiment.training.steps
     while True:
         records = [run.record for run in read_runs(results, cell.name)]
-        wanted = missing_rungs(_means(records, full), arms)
+        means = _means(records, full)
+        wanted = missing_rungs(means, arms) if cell.has_ladder else missing_full(means, arms)
         if not wanted:
             return
         specs = [
@@ -172,10 +177,10 @@ def _run(
     from normuon_lab.runs.execution import execute
     from normuon_lab.runs.workers import Job
 
-    corpus = load_task(cell.experiment)
+    task = load_task(cell.experiment)
     provenance = {
         "experiment": cell.experiment.to_json(),
-        "corpus": corpus.to_json(),
+        "corpus": task.to_json(),
         "machine": describe_machine(num_workers=default_num_workers(len(specs))),
     }
 
@@ -194,7 +199,7 @@ def _run(
         for spec in specs
     ]
     try:
-        execute(jobs, cell.experiment, corpus, console=console, on_finished=keep)
+        execute(jobs, cell.experiment, task, console=console, on_finished=keep)
     except KeyboardInterrupt:
         raise InterruptedRunsError(
             f"interrupted: finished runs are kept in {results / cell.name}", can_resume=False

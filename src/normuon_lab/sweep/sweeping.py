@@ -14,9 +14,9 @@ from normuon_lab.atomic_files import read_json, write_json
 from normuon_lab.errors import InputError, InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec, first_difference
-from normuon_lab.runs.corpus import Corpus
+from normuon_lab.runs.objective import objective
 from normuon_lab.runs.records import RunRecord
-from normuon_lab.runs.tasks import load_task
+from normuon_lab.runs.tasks import Task, load_task
 from normuon_lab.sweep.search import Losses, best_place, is_interior, next_round
 from normuon_lab.sweep.space import AXES, Place, Setting, in_order, setting_at
 from normuon_lab.sweep.study import Studies, Trial
@@ -121,7 +121,8 @@ def _trial(
         place=place,
         setting=request.setting(arm, place),
         objectives={
-            seed: records[request.spec(arm, place, seed)].final_loss for seed in request.seeds
+            seed: objective(records[request.spec(arm, place, seed)], request.experiment.training)
+            for seed in request.seeds
         },
     )
 
@@ -147,9 +148,9 @@ def run_sweep(request: SweepRequest, console: Console, *, command: str) -> dict[
         RunsFailedError: a run failed; finished rounds are kept.
         InterruptedRunsError: Ctrl-C came; finished rounds are kept.
     """
-    corpus = load_task(request.experiment)
+    task = load_task(request.experiment)
     request.out.parent.mkdir(parents=True, exist_ok=True)
-    contents = _opened(request, corpus)
+    contents = _opened(request, task)
     contents["command"] = command
     studies = Studies(request.storage, request.name)
     for arm in request.arms:
@@ -171,7 +172,7 @@ def run_sweep(request: SweepRequest, console: Console, *, command: str) -> dict[
         execute(
             [Job(spec) for spec in specs],
             request.experiment,
-            corpus,
+            task,
             console=console,
             on_finished=records.__setitem__,
         )
@@ -202,7 +203,7 @@ def arm_to_json(axes: tuple[str, ...], trials: Sequence[Trial]) -> dict[str, Any
     }
 
 
-def _opened(request: SweepRequest, corpus: Corpus) -> dict[str, Any]:
+def _opened(request: SweepRequest, task: Task) -> dict[str, Any]:
     """The export to go on with, or a new one."""
     new = {
         "schema_version": SCHEMA_VERSION,
@@ -211,7 +212,7 @@ def _opened(request: SweepRequest, corpus: Corpus) -> dict[str, Any]:
         "created": utc_now(),
         "seeds": list(request.seeds),
         "config": request.experiment.to_json(),
-        "corpus": corpus.to_json(),
+        "corpus": task.to_json(),
         "arms": {},
     }
     if not request.out.exists():

@@ -11,11 +11,17 @@ from rich.console import Console
 
 from normuon_lab.errors import InputError
 from normuon_lab.evidence import running
-from normuon_lab.evidence.protocol import Cell
+from normuon_lab.evidence.protocol import ARITHMETIC_STARTS, Cell
 from normuon_lab.evidence.reproduce import repeat_runs
 from normuon_lab.evidence.runs_store import read_runs
 from normuon_lab.runs import execution
-from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.config import (
+    Experiment,
+    ModelConfig,
+    ModularAddition,
+    RunSpec,
+    TrainConfig,
+)
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import load_task
 from normuon_lab.runs.train import train_run
@@ -146,6 +152,43 @@ def test_published_runs_repeat_bit_by_bit_and_a_changed_one_is_told(
         repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
     with pytest.raises(InputError, match="no full-length runs of tiny"):
         repeat_runs(cell, seeds=(7,), results=tmp_path, console=console)
+
+
+def test_arithmetic_is_tuned_by_the_steps_it_takes_and_claimed_at_one_length(
+    tmp_path: Path, trained: list[RunSpec]
+) -> None:
+    experiment = Experiment(
+        model=ModelConfig(
+            num_layers=1, width=16, num_heads=2, mlp_width=32, sequence_length=3, vocab_size=6
+        ),
+        training=TrainConfig(
+            steps=10, batch_size=8, num_evals=5, eval_tokens=30, stop_at_accuracy=0.2
+        ),
+        data=ModularAddition(modulus=5, train_share=0.5),
+    )
+    cell = TinyCell(
+        name="arithmetic", task="sums", size="tiny", experiment=experiment, starts=ARITHMETIC_STARTS
+    )
+    console, arms = Console(quiet=True), ("adamw", "normuon")
+    running.tune_cell(
+        cell,
+        arms,
+        results=tmp_path,
+        storage=tmp_path / "evidence.db",
+        console=console,
+        command="normuon evidence run",
+    )
+    first = next(spec for spec in trained if spec.arm == "normuon")
+    assert (first.learning_rate, first.options.weight_decay) == (0.004, 0.316227766017)
+    contents = json.loads((tmp_path / "arithmetic" / "sweep.json").read_text())
+    for arm in contents["arms"].values():
+        assert all(0.0 <= t["mean_final_loss"] <= 15.0 for t in arm["trials"]), "steps, not nats"
+    running.claim_cell(cell, arms, results=tmp_path, console=console)
+    runs = [run.record for run in read_runs(tmp_path, "arithmetic")]
+    assert {(run.arm, run.seed, run.steps) for run in runs} == {
+        (arm, seed, 10) for arm in arms for seed in (0, 1)
+    }
+    assert all(run.eval_accuracies for run in runs)
 
 
 def test_nothing_is_claimed_of_an_arm_that_was_not_tuned(
