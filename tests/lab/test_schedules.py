@@ -163,9 +163,8 @@ def test_steps_to_a_threshold_by_hand() -> None:
     saved = steps_saved_to_threshold({0: 50.0, 1: 70.0}, {0: 100.0, 1: 100.0})
     assert saved.percent == pytest.approx(40.0)
     assert saved.by_seed.values == pytest.approx((50.0, 30.0))
-    missed = steps_saved_to_threshold({0: 50.0, 1: None}, {0: 100.0, 1: 100.0})
-    assert missed.percent is None
-    assert missed.reason == "the threshold was reached in 1 of 2 runs, by the baseline in 2"
+    assert saved.seeds == (0, 1)
+    assert steps_saved_to_threshold({0: 50.0}, {1: 100.0}).reason == "no seed was run with both"
 
 
 def test_the_bootstrap_resamples_seeds_together() -> None:

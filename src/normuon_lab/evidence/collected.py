@@ -10,6 +10,7 @@ from typing import Any
 from normuon_lab.atomic_files import read_json
 from normuon_lab.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
+from normuon_lab.runs.objective import objective
 from normuon_lab.runs.records import RunRecord
 
 SWEEP_KIND = "normuon sweep"
@@ -46,6 +47,24 @@ class CellEvidence:
     def title(self) -> str:
         """The cell's task and size."""
         return f"{self.cell.task}, {self.cell.size} parameters"
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """The held-out accuracy to which steps are counted; None where final losses count."""
+        return self.cell.experiment.training.stop_at_accuracy
+
+    def steps_to_accuracy(self, arm: str) -> dict[int, float]:
+        """By seed, an arm's steps to the target accuracy; see `objective` for runs that miss it."""
+        training = self.cell.experiment.training
+        assert training.stop_at_accuracy is not None
+        found = {run.seed: objective(run, training) for run in self.full_runs(arm)}
+        return {seed: steps for seed, steps in found.items() if steps is not None}
+
+    def missed_accuracy(self, arm: str) -> list[int]:
+        """Seeds on which an arm never came to the target accuracy."""
+        accuracy = self.target_accuracy
+        assert accuracy is not None
+        return [r.seed for r in self.full_runs(arm) if r.steps_to_accuracy(accuracy) is None]
 
     def final_losses(self, arm: str) -> dict[int, dict[int, float | None]]:
         """An arm's final losses by schedule length and seed; None where a run diverged."""

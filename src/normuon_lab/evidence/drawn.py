@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.ablations import ablation_figure
+from normuon_lab.evidence.figures.accuracies import accuracy_figure
 from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
 from normuon_lab.evidence.figures.sensitivity import learning_rate_figure, sensitivity_figure
@@ -22,13 +23,16 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
     rows = table1["rows"]
     figures: dict[str, Figure | None] = {STEPS_SAVED: steps_saved_figure(evidence, rows)}
     for found in evidence:
-        of_cell: dict[str, Figure | None] = {
-            "losses": loss_figure(found),
-            "schedules": schedule_figure(found, rows),
-            "ablations": ablation_figure(found),
-            "learning-rates": learning_rate_figure(found),
-            "sensitivity": sensitivity_figure(found),
-            **update_figures(found),
-        }
+        of_cell: dict[str, Figure | None] = {"learning-rates": learning_rate_figure(found)}
+        if found.target_accuracy is None:
+            of_cell |= {
+                "losses": loss_figure(found),
+                "schedules": schedule_figure(found, rows),
+                "ablations": ablation_figure(found),
+                "sensitivity": sensitivity_figure(found),
+                **update_figures(found),
+            }
+        else:
+            of_cell["accuracies"] = accuracy_figure(found)
         figures |= {f"{found.cell.name}-{what}": figure for what, figure in of_cell.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}

@@ -16,6 +16,7 @@ from normuon_lab.evidence import paper
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.paper_claims import interval_words, p_words, paper_claims
 from normuon_lab.evidence.protocol import CLAIM_SEEDS, TUNING_SEEDS
+from normuon_lab.evidence.table1 import measure_of
 from normuon_lab.evidence.verdicts import ALPHA
 
 FIGURES_FOLDER = "figures/results"
@@ -105,6 +106,8 @@ def _cell(
         "num_runs": len(found.runs),
         "num_sensitivity": len(found.sensitivity),
         "full_steps": found.full_steps,
+        "measure": measure_of(found),
+        "counts_losses": found.target_accuracy is None,
         "rows": [_row(row) for row in table1["rows"] if row["cell"] == name],
         "settings": [_setting(found, arm) for arm in found.cell.arms if arm in found.tuning],
         "update_figures": [
@@ -139,6 +142,7 @@ def _rescale(row: Mapping[str, Any]) -> dict[str, str]:
     has_figure = more is not None
     return {
         "title": f"{row['task']}, {row['size']}",
+        "measure": row["measure"],
         "more": f"**{more:+.1f}%**" if has_figure else f"none: {row['reason_if_missing']}",
         "ci95": interval_words(row["ci95"]) if has_figure else "",
         "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",

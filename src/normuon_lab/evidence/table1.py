@@ -7,16 +7,26 @@ reach NorMuon's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.protocol import CLAIM_SEEDS
-from normuon_lab.statistics import Estimate, Interval, StepsSaved, steps_saved_by_schedules
+from normuon_lab.runs.objective import MISSED_FACTOR
+from normuon_lab.statistics import (
+    Estimate,
+    Interval,
+    StepsSaved,
+    steps_saved_by_schedules,
+    steps_saved_to_threshold,
+)
 
 KIND = "normuon evidence table1"
 SCHEMA_VERSION = 1
 FILE = "table1.json"
+
+FINAL_LOSS = "final loss"
 
 METHOD = (
     "Steps saved: 100 (1 - n*/N), where N is the full length of the schedule and n* the length of "
@@ -25,7 +35,9 @@ METHOD = (
     "ci95: BCa bootstrap over claim seeds, all runs of a seed together; an end is null where it "
     "lies beyond the lengths run. ci95_t: Student's t over each seed's own saving. p_value: paired "
     "t test on final losses at N; p_value_sign_flip: permutation test on the same, which gives "
-    "2 / 2^seeds at best."
+    "2 / 2^seeds at best. Where `measure` is an accuracy, steps are counted until a run first has "
+    "it, all at one length and without decay: saved is then 100 (1 - ratio of mean steps), and the "
+    "tests are on steps."
 )
 
 
@@ -59,12 +71,36 @@ def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
     """What an arm saves of a baseline's steps in a cell."""
+    if found.target_accuracy is not None:
+        return _steps_saved_to_accuracy(found, arm, baseline)
     target = found.final_losses(baseline).get(found.full_steps, {})
     losses = found.final_losses(arm)
     for name, there in ((arm, losses), (baseline, target)):
         if not there:
             return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
     return steps_saved_by_schedules(losses, target, full_steps=found.full_steps)
+
+
+def measure_of(found: CellEvidence) -> str:
+    """What a cell's steps are counted to, in words."""
+    accuracy = found.target_accuracy
+    return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
+
+
+def _steps_saved_to_accuracy(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
+    steps = {name: found.steps_to_accuracy(name) for name in (arm, baseline)}
+    for name, by_seed in steps.items():
+        if not by_seed:
+            return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
+    saved = steps_saved_to_threshold(steps[arm], steps[baseline])
+    missed = {name: found.missed_accuracy(name) for name in steps}
+    notes = [
+        f"{label_of(name)} never had the accuracy in {len(seeds)} of {len(steps[name])} runs, "
+        f"which count as {MISSED_FACTOR:g} times their length"
+        for name, seeds in missed.items()
+        if seeds
+    ]
+    return replace(saved, notes=(*saved.notes, *notes))
 
 
 def _row(found: CellEvidence, arm: str, baseline: str) -> dict[str, Any]:
@@ -75,11 +111,12 @@ def _row(found: CellEvidence, arm: str, baseline: str) -> dict[str, Any]:
         "cell": found.cell.name,
         "arm": arm,
         "baseline": baseline,
+        "measure": measure_of(found),
         "steps_saved_percent": _rounded(saved.percent),
         "ci95": _bounds(saved.interval),
         "ci95_method": saved.interval.method if saved.interval else None,
         "ci95_t": _bounds(saved.by_seed),
-        **_test_fields(saved),
+        **_test_fields(found, saved),
         "claim_seeds": list(saved.seeds),
         "tuning_trials": found.num_trials(arm),
         "tuning_is_interior": found.tuning.get(arm, {}).get("is_interior"),
@@ -97,25 +134,28 @@ def _rescale_row(found: CellEvidence) -> dict[str, Any]:
         "task": found.cell.task,
         "size": found.cell.size,
         "cell": found.cell.name,
-        "more_steps_percent": _negative(saved.percent),
-        "ci95": _mirrored(_bounds(saved.interval)),
-        "ci95_t": _mirrored(_bounds(saved.by_seed)),
-        **_test_fields(saved),
+        "measure": measure_of(found),
+        "more_steps_percent": negative(saved.percent),
+        "ci95": mirrored_bounds(_bounds(saved.interval)),
+        "ci95_t": mirrored_bounds(_bounds(saved.by_seed)),
+        **_test_fields(found, saved),
         "claim_seeds": list(saved.seeds),
         "reason_if_missing": saved.reason,
-        "at_least_percent": _negative(saved.at_most),
-        "at_most_percent": _negative(saved.at_least),
+        "at_least_percent": negative(saved.at_most),
+        "at_most_percent": negative(saved.at_least),
         "notes": _notes(saved),
     }
 
 
-def _test_fields(saved: StepsSaved) -> Mapping[str, float | None]:
+def _test_fields(found: CellEvidence, saved: StepsSaved) -> Mapping[str, float | None]:
     test = saved.test
     if test is None:
         names = ("loss_difference", "p_value", "p_value_sign_flip", "smallest_p_value_sign_flip")
         return dict.fromkeys(names)
     return {
-        "loss_difference": round(test.mean_difference, 5),
+        "loss_difference": None
+        if found.target_accuracy is not None
+        else round(test.mean_difference, 5),
         "p_value": float(f"{test.p_value:.4g}"),
         "p_value_sign_flip": float(f"{test.sign_flip_p_value:.4g}"),
         "smallest_p_value_sign_flip": test.smallest_sign_flip_p_value,
@@ -135,7 +175,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2) + 0.0
 
 
-def _negative(value: float | None) -> float | None:
+def negative(value: float | None) -> float | None:
+    """The same percentage the other way round."""
     return None if value is None else _rounded(-value)
 
 
@@ -146,7 +187,8 @@ def _bounds(interval: Interval | Estimate | None) -> list[float | None] | None:
     return [_rounded(interval.low), _rounded(interval.high)]
 
 
-def _mirrored(bounds: list[float | None] | None) -> list[float | None] | None:
+def mirrored_bounds(bounds: list[float | None] | None) -> list[float | None] | None:
+    """The interval of the same percentage the other way round."""
     if bounds is None:
         return None
-    return [_negative(end) for end in reversed(bounds)]
+    return [negative(end) for end in reversed(bounds)]

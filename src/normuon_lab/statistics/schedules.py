@@ -193,25 +193,16 @@ def steps_saved_by_schedules(
     )
 
 
-def steps_saved_to_threshold(
-    arm: Mapping[int, float | None], baseline: Mapping[int, float | None]
-) -> StepsSaved:
+def steps_saved_to_threshold(arm: Mapping[int, float], baseline: Mapping[int, float]) -> StepsSaved:
     """Steps saved where a run ends by reaching a threshold, by ratio of mean steps.
 
     Args:
-        arm: steps at which the arm's runs reach it, by seed; None for a run that does not.
+        arm: steps at which the arm's runs reach it, by seed.
         baseline: those of the baseline.
     """
     seeds = tuple(sorted(set(arm) & set(baseline)))
     if not seeds:
         return StepsSaved(seeds=(), reason="no seed was run with both")
-    reached = [sum(steps[seed] is not None for seed in seeds) for steps in (arm, baseline)]
-    if min(reached) < len(seeds):
-        return StepsSaved(
-            seeds=seeds,
-            reason=f"the threshold was reached in {reached[0]} of {len(seeds)} runs, "
-            f"by the baseline in {reached[1]}",
-        )
     ours, theirs = (
         np.array([steps[seed] for seed in seeds], dtype=np.float64) for steps in (arm, baseline)
     )

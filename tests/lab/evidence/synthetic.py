@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.evidence.protocol import CLAIM_SEEDS, Cell, schedule_steps
+from normuon_lab.evidence.protocol import CELLS, CLAIM_SEEDS, Cell, schedule_steps
 from normuon_lab.evidence.runs_store import StoredRun, write_run
 from normuon_lab.runs.config import Experiment, TrainConfig
 from normuon_lab.runs.records import RunRecord
@@ -134,6 +134,42 @@ def write_cell(
                 )
                 write_run(results, stored, provenance)
     write_sweep(results, made, arms)
+
+
+LEARNED_AT = {"adamw": 400, "muon": 300, "normuon": 360}
+"""Steps to 99% accuracy in `arithmetic_cell`, before each seed's own delay."""
+
+
+def arithmetic_cell() -> Cell:
+    """The protocol's cell of modular addition."""
+    return CELLS["modular-addition"]
+
+
+def write_arithmetic(results: Path, *, seeds: Sequence[int] = CLAIM_SEEDS) -> None:
+    """Write the claim runs of `arithmetic_cell`; NorMuon's last seed never learns it."""
+    made = arithmetic_cell()
+    provenance = {"experiment": made.experiment.to_json(), **PROVENANCE}
+    steps = made.experiment.training.steps
+    for arm, learned_at in LEARNED_AT.items():
+        for seed in seeds:
+            reached = learned_at + 10 * seed
+            is_missed = arm == "normuon" and seed == CLAIM_SEEDS[-1]
+            # The accuracy of 0.99 lies half-way between the last two evaluations.
+            accuracies = [0.0, 0.5, 0.5] if is_missed else [0.0, 0.98, 1.0]
+            run = RunRecord(
+                arm=arm,
+                seed=seed,
+                learning_rate=0.001,
+                num_parameters=1,
+                steps=steps,
+                eval_steps=[0, reached - 10, reached + 10],
+                eval_losses=[4.6, 0.1, 0.0],
+                eval_seconds=[0.0, 1.0, 2.0],
+                eval_accuracies=accuracies,
+                final_loss=0.0,
+            )
+            write_run(results, StoredRun(cell=made.name, purpose="claim", record=run), provenance)
+    write_sweep(results, made, made.arms)
 
 
 def write_sweep(results: Path, made: Cell, arms: Sequence[str]) -> None:

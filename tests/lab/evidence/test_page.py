@@ -127,6 +127,26 @@ def test_verdicts_follow_from_the_made_truth(results: Path, cells: dict[str, Cel
     assert at_scale.verdict is Verdict.NOT_TESTABLE
 
 
+def test_the_adverse_case_is_judged_apart(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    cell = synthetic.arithmetic_cell()
+    synthetic.write_arithmetic(results)
+    build(results, tmp_path, cells={cell.name: cell})
+    page = (tmp_path / "results.md").read_text()
+    evidence = collect(results, {cell.name: cell})
+    claims = paper_claims(evidence, table1(evidence), None)
+    adverse = claims[-1]
+    assert adverse.claim.startswith("The adverse case")
+    # One run of six that never learns: later on average, but p > 0.05.
+    assert adverse.verdict is Verdict.NOT_REPRODUCED
+    assert adverse.figures.endswith("%")
+    # It counts for no claim on final losses.
+    assert all(not claim.cells for claim in claims if "final loss" in claim.claim)
+    drawn = {path.stem.removeprefix(f"{cell.name}-") for path in tmp_path.rglob("*.svg")}
+    assert drawn == {"steps-saved", "accuracies", "learning-rates"}
+    assert "Steps are counted until a run first has 99% held-out accuracy" in page
+
+
 def test_without_any_run_the_page_claims_nothing(tmp_path: Path, cells: dict[str, Cell]) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()

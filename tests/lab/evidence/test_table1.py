@@ -98,3 +98,20 @@ def test_runs_on_other_seeds_are_not_claimed_on(tmp_path: Path) -> None:
     synthetic.write_cell(tmp_path, cell, seeds=[0, 1, 1000])
     row = row_of(table1(collect(tmp_path, {cell.name: cell})), "normuon", "adamw")
     assert row["claim_seeds"] == [0, 1]
+
+
+def test_steps_to_an_accuracy_are_compared_by_their_means(tmp_path: Path) -> None:
+    cell = synthetic.arithmetic_cell()
+    synthetic.write_arithmetic(tmp_path)
+    table = table1(collect(tmp_path, {cell.name: cell}))
+    muon, normuon = row_of(table, "muon", "adamw"), row_of(table, "normuon", "muon")
+    assert muon["measure"] == normuon["measure"] == "99% held-out accuracy"
+    # Seeds 0 to 5 are 0 to 50 steps later: 325 against 425 steps.
+    assert muon["steps_saved_percent"] == pytest.approx(100 * (1 - 325 / 425), abs=0.01)
+    assert (muon["notes"], muon["loss_difference"]) == ([], None)
+    # NorMuon's means: 360 to 400 for five seeds, and 1.5 * 1000 for the one that never learns.
+    mean = (sum(360 + 10 * seed for seed in range(5)) + 1500) / 6
+    assert normuon["steps_saved_percent"] == pytest.approx(100 * (1 - mean / 325), abs=0.01)
+    assert "NorMuon never had the accuracy in 1 of 6 runs" in normuon["notes"][0]
+    (rescale,) = table["muon_rescale"]
+    assert rescale["more_steps_percent"] == pytest.approx(100 * (325 / mean - 1), abs=0.01)

@@ -22,6 +22,7 @@ from normuon_lab.evidence.figures.bands import (
 )
 from normuon_lab.evidence.paper import STEPS_SAVED_1B
 from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.evidence.table1 import FINAL_LOSS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 
@@ -95,7 +96,7 @@ def steps_saved_figure(
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_title(found.title, loc="left", fontsize=10, color=INK)
         style_axes(axes, grid_axis="x")
-    all_axes[-1].set_xlabel("steps saved to AdamW's final loss (percent), 95% intervals", color=INK)
+    all_axes[-1].set_xlabel("steps saved against AdamW (percent), 95% intervals", color=INK)
     handles = [
         Line2D([], [], color=INK, marker="o", linewidth=2.6, label="bootstrap"),
         Line2D([], [], color=INK, linewidth=0.9, label="Student's t"),
@@ -158,5 +159,5 @@ def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
             axes.plot([low, high], [place, place], color=style.color, linewidth=width)
     axes.plot([saved], [place], color=style.color, marker=style.matplotlib_marker, markersize=8)
     paper = STEPS_SAVED_1B.get(row["arm"])
-    if paper is not None:
+    if paper is not None and row["measure"] == FINAL_LOSS:
         axes.plot([paper], [place], **PAPER_MARK)

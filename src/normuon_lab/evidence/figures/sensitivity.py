@@ -56,7 +56,9 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
         axes.set_xlabel("peak learning rate of hidden matrices (logarithmic)", color=INK)
         style_axes(axes, grid_axis="both")
     all_axes[0].set_ylim(*_losses_shown([list(curve.values()) for curve in curves.values()]))
-    all_axes[0].set_ylabel("mean final loss of the tuning seeds\n(nats per token)", color=INK)
+    what = "final loss" if found.target_accuracy is None else "steps to the accuracy"
+    unit = "(nats per token)" if found.target_accuracy is None else "(a run that misses it: 1.5 x)"
+    all_axes[0].set_ylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK)
     add_legend(figure, *all_axes)
     figure.suptitle(f"Sensitivity to the learning rate: {found.title}", color=INK)
     return figure
