@@ -128,7 +128,7 @@ def test_lengths_that_lack_seeds_are_left_out_and_named() -> None:
     baseline = arm_of({500: 2.0}, [0.0, 0.1, 0.2])[500]
     saved = steps_saved_by_schedules(arm, baseline, full_steps=500)
     assert saved.percent is not None
-    assert saved.notes == ("schedules of 400 steps left out: seeds 2 are missing",)
+    assert saved.notes == ("schedules of 400 steps left out: without seeds 2",)
 
 
 def test_a_curve_that_turns_up_is_pooled_and_said_so() -> None:

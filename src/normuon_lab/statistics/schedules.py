@@ -138,17 +138,9 @@ def steps_saved_by_schedules(
         The figure over the seeds that the baseline has and the arm's most complete length has;
         lengths that lack some of them are left out and named in the notes.
     """
-    shared = {n: set(by_seed) & set(baseline) for n, by_seed in arm.items()}
-    if not any(shared.values()):
+    seeds, lengths, notes = _shared_runs(arm, baseline, full_steps=full_steps)
+    if not seeds:
         return StepsSaved(seeds=(), reason="no seed was run with both")
-    # The full length where several are equally complete.
-    fullest = max(shared, key=lambda n: (len(shared[n]), n == full_steps))
-    seeds = tuple(sorted(shared[fullest]))
-    lengths = sorted(n for n in arm if shared[n] >= set(seeds))
-    notes = [
-        f"schedules of {n} steps left out: seeds {_listed(set(seeds) - shared[n])} are missing"
-        for n in sorted(set(arm) - set(lengths))
-    ]
     diverged = _diverged(arm, baseline, lengths, seeds)
     if diverged is not None:
         return StepsSaved(seeds=seeds, reason=diverged, notes=tuple(notes))
@@ -221,6 +213,22 @@ def steps_saved_to_threshold(arm: Mapping[int, float], baseline: Mapping[int, fl
 
 def _percent(steps: Array | float, full_steps: Array | float) -> Array:
     return np.asarray(100.0 * (1.0 - np.asarray(steps) / full_steps))
+
+
+def _shared_runs(
+    arm: LossesByLength, baseline: Mapping[int, float | None], *, full_steps: int
+) -> tuple[tuple[int, ...], list[int], list[str]]:
+    """The seeds to pair, the lengths that have all of them, and notes on the others."""
+    shared = {n: set(by_seed) & set(baseline) for n, by_seed in arm.items()}
+    # The full length where several are equally complete.
+    fullest = max(shared, key=lambda n: (len(shared[n]), n == full_steps), default=full_steps)
+    seeds = shared.get(fullest, set())
+    lengths = sorted(n for n in arm if shared[n] >= seeds)
+    notes = [
+        f"schedules of {n} steps left out: without seeds {_listed(seeds - shared[n])}"
+        for n in sorted(set(arm) - set(lengths))
+    ]
+    return tuple(sorted(seeds)), lengths, notes
 
 
 def _by_seed(

@@ -90,7 +90,7 @@ def sensitivity_figure(found: CellEvidence) -> Figure | None:
     counts = [len(changes[name]) + 1 for name in names]
     rows = [names[:2], names[2:]] if len(names) > 2 else [names]
     figure = new_figure(10.0, 3.4 * len(rows) + 0.4)
-    parts = np.atleast_1d(figure.subfigures(len(rows), 1))
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, shown in zip(parts, rows, strict=True):
         widths = [counts[names.index(name)] + 0.6 for name in shown]
         row = part.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
