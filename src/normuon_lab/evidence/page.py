@@ -45,6 +45,7 @@ def render_page(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["unbroken"] = lambda text: text.replace(" ", "&nbsp;")
     return environment.get_template("results.md.j2").render(
         claims=paper_claims(evidence, table1, table2),
         alpha=ALPHA,
@@ -57,12 +58,6 @@ def render_page(
         claim_seeds=CLAIM_SEEDS,
         tuning_seeds=TUNING_SEEDS,
     )
-
-
-def saved_words(row: Mapping[str, Any]) -> str:
-    """A row of Table 1 in a table's cell: the percentage, or why there is none."""
-    saved = row["steps_saved_percent"]
-    return f"none: {row['reason_if_missing']}" if saved is None else f"**{saved:.1f}%**"
 
 
 def missing_words(found: CellEvidence) -> list[str]:
@@ -108,7 +103,7 @@ def _cell(
         "full_steps": found.full_steps,
         "measure": measure_of(found),
         "counts_losses": found.target_accuracy is None,
-        "rows": [_row(row) for row in table1["rows"] if row["cell"] == name],
+        "tables": _tables(found, table1),
         "settings": [_setting(found, arm) for arm in found.cell.arms if arm in found.tuning],
         "update_figures": [
             figure
@@ -119,21 +114,40 @@ def _cell(
     }
 
 
+def _tables(found: CellEvidence, table1: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table per baseline: the rows that have a figure, and why the others have none."""
+    tables = []
+    for baseline in ("adamw", "muon"):
+        rows = [
+            row
+            for row in table1["rows"]
+            if (row["cell"], row["baseline"]) == (found.cell.name, baseline)
+        ]
+        tables.append(
+            {
+                "baseline": label_of(baseline),
+                "rows": [_row(row) for row in rows if row["steps_saved_percent"] is not None],
+                "without": [
+                    f"{label_of(row['arm'])}: {row['reason_if_missing']}"
+                    for row in rows
+                    if row["steps_saved_percent"] is None
+                ],
+                "notes": [
+                    f"{label_of(row['arm'])}: {note}" for row in rows for note in row["notes"]
+                ],
+            }
+        )
+    return tables
+
+
 def _row(row: Mapping[str, Any]) -> dict[str, str]:
-    has_figure = row["steps_saved_percent"] is not None
-    sign_flip = row["p_value_sign_flip"]
     return {
         "arm": label_of(row["arm"]),
-        "baseline": label_of(row["baseline"]),
-        "saved": saved_words(row),
-        "ci95": interval_words(row["ci95"]) if has_figure else "",
-        "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",
+        "saved": f"{row['steps_saved_percent']:.1f}%",
+        "ci95": interval_words(row["ci95"]),
+        "ci95_t": interval_words(row["ci95_t"]),
         "loss": "" if row["loss_difference"] is None else f"{row['loss_difference']:+.4f}",
         "p_value": "" if row["p_value"] is None else p_words(row["p_value"]),
-        "sign_flip": "" if sign_flip is None else f"{sign_flip:.3g}",
-        "seeds": str(len(row["claim_seeds"])),
-        "trials": "" if row["tuning_trials"] is None else str(row["tuning_trials"]),
-        "notes": "; ".join(row["notes"]),
     }
 
 
@@ -143,11 +157,10 @@ def _rescale(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "title": f"{row['task']}, {row['size']}",
         "measure": row["measure"],
-        "more": f"**{more:+.1f}%**" if has_figure else f"none: {row['reason_if_missing']}",
+        "more": f"{more:+.1f}%" if has_figure else "none",
         "ci95": interval_words(row["ci95"]) if has_figure else "",
         "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",
-        "seeds": str(len(row["claim_seeds"])),
-        "notes": "; ".join(row["notes"]),
+        "notes": [note for note in (row["reason_if_missing"], *row["notes"]) if note],
     }
 
 

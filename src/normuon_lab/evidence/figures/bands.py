@@ -47,17 +47,24 @@ def draw_band(
     )
 
 
-def draw_target(axes: Axes, loss: float) -> None:
-    """The loss that all arms are to reach: AdamW's mean final loss."""
+def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
+    """The loss that all arms are to reach: AdamW's mean final loss.
+
+    Args:
+        axes: where to.
+        loss: that loss.
+        on_right: whether to name it above the right end, and not below the left one.
+    """
     color = style_of("adamw").color
     axes.axhline(loss, color=color, linestyle=":", linewidth=1.2)
     axes.annotate(
         f"{label_of('adamw')}'s final loss, {loss:.3f}",
-        (0.02, loss),
+        (0.98 if on_right else 0.02, loss),
         xycoords=("axes fraction", "data"),
-        xytext=(0, -3),
+        xytext=(0, 3 if on_right else -3),
         textcoords="offset points",
-        va="top",
+        ha="right" if on_right else "left",
+        va="bottom" if on_right else "top",
         fontsize=LABEL_SIZE,
         color=color,
     )

@@ -26,6 +26,7 @@ from normuon_lab.evidence.table1 import FINAL_LOSS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 
+BASELINES = ("adamw", "muon")
 INCHES_PER_ARM = 0.3
 PAPER_MARK: dict[str, Any] = {
     "marker": "o",
@@ -55,12 +56,14 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
         draw_band(
             axes, arm, list(by_length), np.array(list(by_length.values())).T, with_markers=True
         )
-    draw_target(axes, target)
-    for row in rows:
-        saved = row["steps_saved_percent"]
-        is_shown = row["cell"] == found.cell.name and row["baseline"] == "adamw"
-        if is_shown and row["arm"] in finals and saved is not None:
-            _mark_crossing(axes, row["arm"], saved, found.full_steps, target)
+    draw_target(axes, target, on_right=True)
+    crossings = sorted(
+        (found.full_steps * (1 - row["steps_saved_percent"] / 100), row["arm"])
+        for row in _shown_rows(found, rows).get("adamw", [])
+        if row["arm"] in finals
+    )
+    for place, (steps, arm) in enumerate(crossings):
+        _mark_crossing(axes, arm, steps, found.full_steps, target, on_right=place > 0)
     lengths = sorted({n for by_length in finals.values() for n in by_length})
     axes.set_xscale("log")
     axes.set_xticks(lengths)
@@ -78,28 +81,25 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
 def steps_saved_figure(
     evidence: Sequence[CellEvidence], rows: Sequence[Mapping[str, Any]]
 ) -> Figure | None:
-    """Table 1 against AdamW as points with intervals, a panel per cell; None without any figure."""
-    panels = [(found, _shown_rows(found, rows)) for found in evidence]
-    panels = [(found, shown) for found, shown in panels if shown]
-    if not panels:
+    """Table 1 as points with intervals, a row of panels per cell; None without any figure."""
+    shown = {found.cell.name: _shown_rows(found, rows) for found in evidence}
+    titles = {found.cell.name: found.title for found in evidence if shown[found.cell.name]}
+    if not titles:
         return None
-    heights = [len(shown) + 0.8 for _, shown in panels]
-    figure = new_figure(8.5, 1.1 + 0.35 * len(panels) + INCHES_PER_ARM * sum(heights))
-    all_axes = figure.subplots(
-        len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )[:, 0]
-    for axes, (found, shown) in zip(all_axes, panels, strict=True):
-        for place, row in enumerate(shown):
-            _draw_saving(axes, place, row)
-        axes.set_yticks(range(len(shown)), [label_of(row["arm"]) for row in shown])
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.axvline(0, color=MUTED, linewidth=1)
-        axes.set_title(found.title, loc="left", fontsize=10, color=INK)
-        style_axes(axes, grid_axis="x")
-    all_axes[-1].set_xlabel("steps saved against AdamW (percent), 95% intervals", color=INK)
+    heights = [max(map(len, shown[name].values())) + 0.8 for name in titles]
+    figure = new_figure(11.0, 1.1 + 0.35 * len(titles) + INCHES_PER_ARM * sum(heights))
+    shape = (len(titles), len(BASELINES))
+    grid = figure.subplots(*shape, sharex="col", squeeze=False, height_ratios=heights)
+    for panels, (name, title) in zip(grid, titles.items(), strict=True):
+        panels[0].set_title(title, loc="left", fontsize=10, color=INK)
+        num_places = max(map(len, shown[name].values()))
+        for axes, baseline in zip(panels, BASELINES, strict=True):
+            _draw_panel(axes, shown[name].get(baseline, []), num_places=num_places)
+    for axes, baseline in zip(grid[-1], BASELINES, strict=True):
+        axes.set_xlabel(f"steps saved against {label_of(baseline)} (percent)", color=INK)
     handles = [
-        Line2D([], [], color=INK, marker="o", linewidth=2.6, label="bootstrap"),
-        Line2D([], [], color=INK, linewidth=0.9, label="Student's t"),
+        Line2D([], [], color=INK, marker="o", linewidth=2.6, label="95% bootstrap"),
+        Line2D([], [], color=INK, linewidth=0.9, label="95% Student's t"),
         Line2D([], [], label="the paper, 1.1B parameters", **PAPER_MARK),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -119,34 +119,49 @@ def _complete(
     return complete
 
 
-def _mark_crossing(axes: Axes, arm: str, saved: float, full_steps: int, target: float) -> None:
-    steps = full_steps * (1 - saved / 100)
+def _mark_crossing(
+    axes: Axes, arm: str, steps: float, full_steps: int, target: float, *, on_right: bool
+) -> None:
+    """A star where the arm meets the target, and below it what that saves."""
     color = color_of(arm)
     axes.scatter([steps], [target], marker="*", s=200, color=color, edgecolors="white", zorder=4)
-    change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
     bottom = axes.get_ylim()[0]
     axes.plot([steps, steps], [bottom, target], color=color, linestyle=":", linewidth=1.2)
     axes.set_ylim(bottom=bottom)
+    saved = 100 * (1 - steps / full_steps)
+    change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
     axes.annotate(
         f"{label_of(arm)}:\n{steps:.0f} steps,\n{change}",
         (steps, 0.03),
         xycoords=("data", "axes fraction"),
-        xytext=(-5, 0),
+        xytext=(5 if on_right else -5, 0),
         textcoords="offset points",
-        ha="right",
+        ha="left" if on_right else "right",
         fontsize=LABEL_SIZE,
         color=INK,
     )
 
 
-def _shown_rows(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [
-        row
-        for row in rows
-        if row["cell"] == found.cell.name
-        and row["baseline"] == "adamw"
-        and row["steps_saved_percent"] is not None
-    ]
+def _shown_rows(
+    found: CellEvidence, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Mapping[str, Any]]]:
+    """By baseline, a cell's rows on final losses that have a figure."""
+    shown: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        is_here = row["cell"] == found.cell.name and row["measure"] == FINAL_LOSS
+        if is_here and row["steps_saved_percent"] is not None:
+            shown.setdefault(row["baseline"], []).append(row)
+    return shown
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], *, num_places: int) -> None:
+    for place, row in enumerate(rows):
+        _draw_saving(axes, place, row)
+    axes.set_yticks(range(len(rows)), [label_of(row["arm"]) for row in rows])
+    # All panels of a cell are as high, so that arms are as far apart.
+    axes.set_ylim(num_places - 0.4, -0.6)
+    axes.axvline(0, color=MUTED, linewidth=1)
+    style_axes(axes, grid_axis="x")
 
 
 def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
@@ -159,5 +174,5 @@ def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
             axes.plot([low, high], [place, place], color=style.color, linewidth=width)
     axes.plot([saved], [place], color=style.color, marker=style.matplotlib_marker, markersize=8)
     paper = STEPS_SAVED_1B.get(row["arm"])
-    if paper is not None and row["measure"] == FINAL_LOSS:
+    if paper is not None and row["baseline"] == "adamw":
         axes.plot([paper], [place], **PAPER_MARK)
