@@ -30,8 +30,10 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
                 "schedules": schedule_figure(found, rows),
                 "ablations": ablation_figure(found),
                 "sensitivity": sensitivity_figure(found),
-                **update_figures(found),
             }
+            # A megabyte per cell: the one with all arms; the claims count the other cells' too.
+            if found.cell.other_arms:
+                of_cell |= update_figures(found)
         else:
             of_cell["accuracies"] = accuracy_figure(found)
         figures |= {f"{found.cell.name}-{what}": figure for what, figure in of_cell.items()}
