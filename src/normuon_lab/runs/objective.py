@@ -9,6 +9,18 @@ MISSED_FACTOR = 1.5
 """A run that never reaches the accuracy counts as this many times its steps."""
 
 
+def objective_name(training: TrainConfig) -> str:
+    """What the number is, with its unit.
+
+    Example:
+        >>> objective_name(TrainConfig())
+        'final validation loss, nats per token'
+    """
+    if training.stop_at_accuracy is None:
+        return "final validation loss, nats per token"
+    return f"steps to {training.stop_at_accuracy:.0%} held-out accuracy"
+
+
 def objective(record: RunRecord, training: TrainConfig) -> float | None:
     """The final validation loss, or where runs stop at an accuracy, the steps to it.
 

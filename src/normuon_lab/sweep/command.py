@@ -80,11 +80,11 @@ def best_settings(contents: Mapping[str, Any]) -> Table:
     """The best setting of every arm of an export."""
     from rich.table import Table
 
-    table = Table(title="Best settings, by mean final validation loss")
-    for title in ("arm", "learning rate", "AdamW's", "weight decay", "loss", "trials"):
+    table = Table(title=f"Best settings, by mean {contents['objective']}")
+    for title in ("arm", "learning rate", "AdamW's", "weight decay", "mean", "trials"):
         table.add_column(title, justify="left" if title == "arm" else "right")
     for name, arm in contents["arms"].items():
-        loss = arm["mean_final_loss"]
+        loss = arm["mean_objective"]
         table.add_row(
             name,
             *("same" if value is None else f"{value:.4g}" for value in arm["best"].values()),

@@ -52,8 +52,8 @@ class Trial:
         return {
             "place": list(self.place),
             **self.setting.to_json(),
-            "mean_final_loss": self.mean if math.isfinite(self.mean) else None,
-            "final_losses": {str(seed): value for seed, value in self.objectives.items()},
+            "mean_objective": self.mean if math.isfinite(self.mean) else None,
+            "objectives": {str(seed): value for seed, value in self.objectives.items()},
         }
 
     @classmethod
@@ -62,7 +62,7 @@ class Trial:
         return cls(
             place=tuple(values["place"]),
             setting=Setting(**{name: values[name] for name in AXES}),
-            objectives={int(seed): value for seed, value in values["final_losses"].items()},
+            objectives={int(seed): value for seed, value in values["objectives"].items()},
         )
 
 

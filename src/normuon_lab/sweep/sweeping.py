@@ -14,7 +14,7 @@ from normuon_lab.atomic_files import read_json, write_json
 from normuon_lab.errors import InputError, InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec, first_difference
-from normuon_lab.runs.objective import objective
+from normuon_lab.runs.objective import objective, objective_name
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import Task, load_task
 from normuon_lab.sweep.search import Losses, best_place, is_interior, next_round
@@ -198,7 +198,7 @@ def arm_to_json(axes: tuple[str, ...], trials: Sequence[Trial]) -> dict[str, Any
         "axes": list(axes),
         "best": best.setting.to_json(),
         "is_interior": is_interior(losses),
-        "mean_final_loss": best.to_json()["mean_final_loss"],
+        "mean_objective": best.to_json()["mean_objective"],
         "trials": [{"number": i, **trial.to_json()} for i, trial in enumerate(trials)],
     }
 
@@ -209,6 +209,7 @@ def _opened(request: SweepRequest, task: Task) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "cell": request.name,
+        "objective": objective_name(request.experiment.training),
         "created": utc_now(),
         "seeds": list(request.seeds),
         "config": request.experiment.to_json(),

@@ -180,17 +180,17 @@ def write_sweep(results: Path, made: Cell, arms: Sequence[str]) -> None:
             "axes": ["learning_rate", "weight_decay", "adam_lr"],
             "best": {"learning_rate": 0.004, "weight_decay": 0.1, "adam_lr": 0.004},
             "is_interior": True,
-            "mean_final_loss": 2.0,
+            "mean_objective": 2.0,
             "trials": [
                 {
                     "number": i,
                     "learning_rate": rate,
                     "weight_decay": decay,
                     "adam_lr": 0.004,
-                    "mean_final_loss": None
+                    "mean_objective": None
                     if rate > 0.03
                     else 2.0 - SHIFTS[arm] + 0.1 * math.log(rate / 0.004) ** 2 + decay / 10,
-                    "final_losses": {},
+                    "objectives": {},
                 }
                 for i, (rate, decay) in enumerate((r, d) for r in rates for d in (0.1, 0.3))
             ],

@@ -74,8 +74,8 @@ def test_the_bottom_of_a_valley_is_found_on_every_seed_with_equal_budgets(tmp_pa
     for arm in found.values():
         assert arm["best"] == {"learning_rate": 0.004, "adam_lr": 0.016, "weight_decay": 1.0}
         assert arm["is_interior"]
-        assert arm["mean_final_loss"] == pytest.approx(2.0 + 1000.5 / 1e6)
-        assert all(set(trial["final_losses"]) == {"1000", "1001"} for trial in arm["trials"])
+        assert arm["mean_objective"] == pytest.approx(2.0 + 1000.5 / 1e6)
+        assert all(set(trial["objectives"]) == {"1000", "1001"} for trial in arm["trials"])
     assert len(seen) == len(set(seen)) == 2 * 2 * len(found["adamw"]["trials"])
     assert len(saves) > 3
 
@@ -122,7 +122,7 @@ def test_diverged_settings_lose_and_are_kept(tmp_path: Path) -> None:
     studies = Studies(request.storage, request.name)
     sweep(request, studies, run_many=runner(loss_of, []), save=lambda: None)
     found = arm_to_json(AXES, studies.trials("adamw"))
-    diverged = [trial for trial in found["trials"] if trial["mean_final_loss"] is None]
+    diverged = [trial for trial in found["trials"] if trial["mean_objective"] is None]
     assert diverged == [trial for trial in found["trials"] if trial["learning_rate"] > 0.008]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["best"]["learning_rate"] == 0.004

@@ -69,12 +69,12 @@ def best_by_rate(trials: Sequence[Mapping[str, Any]]) -> dict[float, float]:
 
     Example:
         >>> trials = [(0.1, 3.0), (0.2, 2.5), (0.1, 2.0), (0.4, None)]
-        >>> best_by_rate([{"learning_rate": r, "mean_final_loss": loss} for r, loss in trials])
+        >>> best_by_rate([{"learning_rate": r, "mean_objective": loss} for r, loss in trials])
         {0.1: 2.0, 0.2: 2.5}
     """
     best: dict[float, float] = {}
     for trial in trials:
-        rate, loss = trial["learning_rate"], trial["mean_final_loss"]
+        rate, loss = trial["learning_rate"], trial["mean_objective"]
         if loss is not None:
             best[rate] = min(loss, best.get(rate, loss))
     return dict(sorted(best.items()))
