@@ -3,7 +3,8 @@
 A coordinate search on a lattice. Axis by axis, the best place gets its two neighbours; whenever
 one of them is better, it is the new best place, with neighbours of its own. So every grid is
 extended until the best place is interior: worse neighbours on both sides along every axis. Trials
-that are left after that refine: half a step along each axis, towards the better neighbour.
+that are left after that refine: half a step along each axis, towards the better neighbour. A place
+is better if its loss is lower by a thousandth: less is a tie, and the place tried first stays.
 
 Every arm gets the same number of trials: at least `min_trials`, more as long as the best place of
 any arm is not interior, and then for all.
@@ -17,12 +18,23 @@ from collections.abc import Mapping, Sequence
 from normuon_lab.sweep.space import Place
 
 Losses = Mapping[Place, float]
-"""The mean final loss by place; math.inf where a run diverged."""
+"""The mean objective by place, in the order of trials; math.inf where a run diverged."""
+
+TIE = 1e-3
+"""Objectives that differ by less, relatively, are equal: seeds differ by ten times as much."""
 
 
 def best_place(losses: Losses) -> Place:
-    """The place of the lowest loss; the lowest place of several that are equal."""
-    return min(sorted(losses), key=lambda place: losses[place])
+    """The place of the lowest loss; of several that are equal but for `TIE`, the first tried.
+
+    Along a flat axis, such as a weight decay that does nothing, a search would otherwise follow
+    noise to ever smaller values.
+
+    >>> best_place({(0.0,): 2.0, (1.0,): 1.9999, (2.0,): 2.5})
+    (0.0,)
+    """
+    least = min(losses.values())
+    return next(place for place, loss in losses.items() if loss <= least + TIE * abs(least))
 
 
 def is_interior(losses: Losses) -> bool:

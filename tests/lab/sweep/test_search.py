@@ -63,6 +63,20 @@ def test_the_grid_is_extended_beyond_a_best_place_at_its_end() -> None:
     assert next_places(losses, (0.0,)) == [(3.0,)]
 
 
+def test_a_flat_axis_is_not_followed() -> None:
+    def loss_of(place: Place) -> float:
+        return 2.0 + place[0] ** 2 + 1e-4 * place[1]
+
+    tried = search({"a": loss_of}, (1.0, 0.0), min_trials=3, max_trials=30)
+    assert is_interior(tried["a"])
+    assert best_place(tried["a"])[0] == 0.0
+    assert len(tried["a"]) < 12
+
+
+def test_all_diverged_places_leave_the_first_as_the_best() -> None:
+    assert best_place({(3.0,): math.inf, (2.0,): math.inf}) == (3.0,)
+
+
 def test_a_diverged_neighbour_bounds_the_grid() -> None:
     losses = {(0.0,): 2.0, (1.0,): math.inf, (-1.0,): 2.5}
     assert is_interior(losses)
