@@ -3,7 +3,8 @@
 Every arm runs the full length on every claim seed. Then lengths are added, one rung of the ladder
 `protocol.schedule_steps` at a time, until the crossing of each target lies between two neighbouring
 lengths: downwards while an arm is at or below the target, upwards while it is above. Targets are
-AdamW's mean final loss at the full length, and, between Muon and NorMuon, the other's.
+AdamW's final loss at the full length, and, between Muon and NorMuon, the other's; of the means over
+seeds, and of every seed.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from normuon_lab.evidence.protocol import MAIN_ARMS
 LOWEST_RUNG = -8
 HIGHEST_RUNG = 3
 
-MeanLosses = Mapping[str, Mapping[int, float]]
-"""By arm and rung, the mean final loss over all claim seeds; infinite where one diverged."""
+RungLosses = Mapping[str, Mapping[int, float]]
+"""By arm and rung, the final loss of one seed or the mean of all; infinite where a run diverged."""
 
 
-def missing_rungs(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+def missing_rungs(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
     """Arm and rung of the complete schedules to run next; empty when all targets are bracketed.
 
     Args:
-        means: what was run, all claim seeds of a rung or none.
+        losses: what was run, all claim seeds of a rung or none.
         arms: the arms of the cell.
 
     Example:
@@ -35,31 +36,31 @@ def missing_rungs(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int
         >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8, -1: 2.1}}, ["adamw", "normuon"])
         []
     """
-    full = missing_full(means, arms)
+    full = missing_full(losses, arms)
     if full:
         return full
     wanted = []
     for arm in arms:
-        for target in _targets(means, arm):
-            rung = _next_rung(means[arm], target)
+        for target in _targets(losses, arm):
+            rung = _next_rung(losses[arm], target)
             if rung is not None and (arm, rung) not in wanted:
                 wanted.append((arm, rung))
     return wanted
 
 
-def missing_full(means: MeanLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+def missing_full(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
     """The arms without the full length, each with its rung, 0."""
-    return [(arm, 0) for arm in arms if 0 not in means.get(arm, {})]
+    return [(arm, 0) for arm in arms if 0 not in losses.get(arm, {})]
 
 
-def _targets(means: MeanLosses, arm: str) -> list[float]:
+def _targets(losses: RungLosses, arm: str) -> list[float]:
     """The losses whose crossing an arm's schedules must bracket."""
-    baselines = [name for name in MAIN_ARMS if name in means and name != arm]
+    baselines = [name for name in MAIN_ARMS if name in losses and name != arm]
     if arm == "adamw":
         return []
     if arm not in MAIN_ARMS:
         baselines = [name for name in baselines if name == "adamw"]
-    return [means[name][0] for name in baselines]
+    return [losses[name][0] for name in baselines]
 
 
 def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from normuon_lab.atomic_files import read_json
 from normuon_lab.errors import InterruptedRunsError, require
-from normuon_lab.evidence.claims import missing_full, missing_rungs
+from normuon_lab.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_full, missing_rungs
 from normuon_lab.evidence.protocol import (
     CLAIM_SEEDS,
     INHERITED_FROM,
@@ -94,8 +94,7 @@ def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Conso
     full = cell.experiment.training.steps
     while True:
         records = [run.record for run in read_runs(results, cell.name)]
-        means = _means(records, full)
-        wanted = missing_rungs(means, arms) if cell.has_ladder else missing_full(means, arms)
+        wanted = _missing(_losses_by_rung(records, full), arms, has_ladder=cell.has_ladder)
         if not wanted:
             return
         specs = [
@@ -149,19 +148,33 @@ def _spec(
     )
 
 
-def _means(records: Sequence[RunRecord], full: int) -> dict[str, dict[int, float]]:
-    """Mean final losses of the rungs that all claim seeds have finished."""
-    rung_of = {schedule_steps(full, rung): rung for rung in range(-12, 8)}
+def _missing(
+    losses: Mapping[tuple[str, int], Mapping[int, float]], arms: Sequence[str], *, has_ladder: bool
+) -> list[tuple[str, int]]:
+    """Arm and rung still to run, so that the means and every single seed have their crossings."""
+    views: list[dict[str, dict[int, float]]] = [{} for _ in range(1 + len(CLAIM_SEEDS))]
+    for (arm, rung), by_seed in losses.items():
+        if len(by_seed) == len(CLAIM_SEEDS):
+            mean = math.fsum(by_seed.values()) / len(by_seed)
+            values = [mean, *(by_seed[seed] for seed in CLAIM_SEEDS)]
+            for view, value in zip(views, values, strict=True):
+                view.setdefault(arm, {})[rung] = value
+    if not has_ladder:
+        return missing_full(views[0], arms)
+    return sorted({wanted for view in views for wanted in missing_rungs(view, arms)})
+
+
+def _losses_by_rung(
+    records: Sequence[RunRecord], full: int
+) -> dict[tuple[str, int], dict[int, float]]:
+    """Final losses by arm and rung, and by seed; infinite where a run diverged."""
+    rung_of = {schedule_steps(full, rung): rung for rung in range(LOWEST_RUNG, HIGHEST_RUNG + 1)}
     losses: dict[tuple[str, int], dict[int, float]] = {}
     for record in records:
         if record.steps in rung_of and record.seed in CLAIM_SEEDS:
             loss = math.inf if record.final_loss is None else record.final_loss
             losses.setdefault((record.arm, rung_of[record.steps]), {})[record.seed] = loss
-    means: dict[str, dict[int, float]] = {}
-    for (arm, rung), by_seed in losses.items():
-        if len(by_seed) == len(CLAIM_SEEDS):
-            means.setdefault(arm, {})[rung] = math.fsum(by_seed.values()) / len(by_seed)
-    return means
+    return losses
 
 
 def _run(
