@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_code_runs_from_top_to_bottom():
@@ -22,7 +24,22 @@ def test_the_readmes_code_runs_from_top_to_bottom():
 
 
 def test_the_readmes_files_exist():
-    root = Path(__file__).parents[2]
     links = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert links
-    assert [link for link in links if not (root / link).exists()] == []
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readmes_evidence_is_the_published_tables():
+    rows = json.loads((ROOT / "results" / "table1.json").read_text())["rows"]
+    for baseline in ("AdamW", "Muon"):
+        (row,) = (
+            row
+            for row in rows
+            if (row["cell"], row["arm"], row["baseline"])
+            == ("bytes-small", "normuon", baseline.lower())
+        )
+        low, high = row["ci95_t"]
+        figure = f"{row['steps_saved_percent']:.1f}% ({low:.1f} to {high:.1f})"
+        assert re.search(
+            rf"fewer steps to the loss of {baseline},.*\| {re.escape(figure)} \|", README
+        )
