@@ -115,13 +115,17 @@ def _cell(
 
 
 def _tables(found: CellEvidence, table1: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A table per baseline: the rows that have a figure, and why the others have none."""
+    """A table per baseline: the rows that have a figure, and why the others have none.
+
+    Arms that were never run are left out: `missing_words` names them once for the whole cell.
+    """
     tables = []
+    run = {record.arm for record in found.runs}
     for baseline in ("adamw", "muon"):
         rows = [
             row
             for row in table1["rows"]
-            if (row["cell"], row["baseline"]) == (found.cell.name, baseline)
+            if (row["cell"], row["baseline"]) == (found.cell.name, baseline) and row["arm"] in run
         ]
         tables.append(
             {
