@@ -259,6 +259,9 @@ def _rival(module: str, name: str, **fixed: Any) -> Builder:
     return build
 
 
+MAIN_ARMS = ("adamw", "muon", "normuon")
+"""What subcommands compare and tune unless they are told otherwise."""
+
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (

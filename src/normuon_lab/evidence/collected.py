@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json
 from normuon_lab.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
 from normuon_lab.runs.objective import objective
 from normuon_lab.runs.records import RunRecord
-
-SWEEP_KIND = "normuon sweep"
-SWEEP_SCHEMA_VERSION = 1
+from normuon_lab.sweep.export import read_tuned_arms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +96,10 @@ def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEviden
 
 
 def _collect_cell(results: Path, cell: Cell) -> CellEvidence:
-    path = results / cell.name / SWEEP_FILE
-    tuning: Mapping[str, Any] = {}
-    if path.exists():
-        values = read_json(path, kind=SWEEP_KIND, schema_version=SWEEP_SCHEMA_VERSION)
-        tuning = {arm: found for arm, found in values["arms"].items() if found["trials"]}
     records = [stored.record for stored in read_runs(results, cell.name)]
     return CellEvidence(
         cell=cell,
         runs=[record for record in records if record.seed in CLAIM_SEEDS],
         sensitivity=read_runs(results, cell.name, purpose="sensitivity"),
-        tuning=tuning,
+        tuning=read_tuned_arms(results / cell.name / SWEEP_FILE),
     )

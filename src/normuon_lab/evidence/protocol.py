@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.errors import require
 from normuon_lab.runs.config import Experiment, ModelConfig, ModularAddition, TrainConfig
 
@@ -30,7 +31,6 @@ MAX_TUNING_TRIALS = 32
 LENGTH_RATIO = 10 ** (1 / 10)
 """Neighbouring lengths of complete schedules differ by this factor: 0.50, 0.63, 0.79, 1, 1.26."""
 
-MAIN_ARMS = ("adamw", "muon", "normuon")
 OTHER_ARMS = (
     *("normuon-original", "normuon-short", "muon-adam", "normuon-front", "normuon-tall"),
     *("muon-frobenius", "dion", "adam-mini", "rmnp"),

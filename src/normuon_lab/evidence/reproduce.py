@@ -75,18 +75,10 @@ def repeat_runs(
             f"{run.path} was made from another text (SHA-256 {run.corpus_digest[:12]}..., not "
             f"{corpus.digest[:12]}...): the standard library of another Python, say",
         )
-    from normuon_lab.runs.execution import execute
-    from normuon_lab.runs.workers import Job
+    from normuon_lab.runs.execution import execute_specs
 
     published = {_spec(run.record): run.record for run in chosen}
-    repeated: dict[RunSpec, RunRecord] = {}
-    execute(
-        [Job(spec) for spec in published],
-        cell.experiment,
-        corpus,
-        console=console,
-        on_finished=repeated.__setitem__,
-    )
+    repeated = execute_specs(list(published), cell.experiment, corpus, console=console)
     return [Repeat(record, repeated[spec]) for spec, record in published.items()]
 
 

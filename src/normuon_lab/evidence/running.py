@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from normuon_lab.atomic_files import read_json
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_full, missing_rungs
 from normuon_lab.evidence.protocol import (
@@ -28,8 +27,9 @@ from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import load_task
+from normuon_lab.sweep.export import read_tuned_arms
 from normuon_lab.sweep.space import AXES, Setting
-from normuon_lab.sweep.sweeping import KIND, SCHEMA_VERSION, SweepRequest, run_sweep
+from normuon_lab.sweep.sweeping import SweepRequest, run_sweep
 
 PROBED_SEED = CLAIM_SEEDS[0]
 """One seed is enough to see the shape of an update, and its numbers are many."""
@@ -79,11 +79,8 @@ def _evaluated_at_the_end(experiment: Experiment) -> Experiment:
 
 def tuned_settings(results: Path, cell: Cell) -> dict[str, Setting]:
     """The best setting of every arm that was tuned."""
-    path = results / cell.name / SWEEP_FILE
-    if not path.exists():
-        return {}
-    contents = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
-    return {name: Setting(**arm["best"]) for name, arm in contents["arms"].items() if "best" in arm}
+    tuned = read_tuned_arms(results / cell.name / SWEEP_FILE)
+    return {name: Setting(**arm["best"]) for name, arm in tuned.items()}
 
 
 def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:

@@ -74,3 +74,18 @@ def execute(
         raise RunsFailedError(
             "; ".join(f"{event.job.spec.name} failed: {event.reason}" for event in failures)
         )
+
+
+def execute_specs(
+    specs: Sequence[RunSpec], experiment: Experiment, task: Task, *, console: Console
+) -> dict[RunSpec, RunRecord]:
+    """Do all runs and return their records; see `execute`."""
+    records: dict[RunSpec, RunRecord] = {}
+    execute(
+        [Job(spec) for spec in specs],
+        experiment,
+        task,
+        console=console,
+        on_finished=records.__setitem__,
+    )
+    return records

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from normuon_lab.errors import require
 from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
 
-MAIN_ARMS = ("adamw", "muon", "normuon")
-"""What subcommands compare and tune unless they are told otherwise."""
-
 _MODEL = ModelConfig()
 _TRAINING = TrainConfig()
 _BPE_VOCAB_SIZE = 1024

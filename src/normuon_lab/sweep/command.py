@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.errors import RunsFailedError, require
-from normuon_lab.runs.options import MAIN_ARMS, ExperimentOptions
+from normuon_lab.runs.options import ExperimentOptions
 
 if TYPE_CHECKING:
     from rich.table import Table

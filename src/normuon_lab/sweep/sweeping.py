@@ -17,12 +17,10 @@ from normuon_lab.runs.config import Experiment, RunSpec, first_difference
 from normuon_lab.runs.objective import objective, objective_name
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import Task, load_task
+from normuon_lab.sweep.export import KIND, SCHEMA_VERSION
 from normuon_lab.sweep.search import Losses, best_place, is_interior, next_round
 from normuon_lab.sweep.space import AXES, Place, Setting, in_order, setting_at
 from normuon_lab.sweep.study import Studies, Trial
-
-KIND = "normuon sweep"
-SCHEMA_VERSION = 1
 
 RunMany = Callable[[Sequence[RunSpec]], Mapping[RunSpec, RunRecord]]
 
@@ -159,8 +157,7 @@ def run_sweep(request: SweepRequest, console: Console, *, command: str) -> dict[
     contents["machine"] = describe_machine(
         num_workers=default_num_workers(len(request.arms) * len(request.seeds))
     )
-    from normuon_lab.runs.execution import execute
-    from normuon_lab.runs.workers import Job
+    from normuon_lab.runs.execution import execute_specs
 
     def save() -> None:
         for arm in request.arms:
@@ -168,15 +165,7 @@ def run_sweep(request: SweepRequest, console: Console, *, command: str) -> dict[
         write_json(request.out, contents)
 
     def run_many(specs: Sequence[RunSpec]) -> dict[RunSpec, RunRecord]:
-        records: dict[RunSpec, RunRecord] = {}
-        execute(
-            [Job(spec) for spec in specs],
-            request.experiment,
-            task,
-            console=console,
-            on_finished=records.__setitem__,
-        )
-        return records
+        return execute_specs(specs, request.experiment, task, console=console)
 
     try:
         sweep(request, studies, run_many=run_many, save=save)

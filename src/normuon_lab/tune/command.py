@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.errors import RunsFailedError
-from normuon_lab.runs.options import MAIN_ARMS, ExperimentOptions
+from normuon_lab.runs.options import ExperimentOptions
 
 
 @dataclass(frozen=True, kw_only=True)
