@@ -26,6 +26,16 @@ def orthogonalize_by_svd(matrix: Tensor, coefficients: tuple = JORDAN) -> Tensor
     return u @ torch.diag(s) @ vh
 
 
+def equilibrate(matrix: Tensor) -> Tensor:
+    """diag(r)^-1/2 M diag(c)^-1/2, r and c the norms of M's rows and columns."""
+    r, c = torch.linalg.norm(matrix, dim=1), torch.linalg.norm(matrix, dim=0)
+    return (
+        torch.diag(torch.where(r > 0, r, 1) ** -0.5)
+        @ matrix
+        @ torch.diag(torch.where(c > 0, c, 1) ** -0.5)
+    )
+
+
 @dataclass
 class ReferenceNorMuon:
     """One matrix, m x n, and its state; every number in float64."""
@@ -40,6 +50,7 @@ class ReferenceNorMuon:
     scaling: str = "match_rms_adamw"
     columns_are_neurons: bool = False
     coefficients: tuple = JORDAN
+    equilibrated: bool = False
     momentum: Tensor = field(init=False)
     v: Tensor = field(init=False)
 
@@ -56,6 +67,8 @@ class ReferenceNorMuon:
         direction = self.momentum
         if self.nesterov:
             direction = self.beta1 * self.momentum + (1 - self.beta1) * grad
+        if self.equilibrated:
+            direction = equilibrate(direction)
         o = orthogonalize_by_svd(direction, self.coefficients)  # line 3
         inputs = 0 if self.columns_are_neurons else 1
         self.v = self.beta2 * self.v + (1 - self.beta2) * (o * o).mean(inputs)  # line 4

@@ -98,6 +98,9 @@ class NorMuon(Optimizer):
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
         momentum_dtype: dtype of the momentum; None: the parameter's.
+        equilibrate: divide each row and column of a direction by the square root of its norm
+            before it is orthogonalised: one pass of Ruiz's equilibration, after MuonEq (arXiv
+            2603.28254). Not in the paper. It takes no state. For `normuon` and `muon` groups.
         cautious_weight_decay: decay only entries that the step moves towards zero (arXiv
             2510.12402). For `normuon` and `muon` groups.
         skip_nonfinite: leave a matrix with a NaN or infinity in its gradient, and all its state,
@@ -148,6 +151,7 @@ class NorMuon(Optimizer):
         ns_backend: Backend = "auto",
         ns_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
+        equilibrate: bool = False,
         cautious_weight_decay: bool = False,
         skip_nonfinite: bool = False,
         maximize: bool = False,
@@ -174,6 +178,7 @@ class NorMuon(Optimizer):
             "ns_backend": ns_backend,
             "ns_dtype": ns_dtype,
             "momentum_dtype": momentum_dtype,
+            "equilibrate": equilibrate,
             "cautious_weight_decay": cautious_weight_decay,
             "skip_nonfinite": skip_nonfinite,
             "maximize": maximize,

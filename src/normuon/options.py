@@ -37,8 +37,8 @@ OPTION_NAMES = frozenset(
     (
         *("algorithm", "lr", "weight_decay", "momentum", "beta2", "nesterov", "ns_coefficients"),
         *("ns_steps", "eps", "adjust_lr_fn", "neuron_axis", "orthogonalizer", "ns_dtype"),
-        *("ns_backend", "momentum_dtype", "cautious_weight_decay", "skip_nonfinite", "maximize"),
-        *("betas", "adamw_eps", "max_scratch_bytes", "view"),
+        *("ns_backend", "momentum_dtype", "equilibrate", "cautious_weight_decay", "skip_nonfinite"),
+        *("maximize", "betas", "adamw_eps", "max_scratch_bytes", "view"),
     )
 )
 """Everything a group may set."""
@@ -90,6 +90,7 @@ class MatrixOptions:
     orthogonalizer: str | Orthogonalizer
     ns_backend: Backend
     ns_dtype: torch.dtype | None
+    equilibrate: bool
     skip_nonfinite: bool
     maximize: bool
     cautious_weight_decay: bool
@@ -110,6 +111,7 @@ class MatrixOptions:
             orthogonalizer=group["orthogonalizer"],
             ns_backend=group["ns_backend"],
             ns_dtype=group["ns_dtype"],
+            equilibrate=group["equilibrate"],
             skip_nonfinite=group["skip_nonfinite"],
             maximize=group["maximize"],
             cautious_weight_decay=group["cautious_weight_decay"],
@@ -160,7 +162,8 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in ("ns_dtype", "momentum_dtype"):
         if group[name] is not None:
             _check_choice(name, group[name], NS_DTYPES, "None")
-    for name in ("nesterov", "skip_nonfinite", "maximize", "cautious_weight_decay"):
+    switches = ("nesterov", "equilibrate", "skip_nonfinite", "maximize", "cautious_weight_decay")
+    for name in switches:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be True or False")
     _check_number("max_scratch_bytes", group["max_scratch_bytes"], low=1)

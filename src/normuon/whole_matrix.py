@@ -58,6 +58,7 @@ def update_whole_matrices(
         dtype=ns_dtype,
         orthogonalizer=options.orthogonalizer,
         backend=options.ns_backend,
+        equilibrate=options.equilibrate,
         workspace=workspace,
         scratch=scratch,
     )

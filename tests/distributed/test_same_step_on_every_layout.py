@@ -94,6 +94,8 @@ def test_any_number_of_ranks(ranks, world_size, placement):
         {"balance": "paper", "ns_dtype": torch.bfloat16},
         {"ns_dtype": torch.float32, "momentum_dtype": torch.bfloat16},
         {"ns_dtype": torch.float64},
+        {"equilibrate": True},
+        {"equilibrate": True, "ns_dtype": torch.bfloat16, "nesterov": False},
     ],
     ids=lambda options: "-".join(options),
 )

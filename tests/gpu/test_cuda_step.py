@@ -43,7 +43,7 @@ def with_gradients(model: torch.nn.Module, seed: int) -> None:
         {"ns_dtype": torch.float32},
         {"ns_dtype": torch.float16},
         {"skip_nonfinite": True},
-        {"cautious_weight_decay": True},
+        {"cautious_weight_decay": True, "equilibrate": True},
         {"nesterov": False, "adjust_lr_fn": "original", "neuron_axis": "short"},
     ],
     ids=str,

@@ -70,6 +70,7 @@ def normuon_optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[
         "ns-float64": {"ns_dtype": torch.float64},
         "bfloat16-momentum": {"momentum_dtype": torch.bfloat16},
         "float64-momentum": {"momentum_dtype": torch.float64},
+        "equilibrated": {"equilibrate": True},
         "cautious": {"cautious_weight_decay": True},
         "skip-nonfinite": {"skip_nonfinite": True},
         "maximize": {"maximize": True},

@@ -17,6 +17,7 @@ options = st.fixed_dictionaries(
         "nesterov": st.booleans(),
         "adjust_lr_fn": st.sampled_from(["match_rms_adamw", "original"]),
         "neuron_axis": st.sampled_from(["row", "short"]),
+        "equilibrate": st.booleans(),
         "momentum": st.sampled_from([0.0, 0.9]),
         "beta2": st.sampled_from([0.0, 0.95]),
         "ns_coefficients": st.sampled_from(["jordan", "polar_express", "you", "cans"]),

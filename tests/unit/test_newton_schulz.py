@@ -73,6 +73,28 @@ def test_the_scale_of_the_input_does_not_matter(scale):
     assert torch.linalg.vector_norm(scaled, dim=(-2, -1)).allclose(torch.ones(2), atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (1, 4), (4, 1)], ids=str)
+def test_equilibration_evens_rows_and_columns(shape):
+    """Of an outer product of scales, whatever they are, the square root is left."""
+    m, n = shape
+    rows, columns = torch.logspace(-6, 6, m), torch.logspace(3, -3, n)
+    scales = rows[:, None] * columns
+    signs = torch.sign(torch.randn(m, n))
+    even = normalize_frobenius((scales * signs)[None], dtype=torch.float32, equilibrate=True)
+    expected = signs * scales.sqrt() / torch.linalg.vector_norm(scales.sqrt())
+    torch.testing.assert_close(even[0], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_equilibration_keeps_zeros_and_takes_any_scale(scale):
+    x = torch.randn(2, 6, 7)
+    x[0, 2], x[0, :, 3], x[1] = 0.0, 0.0, 0.0
+    even = normalize_frobenius(x * scale, dtype=torch.float32, equilibrate=True)
+    assert torch.equal(even == 0, x == 0)
+    assert even.isfinite().all()
+    torch.testing.assert_close(torch.linalg.vector_norm(even[0]), torch.tensor(1.0))
+
+
 def test_zero_stays_zero_beside_matrices_that_are_not():
     x = torch.stack([torch.zeros(4, 6), torch.randn(4, 6)])
     o = orthogonalize(x, coefficients=resolve_coefficients("jordan", 5), dtype=torch.float32)

@@ -261,7 +261,7 @@ class NoHostSync(TorchDispatchMode):
         {},
         {"skip_nonfinite": True},
         {"adjust_lr_fn": "original", "cautious_weight_decay": True, "neuron_axis": "short"},
-        {"lr": torch.tensor(1e-3)},
+        {"lr": torch.tensor(1e-3), "equilibrate": True},
         {"maximize": True, "momentum_dtype": torch.bfloat16},
     ],
     ids=lambda options: "-".join(options) or "default",

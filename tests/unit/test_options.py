@@ -69,6 +69,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
             "torch.float32, torch.float64 or None",
         ),
         ({"nesterov": 1}, "nesterov=1 must be True or False"),
+        ({"equilibrate": "rows"}, "equilibrate='rows' must be True or False"),
         ({"skip_nonfinite": "yes"}, "skip_nonfinite='yes' must be True or False"),
         ({"max_scratch_bytes": 0}, "max_scratch_bytes=0 must be a number, at least 1 and finite"),
     ],

@@ -47,6 +47,7 @@ def run(weight: Tensor, grads: list[Tensor], view: MatrixView | None, **options:
         {"adjust_lr_fn": "original"},
         {"neuron_axis": "short"},
         {"ns_coefficients": "polar_express"},
+        {"equilibrate": True},
         {"ns_coefficients": "you", "adjust_lr_fn": "original", "neuron_axis": "short"},
         {"ns_coefficients": "cans", "beta2": 0.5, "momentum": 0.8, "weight_decay": 0.0},
     ],
@@ -69,6 +70,7 @@ def test_twenty_steps_equal_the_plain_loop(name, dtype, options):
         scaling=options.get("adjust_lr_fn", "match_rms_adamw"),
         columns_are_neurons=options.get("neuron_axis") == "short" and m < n,
         coefficients=resolve_coefficients(options.get("ns_coefficients", "jordan"), 5),
+        equilibrated=options.get("equilibrate", False),
     )
     for grad in grads:
         oracle.step(grad)

@@ -40,9 +40,9 @@ def test_the_public_names_are_these():
             normuon.NorMuon,
             "params lr weight_decay momentum beta2 nesterov ns_coefficients ns_steps eps "
             "adjust_lr_fn",
-            "neuron_axis orthogonalizer ns_backend ns_dtype momentum_dtype cautious_weight_decay "
-            "skip_nonfinite maximize betas adamw_eps max_scratch_bytes process_group balance "
-            "bucket_bytes",
+            "neuron_axis orthogonalizer ns_backend ns_dtype momentum_dtype equilibrate "
+            "cautious_weight_decay skip_nonfinite maximize betas adamw_eps max_scratch_bytes "
+            "process_group balance bucket_bytes",
         ),
         (normuon.param_groups, "model", "overrides hidden other"),
         (normuon.describe_groups, "groups", ""),

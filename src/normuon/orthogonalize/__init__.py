@@ -17,7 +17,11 @@ from normuon.orthogonalize.coefficients import (
     resolve_coefficients,
 )
 from normuon.orthogonalize.iteration import gram_newton_schulz, newton_schulz
-from normuon.orthogonalize.normalize import largest_magnitude, normalize_frobenius
+from normuon.orthogonalize.normalize import (
+    equilibrate_,
+    largest_magnitude,
+    normalize_frobenius,
+)
 from normuon.orthogonalize.precision import (
     NS_DTYPES,
     multiplies_bfloat16_natively,
@@ -38,6 +42,7 @@ __all__ = [
     "Triple",
     "Workspace",
     "check_backend",
+    "equilibrate_",
     "flops_per_matrix",
     "gram_newton_schulz",
     "is_faster_batched",

@@ -46,6 +46,7 @@ def orthogonalize(
     dtype: torch.dtype,
     orthogonalizer: str | Orthogonalizer = "auto",
     backend: Backend = "auto",
+    equilibrate: bool = False,
     workspace: Workspace | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
@@ -60,6 +61,7 @@ def orthogonalize(
             fewer FLOPs, or a callable ``[B, M, N] -> [B, M, N]``.
         backend: ``"eager"``; ``"compile"`` for torch.compile; ``"kernels"`` for the package
             gram-newton-schulz; ``"auto"`` for those kernels where they run and eager elsewhere.
+        equilibrate: even the rows and columns of every matrix first; see `equilibrate_`.
         workspace: scratch kept between calls; None for none.
         scratch: contiguous memory of the shape that may be overwritten, ``x_BMN`` itself perhaps;
             it saves a copy where its dtype is that of `normalize_frobenius`'s division.
@@ -82,7 +84,11 @@ def orthogonalize(
     """
     workspace = workspace or Workspace()
     unit_BMN = normalize_frobenius(
-        x_BMN.to(transport_dtype(dtype)), dtype=dtype, workspace=workspace, out=scratch
+        x_BMN.to(transport_dtype(dtype)),
+        dtype=dtype,
+        equilibrate=equilibrate,
+        workspace=workspace,
+        out=scratch,
     )
     # A step may run under autocast, which would round these products to a dtype nobody chose.
     device_type = x_BMN.device.type

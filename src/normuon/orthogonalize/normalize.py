@@ -1,4 +1,4 @@
-"""Dividing a matrix by its Frobenius norm, whatever its scale."""
+"""What is done to a matrix before it is orthogonalised: its scale goes, its sides may be evened."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def normalize_frobenius(
     x_BMN: Tensor,
     *,
     dtype: torch.dtype,
+    equilibrate: bool = False,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -24,6 +25,7 @@ def normalize_frobenius(
     Args:
         x_BMN: floating-point batch; not written to unless it is ``out``.
         dtype: dtype of the result.
+        equilibrate: even its rows and columns first, by `equilibrate_`.
         workspace: scratch kept between calls; None for none.
         out: contiguous memory of the shape to divide in, ``x_BMN`` itself perhaps; used if its
             dtype is that of the statistics, ``dtype`` or float32, whichever is wider.
@@ -43,16 +45,46 @@ def normalize_frobenius(
     scale_B11 = _one_where_zero(largest_magnitude(x_BMN).to(stats_dtype))
     if workspace is None or torch.compiler.is_compiling():
         scaled_BMN = (x_BMN / scale_B11).contiguous()
+        if equilibrate:
+            equilibrate_(scaled_BMN)
         return scaled_BMN.div_(_frobenius_norm(scaled_BMN)).to(dtype)
     if out is not None and out.dtype == stats_dtype:
         scaled_BMN = out
     else:
         scaled_BMN = workspace.empty("scaled", x_BMN.shape, like=x_BMN, dtype=stats_dtype)
     torch.div(x_BMN, scale_B11, out=scaled_BMN)
+    if equilibrate:
+        equilibrate_(scaled_BMN)
     scaled_BMN.div_(_frobenius_norm(scaled_BMN))
     if dtype == stats_dtype:
         return scaled_BMN
     return workspace.empty("rounded", x_BMN.shape, like=x_BMN, dtype=dtype).copy_(scaled_BMN)
+
+
+def equilibrate_(x_BMN: Tensor) -> Tensor:
+    """Divides every row and every column by the square root of its norm, both taken beforehand.
+
+    ``x_ij <- x_ij / (||x_i,:|| ||x_:,j||)^(1/2)``: one pass of Ruiz's equilibration (2001), and
+    Shampoo's preconditioner if it saw X alone and kept only the diagonals of X X^T and X^T X. An
+    outer product of scales has its square root left, so that a few large rows or columns no longer
+    rule what Newton-Schulz sees. MuonEq (arXiv 2603.28254) divides by the norms themselves.
+
+    Args:
+        x_BMN: batch in at least float32, of magnitudes that neither under- nor overflow when
+            squared; written to.
+
+    Returns:
+        ``x_BMN``; rows and columns of zeros stay zero.
+
+    Example:
+        >>> equilibrate_(torch.tensor([[[16.0, 0.0], [0.0, 1.0]]]))
+        tensor([[[1., 0.],
+                 [0., 1.]]])
+    """
+    row_norm_BM1 = torch.linalg.vector_norm(x_BMN, dim=-1, keepdim=True)
+    column_norm_B1N = torch.linalg.vector_norm(x_BMN, dim=-2, keepdim=True)
+    x_BMN.mul_(_one_where_zero(row_norm_BM1).rsqrt_())
+    return x_BMN.mul_(_one_where_zero(column_norm_B1N).rsqrt_())
 
 
 def largest_magnitude(x_BMN: Tensor) -> Tensor:
