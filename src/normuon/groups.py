@@ -1,6 +1,7 @@
 """A model's param groups: which parameter takes which algorithm, and a table that says why.
 
-What a parameter is comes from `module_rules.py`; what the groups' options mean, from `options.py`.
+What a parameter is comes from `module_rules.py`, which ones are attention heads from
+`attention_heads.py`; what the groups' options mean, from `options.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normuon.attention_heads import head_sizes, split_into_heads
 from normuon.flattened import check_not_flattened
 from normuon.matrix_view import MatrixView
 from normuon.module_rules import Verdict, judge, output_heads, owners_of
@@ -26,13 +28,14 @@ def param_groups(
     overrides: Mapping[str, Override] | None = None,
     hidden: Mapping[str, Any] | None = None,
     other: Mapping[str, Any] | None = None,
+    split_heads: bool = False,
 ) -> list[dict[str, Any]]:
     """The param groups of a whole model, for `NorMuon`.
 
     Hidden matrices (linear layers, convolutions, experts) take `normuon`; embeddings, output heads
     (tied ones too), norms, biases, routers and scalars take `adamw` without weight decay. The
     owning module's type decides. A fused parameter such as QKV stays whole, as in the paper, unless
-    an override splits it. Frozen parameters are left out.
+    an override or ``split_heads`` splits it. Frozen parameters are left out.
 
     Args:
         model: any module; transformers and timm models name their own output heads, elsewhere a
@@ -42,14 +45,17 @@ def param_groups(
             options such as ``{"algorithm": "adamw", "lr": 3e-3}``.
         hidden: options for every group of hidden matrices, ``{"weight_decay": 0.1}``.
         other: options for every other group; ``{"weight_decay": 0.0}`` is preset.
+        split_heads: orthogonalise every attention head's rows of the query, key and value
+            projections as a matrix of their own, scale included, fused or not. Heads are found by
+            the attention module's ``head_dim`` (or a like name); overrides win.
 
     Returns:
         Param groups with named parameters, views and reasons; `describe_groups` prints them.
 
     Raises:
         ValueError: a parameter of two or more dims that nothing but its shape could place, one
-            that FSDP1 or DeepSpeed ZeRO-3 has flattened, an override that matches nothing, or
-            a model without a hidden matrix.
+            that FSDP1 or DeepSpeed ZeRO-3 has flattened, an override that matches nothing, a
+            model without a hidden matrix, or ``split_heads`` without a head to split.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4))
@@ -60,6 +66,7 @@ def param_groups(
     """
     overrides = dict(overrides or {})
     heads = output_heads(model)
+    sizes = head_sizes(model) if split_heads else {}
     groups: dict[str, dict[str, Any]] = {}
     unplaced: list[str] = []
     unused = set(overrides)
@@ -71,6 +78,9 @@ def param_groups(
         if pattern is not None:
             unused.discard(pattern)
             verdict, options = _overridden(pattern, overrides[pattern], verdict)
+        elif verdict is not None and id(param) in sizes:
+            label = f"{name} {list(param.shape)}"
+            verdict = split_into_heads(label, param, verdict, sizes[id(param)])
         if verdict is None:
             unplaced.append(f"{name} {list(param.shape)} of {type(owners[0].module).__name__}")
             continue

@@ -121,6 +121,35 @@ def test_each_parameter_takes_its_algorithm(name, expected):
     assert set(found) == {key for key, _ in model.named_parameters()}
 
 
+GROUPED_QUERIES = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", {"c_attn": 12}),
+        ("llama", GROUPED_QUERIES),
+        ("qwen3", GROUPED_QUERIES),
+        ("mixtral", GROUPED_QUERIES),
+        ("gpt_oss", GROUPED_QUERIES),
+        ("bert", {"query": 4, "key": 4, "value": 4}),
+    ],
+)
+def test_every_attention_head_can_be_a_matrix_of_its_own(name, expected):
+    """Heads of 8 neurons, counted per projection; everything else is placed as without."""
+    model = build(name)
+    whole, split = algorithms(model), algorithms(model, split_heads=True)
+    heads = {
+        key.split(".")[-2]: view.heads
+        for key, (_, view) in split.items()
+        if view is not None and view != whole[key][1]
+    }
+    assert heads == expected
+    assert {key: split[key][0] for key in split} == {key: whole[key][0] for key in whole}
+    dims = {key: view.neuron_dim for key, (_, view) in whole.items() if view is not None}
+    assert dims == {key: view.neuron_dim for key, (_, view) in split.items() if view is not None}
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mixtral"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_and_untied_heads_go_to_adamw_once(name, tied):

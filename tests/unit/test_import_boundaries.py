@@ -41,6 +41,7 @@ ORDER = [
     "sharded_step",
     "sharded_adamw",
     "module_rules",
+    "attention_heads",
     "convert",
     "groups",
     "optimizer",
