@@ -196,17 +196,28 @@ def _build_muon(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimi
 
 
 def _build_normuon(
-    model: nn.Module, lr: float, options: ArmOptions, **fixed: Any
+    model: nn.Module,
+    lr: float,
+    options: ArmOptions,
+    *,
+    algorithm: str = "normuon",
+    split_heads: bool = False,
+    **fixed: Any,
 ) -> list[Optimizer]:
     """`normuon.NorMuon` with the keyword arguments `fixed`, which `options.normuon` overrules.
 
+    Hidden matrices take `algorithm`, those of attention heads each on their own if `split_heads`.
     With ``adjust_lr_fn="original"`` the learning rate of hidden matrices is the one at which steps
     are as large as the paper's scaling makes them, and the decay of a step stays what it was.
     """
     from normuon import NorMuon, param_groups, suggest_lr
 
     _, other = split_parameters(model)
-    groups = [group for group in param_groups(model) if group["algorithm"] != "adamw"]
+    groups = [
+        {**group, "algorithm": algorithm}
+        for group in param_groups(model, split_heads=split_heads)
+        if group["algorithm"] != "adamw"
+    ]
     keywords = {
         "momentum": options.momentum,
         "beta2": options.beta2,
@@ -301,6 +312,39 @@ ARMS: dict[str, Arm] = {
             "rows of the others",
             builder=partial(_build_normuon, neuron_axis="short"),
             takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-heads",
+            label="NorMuon + heads",
+            description="normuon.NorMuon on param_groups(split_heads=True): every attention head's "
+            "queries, keys and values a matrix of its own",
+            builder=partial(_build_normuon, split_heads=True),
+            takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-equilibrated",
+            label="NorMuon + equilibration",
+            description="normuon.NorMuon(equilibrate=True): rows and columns evened before the "
+            "orthogonalisation",
+            builder=partial(_build_normuon, equilibrate=True),
+            takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
+            name="normuon-heads-equilibrated",
+            label="NorMuon + heads + equilibration",
+            description="normuon.NorMuon(equilibrate=True) on param_groups(split_heads=True)",
+            builder=partial(_build_normuon, split_heads=True, equilibrate=True),
+            takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
+            name="muon-heads-equilibrated",
+            label="Muon + heads + equilibration",
+            description='the same with "algorithm": "muon", so without a scale per neuron',
+            builder=partial(_build_normuon, algorithm="muon", split_heads=True, equilibrate=True),
             pretrains=False,
         ),
         Arm(

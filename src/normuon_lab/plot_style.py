@@ -33,6 +33,10 @@ _MATPLOTLIB_MARKERS = {
     "pentagon": "p",
     "hexagon": "h",
     "diamond-tall": "d",
+    "star": "*",
+    "octagon": "8",
+    "bowtie": "$\\bowtie$",
+    "hexagon2": "H",
     "circle-open": "$\\circ$",
 }
 _MATPLOTLIB_LINESTYLES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
@@ -64,7 +68,7 @@ class ArmStyle:
 
 
 # Written out, so that a new arm changes no other's look. The compared arms are solid, NorMuon's own
-# variants dashed, ablations dash-dotted and rivals dotted. The five colours that are not the
+# variants dashed, ablations dash-dotted and rivals dotted. The nine colours that are not the
 # palette's are as far from all others as its own are from each other, colour blindness included.
 _ARM_STYLES = {
     "adamw": ArmStyle(PALETTE[0], "circle", "solid"),
@@ -72,6 +76,10 @@ _ARM_STYLES = {
     "normuon": ArmStyle(PALETTE[2], "diamond", "solid"),
     "normuon-original": ArmStyle(PALETTE[4], "triangle-up", "dash"),
     "normuon-short": ArmStyle("#112288", "triangle-down", "dash"),
+    "normuon-heads": ArmStyle("#886633", "star", "dash"),
+    "normuon-equilibrated": ArmStyle("#DDAAAA", "octagon", "dash"),
+    "normuon-heads-equilibrated": ArmStyle("#BB55FF", "bowtie", "solid"),
+    "muon-heads-equilibrated": ArmStyle("#330044", "hexagon2", "dashdot"),
     "muon-adam": ArmStyle(PALETTE[3], "cross", "dashdot"),
     "normuon-front": ArmStyle(PALETTE[5], "triangle-left", "dashdot"),
     "normuon-tall": ArmStyle(PALETTE[6], "triangle-right", "dashdot"),

@@ -31,8 +31,8 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
                 "ablations": ablation_figure(found),
                 "sensitivity": sensitivity_figure(found),
             }
-            # A megabyte per cell: the one with all arms; the claims count the other cells' too.
-            if found.cell.other_arms:
+            # A megabyte per cell: in one of them; the claims count the other cells, too.
+            if found.cell.varies_settings:
                 of_cell |= update_figures(found)
         else:
             of_cell["accuracies"] = accuracy_figure(found)

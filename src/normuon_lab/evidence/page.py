@@ -67,7 +67,7 @@ def missing_words(found: CellEvidence) -> list[str]:
     missing = []
     untuned = [label_of(arm) for arm in found.cell.arms if arm not in found.tuning]
     if untuned:
-        missing.append(f"Not tuned yet: {', '.join(untuned)}.")
+        missing.append(f"Not tuned yet: {'; '.join(untuned)}.")
     at_an_end = [
         label_of(arm)
         for arm in found.cell.arms
@@ -76,11 +76,11 @@ def missing_words(found: CellEvidence) -> list[str]:
     if at_an_end:
         missing.append(
             "The best setting found is at an end of what was tried, so that a better one may lie "
-            f"beyond: {', '.join(at_an_end)}."
+            f"beyond: {'; '.join(at_an_end)}."
         )
     counts = {arm: len(found.full_runs(arm)) for arm in found.cell.arms}
     for count in sorted(set(counts.values()) - {len(CLAIM_SEEDS)}):
-        names = ", ".join(label_of(arm) for arm in counts if counts[arm] == count)
+        names = "; ".join(label_of(arm) for arm in counts if counts[arm] == count)
         missing.append(f"Claim runs at full length, {count} of {len(CLAIM_SEEDS)}: {names}.")
     diverged = [run for run in found.runs if run.diverged]
     missing.extend(

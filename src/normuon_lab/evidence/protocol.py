@@ -32,14 +32,20 @@ LENGTH_RATIO = 10 ** (1 / 10)
 """Neighbouring lengths of complete schedules differ by this factor: 0.50, 0.63, 0.79, 1, 1.26."""
 
 OTHER_ARMS = (
-    *("normuon-original", "normuon-short", "muon-adam", "normuon-front", "normuon-tall"),
-    *("muon-frobenius", "dion", "adam-mini", "rmnp"),
+    *("normuon-original", "normuon-short", "normuon-heads", "normuon-equilibrated"),
+    *("normuon-heads-equilibrated", "muon-heads-equilibrated"),
+    *("muon-adam", "normuon-front", "normuon-tall", "muon-frobenius"),
+    *("dion", "adam-mini", "rmnp"),
 )
+
+FULLY_TUNED = (*MAIN_ARMS, "normuon-heads-equilibrated")
+"""Arms with every hyperparameter of the sweep tuned, and with the same number of trials."""
 
 INHERITED_FROM = {
     **dict.fromkeys(("normuon-original", "normuon-short", "normuon-front"), "normuon"),
+    **dict.fromkeys(("normuon-heads", "normuon-equilibrated"), "normuon"),
     **dict.fromkeys(("normuon-tall", "muon-adam"), "normuon"),
-    **dict.fromkeys(("muon-frobenius", "dion", "rmnp"), "muon"),
+    **dict.fromkeys(("muon-heads-equilibrated", "muon-frobenius", "dion", "rmnp"), "muon"),
     "adam-mini": "adamw",
 }
 """Whose weight decay and AdamW learning rate an arm takes over, its learning rate alone tuned."""
@@ -83,7 +89,7 @@ class Cell:
         task: what is learned, for tables.
         size: how large the model is, for tables.
         experiment: model, training and data that all its runs share.
-        other_arms: arms whose learning rate alone is tuned, besides the main ones.
+        other_arms: what is run besides the main arms.
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
         starts: where the search of each arm begins.
     """
@@ -108,7 +114,7 @@ class Cell:
 
     def tuning_trials(self, arm: str) -> int:
         """How many trials the arm's tuning has at least."""
-        return FULL_TUNING_TRIALS if arm in MAIN_ARMS else RATE_TUNING_TRIALS
+        return FULL_TUNING_TRIALS if arm in FULLY_TUNED else RATE_TUNING_TRIALS
 
 
 _SMALL = ModelConfig(num_layers=4, width=96, num_heads=3, mlp_width=256)
@@ -136,6 +142,7 @@ CELLS: dict[str, Cell] = {
                 data=("shakespeare",),
                 tokenizer="bpe",
             ),
+            other_arms=("normuon-heads-equilibrated",),
         ),
         Cell(
             name="bytes-large",

@@ -55,6 +55,7 @@ def cell(name: str = "bytes-small", other_arms: Sequence[str] = tuple(SHIFTS)[3:
         size="0.5M",
         experiment=Experiment(training=TrainConfig(steps=STEPS)),
         other_arms=tuple(other_arms),
+        varies_settings=bool(other_arms),
     )
 
 

@@ -10,6 +10,7 @@ from normuon_lab.evidence.protocol import (
     CELLS,
     CLAIM_SEEDS,
     FULL_TUNING_TRIALS,
+    FULLY_TUNED,
     INHERITED_FROM,
     MAIN_ARMS,
     OTHER_ARMS,
@@ -36,6 +37,12 @@ def numbers(values: tuple[object, ...]) -> str:
     return ", ".join(f"`{value}`" for value in values)
 
 
+def arms_in_words(others: tuple[str, ...]) -> str:
+    if others == OTHER_ARMS:
+        return "all"
+    return ", ".join(["main", *(f"`{arm}`" for arm in others)])
+
+
 def test_cells() -> None:
     assert rows("cells") == [
         [
@@ -48,7 +55,7 @@ def test_cells() -> None:
             str(cell.experiment.model.sequence_length),
             str(cell.experiment.training.batch_size),
             str(cell.experiment.training.steps),
-            "all" if cell.other_arms else "main",
+            arms_in_words(cell.other_arms),
         ]
         for cell in CELLS.values()
     ]
@@ -65,14 +72,17 @@ def test_tuning() -> None:
     ]
     assert rows("tuning") == [
         ["tuning seeds", ", ".join(map(str, TUNING_SEEDS))],
-        ["trials of a main arm", f"{FULL_TUNING_TRIALS}, each on all tuning seeds"],
+        ["fully tuned", ", ".join(f"`{arm}`" for arm in FULLY_TUNED)],
+        ["trials of each of them", f"{FULL_TUNING_TRIALS}, each on all tuning seeds"],
         ["trials of another arm", f"{RATE_TUNING_TRIALS}, of its learning rate"],
         *lattice,
     ]
 
 
 def test_inherited_settings() -> None:
-    assert rows("inherited") == [[f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS]
+    assert rows("inherited") == [
+        [f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS if arm not in FULLY_TUNED
+    ]
 
 
 def test_ladder() -> None:
@@ -96,4 +106,4 @@ def test_seeds_are_disjoint_and_arms_are_known() -> None:
     for cell in CELLS.values():
         assert set(cell.arms) <= set(ARMS)
         assert set(cell.arms) <= set(STARTS)
-        assert set(cell.other_arms) <= set(INHERITED_FROM)
+        assert set(cell.other_arms) <= {*INHERITED_FROM, *FULLY_TUNED}

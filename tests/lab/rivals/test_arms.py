@@ -16,7 +16,11 @@ from normuon_lab.runs.models import build_model
 from normuon_lab.runs.train import train_run
 
 LR = 0.004
-NORMUON_ARMS = ("normuon", "normuon-original", "normuon-short")
+BY_HEAD = ("normuon-heads", "normuon-heads-equilibrated")
+NORMUON_ARMS = (
+    *("normuon", "normuon-original", "normuon-short"),
+    *(*BY_HEAD, "normuon-equilibrated"),
+)
 
 
 def tiny_model(family="llama"):
@@ -108,7 +112,33 @@ def test_the_short_axis_scales_columns_of_wide_matrices_alone():
         assert torch.equal(step, rows[name]) == (name != wide)
 
 
-@pytest.mark.parametrize("arm", ["adam-mini", "normuon-original", "normuon-short"])
+QUERIES, OUTPUT = (f"model.layers.0.self_attn.{kind}_proj.weight" for kind in "qo")
+
+
+@pytest.mark.parametrize("arm", [*BY_HEAD, "muon-heads-equilibrated"])
+def test_arms_by_head_give_every_head_an_orthogonal_step_of_its_own(arm):
+    steps = step_once(arm)
+    for head in steps[QUERIES].chunk(2):
+        # Rows orthogonal within the head, at the size of an AdamW step: 8 x 16, so 0.2 lr 4 each.
+        gram = head @ head.T / (0.2 * LR * 4) ** 2
+        assert float((gram - torch.eye(8)).abs().max()) < 0.6
+    whole = step_once("normuon-equilibrated" if "equilibrated" in arm else "normuon")
+    assert not torch.allclose(steps[QUERIES], whole[QUERIES], rtol=0.05)
+    if arm != "muon-heads-equilibrated":
+        torch.testing.assert_close(steps[OUTPUT], whole[OUTPUT])
+
+
+def test_equilibrated_arms_turn_the_switch_on():
+    for arm in ("normuon-equilibrated", "normuon-heads-equilibrated", "muon-heads-equilibrated"):
+        (optimizer,) = ARMS[arm].build(tiny_model(), LR, ArmOptions())
+        algorithms = {group["algorithm"] for group in optimizer.param_groups}
+        assert algorithms == {arm.split("-")[0], "adamw"}
+        assert all(group["equilibrate"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "arm", ["adam-mini", "normuon-original", "normuon-short", *BY_HEAD, "muon-heads-equilibrated"]
+)
 def test_an_arm_trains_with_rates_of_its_own(corpus, experiment, arm):
     spec = RunSpec(
         arm=arm, seed=0, learning_rate=LR, options=ArmOptions(adam_lr=0.008, weight_decay=0.0)

@@ -16,7 +16,11 @@ from normuon_lab.statistics import t_interval
 
 REFERENCE = "muon"
 ALONG_TRAINING = ("normuon", "muon-adam", "normuon-front", "normuon-tall", "muon-frobenius")
-AT_THE_END = (*ALONG_TRAINING, "normuon-original", "normuon-short", "dion", "rmnp")
+AT_THE_END = (
+    *(*ALONG_TRAINING, "normuon-original", "normuon-short", "dion", "rmnp"),
+    *("normuon-heads", "normuon-equilibrated", "normuon-heads-equilibrated"),
+    "muon-heads-equilibrated",
+)
 SHOWN_FROM = 0.1
 """The first tenth of training, where differences are ten times the later ones, is left out."""
 
