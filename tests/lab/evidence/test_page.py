@@ -109,7 +109,7 @@ def test_the_page_says_what_table1_says(page: str, results: Path) -> None:
     # An arm without any run is named once, with the others of its cell.
     assert "- Claim runs at full length, 0 of 6: NorMuon.\n" in page
     assert "No figure against AdamW. NorMuon:" not in page
-    assert "- Claim runs at full length, 3 of 6: AdamW, Muon.\n" in page
+    assert "- Claim runs at full length, 3 of 6: AdamW; Muon.\n" in page
     assert "- Against AdamW. Muon: 3 of 6 claim seeds are not there yet.\n" in page
 
 
