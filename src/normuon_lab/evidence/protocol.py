@@ -22,6 +22,10 @@ CLAIM_SEEDS = (0, 1, 2, 3, 4, 5)
 FULL_TUNING_TRIALS = 16
 """Trials per arm where learning rate, weight decay and AdamW's learning rate are tuned."""
 
+LARGE_TUNING_TRIALS = 10
+"""As many at the larger size, whose searches begin at the smaller one's best settings: seven prove
+such a setting interior, and a run takes seven times as long."""
+
 RATE_TUNING_TRIALS = 8
 """Trials per arm where the learning rate alone is tuned."""
 
@@ -68,6 +72,13 @@ ARITHMETIC_STARTS: Starts = {
 }
 """Where the searches on modular addition begin: near a pilot's, as few settings ever learn it."""
 
+LARGE_STARTS: Starts = {
+    "adamw": {"learning_rate": 1.0, "adam_lr": 4.0, "weight_decay": -1.0},
+    "muon": {"learning_rate": 3.0, "adam_lr": 5.0, "weight_decay": 0.0},
+    "normuon": {"learning_rate": 3.0, "adam_lr": 6.0, "weight_decay": 0.0},
+}
+"""Where the searches at the larger size begin: at the smaller one's best settings."""
+
 SENSITIVITY: dict[str, tuple[Any, ...]] = {
     "beta2": (0.0, 0.5, 0.8, 0.9, 0.99),
     "ns_steps": (1, 2, 3, 4, 6, 8),
@@ -92,6 +103,7 @@ class Cell:
         other_arms: what is run besides the main arms.
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
         starts: where the search of each arm begins.
+        full_trials: trials of an arm that is fully tuned.
     """
 
     name: str
@@ -101,6 +113,7 @@ class Cell:
     other_arms: tuple[str, ...] = ()
     varies_settings: bool = False
     starts: Starts = field(default_factory=lambda: STARTS)
+    full_trials: int = FULL_TUNING_TRIALS
 
     @property
     def has_ladder(self) -> bool:
@@ -114,7 +127,7 @@ class Cell:
 
     def tuning_trials(self, arm: str) -> int:
         """How many trials the arm's tuning has at least."""
-        return FULL_TUNING_TRIALS if arm in FULLY_TUNED else RATE_TUNING_TRIALS
+        return self.full_trials if arm in FULLY_TUNED else RATE_TUNING_TRIALS
 
 
 _SMALL = ModelConfig(num_layers=4, width=96, num_heads=3, mlp_width=256)
@@ -149,6 +162,8 @@ CELLS: dict[str, Cell] = {
             task="Python source, bytes",
             size="4.9M",
             experiment=Experiment(model=_LARGE, training=_TRAINING, data=("stdlib",)),
+            starts=LARGE_STARTS,
+            full_trials=LARGE_TUNING_TRIALS,
         ),
         Cell(
             name="modular-addition",

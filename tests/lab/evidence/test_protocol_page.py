@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from normuon_lab.arms import ARMS
 from normuon_lab.evidence.protocol import (
     CELLS,
@@ -12,6 +14,8 @@ from normuon_lab.evidence.protocol import (
     FULL_TUNING_TRIALS,
     FULLY_TUNED,
     INHERITED_FROM,
+    LARGE_STARTS,
+    LARGE_TUNING_TRIALS,
     MAIN_ARMS,
     OTHER_ARMS,
     RATE_TUNING_TRIALS,
@@ -20,9 +24,13 @@ from normuon_lab.evidence.protocol import (
     TUNING_SEEDS,
     schedule_steps,
 )
+from normuon_lab.evidence.runs_store import SWEEP_FILE
+from normuon_lab.sweep.export import read_tuned_arms
 from normuon_lab.sweep.space import AXES
 
-PAGE = Path(__file__).parents[3] / "docs" / "lab" / "protocol.md"
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "lab" / "protocol.md"
+RESULTS = ROOT / "results"
 
 
 def rows(name: str) -> list[list[str]]:
@@ -79,6 +87,14 @@ def test_tuning() -> None:
     ]
 
 
+def test_the_larger_size_starts_where_the_smaller_one_ended() -> None:
+    tuned = read_tuned_arms(RESULTS / "bytes-small" / SWEEP_FILE)
+    for arm in MAIN_ARMS:
+        start = {axis.name: axis.value(LARGE_STARTS[arm][axis.name]) for axis in AXES.values()}
+        assert start == pytest.approx(tuned[arm]["best"], rel=1e-6)
+    assert f"each arm has {LARGE_TUNING_TRIALS} trials" in PAGE.read_text()
+
+
 def test_inherited_settings() -> None:
     assert rows("inherited") == [
         [f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS if arm not in FULLY_TUNED
@@ -105,5 +121,5 @@ def test_seeds_are_disjoint_and_arms_are_known() -> None:
     assert len(set(CLAIM_SEEDS)) >= 5
     for cell in CELLS.values():
         assert set(cell.arms) <= set(ARMS)
-        assert set(cell.arms) <= set(STARTS)
+        assert set(cell.arms) <= set(cell.starts)
         assert set(cell.other_arms) <= {*INHERITED_FROM, *FULLY_TUNED}
