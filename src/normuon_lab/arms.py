@@ -41,6 +41,7 @@ class ArmOptions:
         momentum: Muon's, and NorMuon's first beta.
         beta2: NorMuon's second beta.
         ns_dtype: dtype of NorMuon's Newton-Schulz; None: NorMuon's own choice for the device.
+        split_heads: of `normuon.param_groups`; arms that are not NorMuon refuse it.
         normuon: further keyword arguments of `normuon.NorMuon`, as pairs; other arms refuse them.
     """
 
@@ -52,6 +53,7 @@ class ArmOptions:
     momentum: float = 0.95
     beta2: float = 0.95
     ns_dtype: torch.dtype | None = None
+    split_heads: bool = False
     normuon: tuple[tuple[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -109,12 +111,14 @@ class Arm:
             options: the other hyperparameters.
 
         Raises:
-            InputError: `options.normuon` for an arm that is not NorMuon.
+            InputError: `options.normuon` or `split_heads` for an arm that is not NorMuon.
         """
+        given = [keyword for keyword, _ in options.normuon]
+        given += ["split_heads"] if options.split_heads else []
         require(
-            self.takes_normuon_options or not options.normuon,
+            self.takes_normuon_options or not given,
             f"the arm {self.name!r} is not normuon.NorMuon and takes none of its options; got "
-            + ", ".join(keyword for keyword, _ in options.normuon),
+            + ", ".join(given),
         )
         return self.builder(model, lr, options)
 
@@ -215,7 +219,7 @@ def _build_normuon(
     _, other = split_parameters(model)
     groups = [
         {**group, "algorithm": algorithm}
-        for group in param_groups(model, split_heads=split_heads)
+        for group in param_groups(model, split_heads=split_heads or options.split_heads)
         if group["algorithm"] != "adamw"
     ]
     keywords = {

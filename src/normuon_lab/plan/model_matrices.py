@@ -107,12 +107,13 @@ def model_shapes(model: str) -> ModelShapes:
     return shapes_of(_on_meta(config, model), name=model)
 
 
-def shapes_of(model: nn.Module, *, name: str) -> ModelShapes:
+def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> ModelShapes:
     """The shapes of a transformers model, which may be on the meta device.
 
     Args:
         model: the model.
         name: what to call it.
+        split_heads: of `normuon.param_groups`.
 
     Raises:
         InputError: parameters that nothing but their shape could place.
@@ -123,7 +124,7 @@ def shapes_of(model: nn.Module, *, name: str) -> ModelShapes:
     plan: Mapping[str, str] = dict(getattr(model, "_tp_plan", None) or {})
     plan = plan or _OWN_TP_PLANS.get(model_type, {})
     try:
-        groups = param_groups(model)
+        groups = param_groups(model, split_heads=split_heads)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
     params = tuple(

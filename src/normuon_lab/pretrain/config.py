@@ -99,6 +99,10 @@ class OptimizerConfig:
     """NorMuon's second beta."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What NorMuon's Newton-Schulz computes in; auto: as the forward pass. (Muon's is bfloat16.)"""
+    split_heads: bool = False
+    """NorMuon orthogonalises each attention head's queries, keys and values on their own."""
+    equilibrate: bool = False
+    """NorMuon evens the rows and columns of a direction before it is orthogonalised."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
 
@@ -107,6 +111,11 @@ class OptimizerConfig:
             self.arm in PRETRAINING_ARMS,
             f"unknown arm {self.arm!r}: choose from {', '.join(PRETRAINING_ARMS)}",
         )
+        for name in ("split_heads", "equilibrate"):
+            require(
+                self.arm == "normuon" or not getattr(self, name),
+                f"{name} is NorMuon's: it does nothing for {self.arm}",
+            )
         _require_positive(self, "lr", "adam_lr", "embedding_lr", "head_lr")
         _require_at_least(self, weight_decay=0, max_grad_norm=0)
         for name, value in (

@@ -50,7 +50,7 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
         InputError: a model that cannot be built, or a mesh or batch that does not divide.
     """
     model = model_on_meta(config.model)
-    shapes = shapes_of(model, name=config.model.model)
+    shapes = shapes_of(model, name=config.model.model, split_heads=config.optimizer.split_heads)
     mesh = _mesh(config, hardware)
     micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
     flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
@@ -144,7 +144,9 @@ def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:
     for arm in PRETRAINING_ARMS:
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        optimizers = build_optimizers(model, replace(config.optimizer, arm=arm))
+        # Split or not, state is a number per neuron; and only NorMuon's arm knows the options.
+        bare = replace(config.optimizer, arm=arm, split_heads=False, equilibrate=False)
+        optimizers = build_optimizers(model, bare)
         for optimizer in optimizers:
             if not optimizer.state:  # NorMuon's exists from construction.
                 optimizer.step()

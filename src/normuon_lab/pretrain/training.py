@@ -102,6 +102,8 @@ def build_optimizers(
         momentum=config.momentum,
         beta2=config.beta2,
         ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
+        split_heads=config.split_heads,
+        normuon=(("equilibrate", True),) if config.equilibrate else (),
     )
     optimizers = PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
     for optimizer in optimizers:

@@ -104,6 +104,10 @@ def test_whole_numbers_are_taken_for_rates() -> None:
     [
         (lambda: BatchConfig(steps=0), "steps 0: give at least 1"),
         (lambda: OptimizerConfig(arm="sgd"), "unknown arm 'sgd': choose from adamw, muon"),
+        (
+            lambda: OptimizerConfig(arm="muon", equilibrate=True),
+            "equilibrate is NorMuon's: it does nothing for muon",
+        ),
         (lambda: OptimizerConfig(lr=float("nan")), "lr nan: give a positive number"),
         (lambda: OptimizerConfig(momentum=1.0), "momentum 1.0: give a number from 0 to below 1"),
         (lambda: CheckpointConfig(keep_last=-1), "keep_last -1: give at least 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def test_the_optimizers_state_per_hidden_weight_of_the_1b_run() -> None:
     assert found["state_elements"]["normuon"] == found["hidden_matrix_parameters"] + rows
 
 
+def test_split_heads_are_planned_one_by_one_at_the_same_state() -> None:
+    config = pretrain_preset("llama-1.1b")
+    split = replace(config, optimizer=replace(config.optimizer, split_heads=True, equilibrate=True))
+    whole, by_head = (dry_run(one, Hardware()) for one in (config, split))
+    # 16 layers: q and k and v become 16, 4 and 4 heads; o, gate, up and down stay.
+    assert whole["plan"]["num_orthogonalisations"] == 16 * 7
+    assert by_head["plan"]["num_orthogonalisations"] == 16 * (16 + 4 + 4 + 4)
+    assert by_head["state_elements"] == whole["state_elements"]
+
+
 def test_memory_and_time_scale_with_ranks() -> None:
     config = pretrain_preset("llama-1.1b")
     eight, sixteen = (dry_run(config, Hardware(num_ranks=n)) for n in (8, 16))
@@ -63,8 +74,6 @@ def test_memory_and_time_scale_with_ranks() -> None:
 
 
 def test_a_given_mesh_and_device_are_used() -> None:
-    from dataclasses import replace
-
     config = replace(
         pretrain_preset("llama-tiny"),
         parallel=ParallelConfig(dp_replicate=2, dp_shard=2, tp=2),

@@ -82,6 +82,13 @@ def test_the_other_arms_train_sharded(losses, arm: str) -> None:
     assert losses(2, **options) == pytest.approx(losses(1, **options), rel=tolerance)
 
 
+def test_split_heads_and_equilibrated_directions_train_sharded(losses) -> None:
+    """In float32, for bfloat16 makes more of the gradients' small differences."""
+    switches = ["--split-heads", "--equilibrate", "--ns-dtype", "float32"]
+    assert losses(2, *switches) == pytest.approx(losses(1, *switches), rel=1e-5)
+    assert losses(1, *switches) != losses(1)
+
+
 def test_a_gpt2_with_tied_embeddings_trains_sharded_and_keeps_its_tie(
     tmp_path: Path, text_file: Path
 ) -> None:
