@@ -21,7 +21,7 @@ from normuon_lab.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.evidence.paper import STEPS_SAVED_1B
-from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.evidence.protocol import FULLY_TUNED
 from normuon_lab.evidence.table1 import FINAL_LOSS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
@@ -38,13 +38,13 @@ PAPER_MARK: dict[str, Any] = {
 
 
 def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Mean final losses of the main arms' complete schedules, and where they meet AdamW's.
+    """Mean final losses of fully tuned arms' complete schedules, and where they meet AdamW's.
 
     Args:
         found: a cell.
         rows: Table 1's, of all cells.
     """
-    finals = {arm: _complete(found.final_losses(arm)) for arm in MAIN_ARMS}
+    finals = {arm: _complete(found.final_losses(arm)) for arm in FULLY_TUNED}
     finals = {arm: by_length for arm, by_length in finals.items() if by_length}
     baseline = finals.get("adamw", {}).get(found.full_steps)
     if baseline is None or len(finals) < 2:
@@ -63,7 +63,7 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
         if row["arm"] in finals
     )
     for place, (steps, arm) in enumerate(crossings):
-        _mark_crossing(axes, arm, steps, found.full_steps, target, on_right=place > 0)
+        _mark_crossing(axes, arm, steps, found.full_steps, target, place=place)
     lengths = sorted({n for by_length in finals.values() for n in by_length})
     axes.set_xscale("log")
     axes.set_xticks(lengths)
@@ -120,9 +120,13 @@ def _complete(
 
 
 def _mark_crossing(
-    axes: Axes, arm: str, steps: float, full_steps: int, target: float, *, on_right: bool
+    axes: Axes, arm: str, steps: float, full_steps: int, target: float, *, place: int
 ) -> None:
-    """A star where the arm meets the target, and below it what that saves."""
+    """A star where the arm meets the target, and below it what that saves.
+
+    The first from the left is written on its left, the others on their right, each higher up.
+    """
+    on_right = place > 0
     color = color_of(arm)
     axes.scatter([steps], [target], marker="*", s=200, color=color, edgecolors="white", zorder=4)
     bottom = axes.get_ylim()[0]
@@ -132,7 +136,7 @@ def _mark_crossing(
     change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
     axes.annotate(
         f"{label_of(arm)}:\n{steps:.0f} steps,\n{change}",
-        (steps, 0.03),
+        (steps, 0.03 + 0.17 * max(0, place - 1)),
         xycoords=("data", "axes fraction"),
         xytext=(5 if on_right else -5, 0),
         textcoords="offset points",
