@@ -42,12 +42,13 @@ OTHER_ARMS = (
     *("dion", "adam-mini", "rmnp"),
 )
 
-FULLY_TUNED = (*MAIN_ARMS, "normuon-heads-equilibrated")
-"""Arms with every hyperparameter of the sweep tuned, and with the same number of trials."""
+DRAWN_ARMS = (*MAIN_ARMS, "normuon-heads-equilibrated")
+"""Arms whose losses and schedules are drawn together."""
 
 INHERITED_FROM = {
     **dict.fromkeys(("normuon-original", "normuon-short", "normuon-front"), "normuon"),
     **dict.fromkeys(("normuon-heads", "normuon-equilibrated"), "normuon"),
+    "normuon-heads-equilibrated": "normuon",
     **dict.fromkeys(("normuon-tall", "muon-adam"), "normuon"),
     **dict.fromkeys(("muon-heads-equilibrated", "muon-frobenius", "dion", "rmnp"), "muon"),
     "adam-mini": "adamw",
@@ -103,7 +104,7 @@ class Cell:
         other_arms: what is run besides the main arms.
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
         starts: where the search of each arm begins.
-        full_trials: trials of an arm that is fully tuned.
+        full_trials: trials of a main arm.
     """
 
     name: str
@@ -127,7 +128,7 @@ class Cell:
 
     def tuning_trials(self, arm: str) -> int:
         """How many trials the arm's tuning has at least."""
-        return self.full_trials if arm in FULLY_TUNED else RATE_TUNING_TRIALS
+        return self.full_trials if arm in MAIN_ARMS else RATE_TUNING_TRIALS
 
 
 _SMALL = ModelConfig(num_layers=4, width=96, num_heads=3, mlp_width=256)

@@ -14,8 +14,8 @@ from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_full, missing_rungs
 from normuon_lab.evidence.protocol import (
     CLAIM_SEEDS,
-    FULLY_TUNED,
     INHERITED_FROM,
+    MAIN_ARMS,
     MAX_TUNING_TRIALS,
     SENSITIVITY,
     TUNING_SEEDS,
@@ -38,10 +38,10 @@ PROBED_SEED = CLAIM_SEEDS[0]
 def tune_cell(
     cell: Cell, arms: Sequence[str], *, results: Path, storage: Path, console: Console, command: str
 ) -> None:
-    """Tune the arms of a cell, those that are fully tuned before those that inherit settings."""
-    fully = tuple(arm for arm in arms if arm in FULLY_TUNED)
-    others = tuple(arm for arm in arms if arm not in FULLY_TUNED)
-    for group, axes in ((fully, tuple(AXES)), (others, ("learning_rate",))):
+    """Tune the arms of a cell, the main ones before those that take over their settings."""
+    main = tuple(arm for arm in arms if arm in MAIN_ARMS)
+    others = tuple(arm for arm in arms if arm not in MAIN_ARMS)
+    for group, axes in ((main, tuple(AXES)), (others, ("learning_rate",))):
         if not group:
             continue
         settings = tuned_settings(results, cell) if group is others else {}

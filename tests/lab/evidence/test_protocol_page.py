@@ -12,7 +12,6 @@ from normuon_lab.evidence.protocol import (
     CELLS,
     CLAIM_SEEDS,
     FULL_TUNING_TRIALS,
-    FULLY_TUNED,
     INHERITED_FROM,
     LARGE_STARTS,
     LARGE_TUNING_TRIALS,
@@ -80,8 +79,7 @@ def test_tuning() -> None:
     ]
     assert rows("tuning") == [
         ["tuning seeds", ", ".join(map(str, TUNING_SEEDS))],
-        ["fully tuned", ", ".join(f"`{arm}`" for arm in FULLY_TUNED)],
-        ["trials of each of them", f"{FULL_TUNING_TRIALS}, each on all tuning seeds"],
+        ["trials of a main arm", f"{FULL_TUNING_TRIALS}, each on all tuning seeds"],
         ["trials of another arm", f"{RATE_TUNING_TRIALS}, of its learning rate"],
         *lattice,
     ]
@@ -96,9 +94,7 @@ def test_the_larger_size_starts_where_the_smaller_one_ended() -> None:
 
 
 def test_inherited_settings() -> None:
-    assert rows("inherited") == [
-        [f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS if arm not in FULLY_TUNED
-    ]
+    assert rows("inherited") == [[f"`{arm}`", f"`{INHERITED_FROM[arm]}`"] for arm in OTHER_ARMS]
 
 
 def test_ladder() -> None:
@@ -122,4 +118,4 @@ def test_seeds_are_disjoint_and_arms_are_known() -> None:
     for cell in CELLS.values():
         assert set(cell.arms) <= set(ARMS)
         assert set(cell.arms) <= set(cell.starts)
-        assert set(cell.other_arms) <= {*INHERITED_FROM, *FULLY_TUNED}
+        assert set(cell.other_arms) <= set(INHERITED_FROM)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.bands import add_legend, band, draw_band, draw_target, new_figure
-from normuon_lab.evidence.protocol import FULLY_TUNED
+from normuon_lab.evidence.protocol import DRAWN_ARMS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK
 from normuon_lab.runs.records import RunRecord
@@ -20,8 +20,8 @@ SHOWN_FROM = 0.25
 
 
 def loss_figure(found: CellEvidence) -> Figure | None:
-    """The fully tuned arms' full-length runs; None where no two arms have any."""
-    arms = {arm: _finished(found.full_runs(arm)) for arm in FULLY_TUNED}
+    """Several arms' full-length runs; None where no two arms have any."""
+    arms = {arm: _finished(found.full_runs(arm)) for arm in DRAWN_ARMS}
     arms = {arm: runs for arm, runs in arms.items() if runs}
     if len(arms) < 2:
         return None

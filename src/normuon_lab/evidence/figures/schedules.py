@@ -21,7 +21,7 @@ from normuon_lab.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.evidence.paper import STEPS_SAVED_1B
-from normuon_lab.evidence.protocol import FULLY_TUNED
+from normuon_lab.evidence.protocol import DRAWN_ARMS
 from normuon_lab.evidence.table1 import FINAL_LOSS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
@@ -38,13 +38,13 @@ PAPER_MARK: dict[str, Any] = {
 
 
 def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Mean final losses of fully tuned arms' complete schedules, and where they meet AdamW's.
+    """Mean final losses of several arms' complete schedules, and where they meet AdamW's.
 
     Args:
         found: a cell.
         rows: Table 1's, of all cells.
     """
-    finals = {arm: _complete(found.final_losses(arm)) for arm in FULLY_TUNED}
+    finals = {arm: _complete(found.final_losses(arm)) for arm in DRAWN_ARMS}
     finals = {arm: by_length for arm, by_length in finals.items() if by_length}
     baseline = finals.get("adamw", {}).get(found.full_steps)
     if baseline is None or len(finals) < 2:
