@@ -71,7 +71,8 @@ def param_groups(
     unplaced: list[str] = []
     unused = set(overrides)
     for name, param, owners in owners_of(model):
-        check_not_flattened(f"{name} {list(param.shape)}", param)
+        label = f"{name} {list(param.shape)}"
+        check_not_flattened(label, param)
         pattern = next((p for p in overrides if fnmatchcase(name, p)), None)
         verdict = judge(param, owners, heads)
         options: dict[str, Any] = {}
@@ -79,10 +80,9 @@ def param_groups(
             unused.discard(pattern)
             verdict, options = _overridden(pattern, overrides[pattern], verdict)
         elif verdict is not None and id(param) in sizes:
-            label = f"{name} {list(param.shape)}"
             verdict = split_into_heads(label, param, verdict, sizes[id(param)])
         if verdict is None:
-            unplaced.append(f"{name} {list(param.shape)} of {type(owners[0].module).__name__}")
+            unplaced.append(f"{label} of {type(owners[0].module).__name__}")
             continue
         preset = dict(hidden or {}) if verdict.view is not None else {"weight_decay": 0.0}
         if verdict.view is None:

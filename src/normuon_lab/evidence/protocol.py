@@ -47,9 +47,8 @@ DRAWN_ARMS = (*MAIN_ARMS, "normuon-heads-equilibrated")
 
 INHERITED_FROM = {
     **dict.fromkeys(("normuon-original", "normuon-short", "normuon-front"), "normuon"),
-    **dict.fromkeys(("normuon-heads", "normuon-equilibrated"), "normuon"),
-    "normuon-heads-equilibrated": "normuon",
-    **dict.fromkeys(("normuon-tall", "muon-adam"), "normuon"),
+    **dict.fromkeys(("normuon-heads", "normuon-equilibrated", "normuon-tall"), "normuon"),
+    **dict.fromkeys(("normuon-heads-equilibrated", "muon-adam"), "normuon"),
     **dict.fromkeys(("muon-heads-equilibrated", "muon-frobenius", "dion", "rmnp"), "muon"),
     "adam-mini": "adamw",
 }
@@ -101,7 +100,7 @@ class Cell:
         task: what is learned, for tables.
         size: how large the model is, for tables.
         experiment: model, training and data that all its runs share.
-        other_arms: what is run besides the main arms.
+        other_arms: arms whose learning rate alone is tuned, besides the main ones.
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
         starts: where the search of each arm begins.
         full_trials: trials of a main arm.
