@@ -155,7 +155,7 @@ CELLS: dict[str, Cell] = {
                 data=("shakespeare",),
                 tokenizer="bpe",
             ),
-            other_arms=("normuon-heads-equilibrated",),
+            other_arms=("normuon-heads-equilibrated", "muon-heads-equilibrated"),
         ),
         Cell(
             name="bytes-large",
