@@ -3,8 +3,8 @@
 Every arm runs the full length on every claim seed. Then lengths are added, one rung of the ladder
 `protocol.schedule_steps` at a time, until the crossing of each target lies between two neighbouring
 lengths: downwards while an arm is at or below the target, upwards while it is above. Targets are
-AdamW's final loss at the full length, and, between Muon and NorMuon, the other's; of the means over
-seeds, and of every seed.
+the final losses of an arm's baselines at the full length, and, between Muon and NorMuon, the
+other's; of the means over seeds, and of every seed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.evidence.protocol import baselines_of
 
 LOWEST_RUNG = -8
 HIGHEST_RUNG = 3
@@ -55,12 +55,9 @@ def missing_full(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int
 
 def _targets(losses: RungLosses, arm: str) -> list[float]:
     """The losses whose crossing an arm's schedules must bracket."""
-    baselines = [name for name in MAIN_ARMS if name in losses and name != arm]
-    if arm == "adamw":
-        return []
-    if arm not in MAIN_ARMS:
-        baselines = [name for name in baselines if name == "adamw"]
-    return [losses[name][0] for name in baselines]
+    # Muon's own way to NorMuon's loss is Muon-rescale.
+    baselines = (*baselines_of(arm), *(("normuon",) if arm == "muon" else ()))
+    return [losses[name][0] for name in baselines if 0 in losses.get(name, {})]
 
 
 def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:

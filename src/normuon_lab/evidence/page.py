@@ -121,12 +121,11 @@ def _tables(found: CellEvidence, table1: Mapping[str, Any]) -> list[dict[str, An
     """
     tables = []
     run = {record.arm for record in found.runs}
-    for baseline in ("adamw", "muon"):
-        rows = [
-            row
-            for row in table1["rows"]
-            if (row["cell"], row["baseline"]) == (found.cell.name, baseline) and row["arm"] in run
-        ]
+    of_cell = [
+        row for row in table1["rows"] if row["cell"] == found.cell.name and row["arm"] in run
+    ]
+    for baseline in dict.fromkeys(row["baseline"] for row in of_cell):
+        rows = [row for row in of_cell if row["baseline"] == baseline]
         tables.append(
             {
                 "baseline": label_of(baseline),

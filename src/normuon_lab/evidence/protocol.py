@@ -206,6 +206,25 @@ def cell_of(name: str) -> Cell:
     return CELLS[name]
 
 
+def baselines_of(arm: str) -> tuple[str, ...]:
+    """The arms whose steps an arm saves or does not.
+
+    Muon with the library's options stands beside NorMuon with them, since they help it too.
+
+    Example:
+        >>> baselines_of("muon"), baselines_of("normuon-short")
+        (('adamw',), ('adamw', 'muon'))
+        >>> baselines_of("normuon-heads-equilibrated")
+        ('adamw', 'muon', 'muon-heads-equilibrated')
+    """
+    if arm == "adamw":
+        return ()
+    if arm == "normuon-heads-equilibrated":
+        return ("adamw", "muon", "muon-heads-equilibrated")
+    is_against_muon = arm.startswith("normuon") or arm == "muon-heads-equilibrated"
+    return ("adamw", "muon") if is_against_muon else ("adamw",)
+
+
 def schedule_steps(full_steps: int, rung: int) -> int:
     """Steps of the complete schedule `rung` rungs above the full one, or below it.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.protocol import CLAIM_SEEDS
+from normuon_lab.evidence.protocol import CLAIM_SEEDS, baselines_of
 from normuon_lab.runs.objective import MISSED_FACTOR
 from normuon_lab.statistics import (
     Estimate,
@@ -39,18 +39,6 @@ METHOD = (
     "it, all at one length and without decay: saved is then 100 (1 - ratio of mean steps), and the "
     "tests are on steps."
 )
-
-
-def baselines_of(arm: str) -> tuple[str, ...]:
-    """The arms that an arm is held against.
-
-    Example:
-        >>> baselines_of("muon"), baselines_of("normuon-short")
-        (('adamw',), ('adamw', 'muon'))
-    """
-    if arm == "adamw":
-        return ()
-    return ("adamw", "muon") if arm.startswith("normuon") else ("adamw",)
 
 
 def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:

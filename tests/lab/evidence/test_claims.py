@@ -59,6 +59,14 @@ def test_the_worse_of_muon_and_normuon_is_run_longer() -> None:
     assert missing_rungs(means, list(means)) == [("muon", 1)]
 
 
+def test_the_options_are_held_against_muon_with_the_same_options() -> None:
+    both, control = "normuon-heads-equilibrated", "muon-heads-equilibrated"
+    means = {"adamw": {0: 2.0}, "muon": {0: 1.9}, control: {0: 1.7}, both: {0: 1.8, -1: 2.1}}
+    assert missing_rungs(means, [both]) == [(both, 1)]
+    means[both][1] = 1.6
+    assert missing_rungs(means, [both]) == []
+
+
 def test_adamw_that_is_better_than_an_arm_is_still_no_arm_of_its_own() -> None:
     means = {"adamw": {0: 1.0}, "muon": {0: 1.2}}
     assert missing_rungs(means, list(means)) == [("muon", 1)]
