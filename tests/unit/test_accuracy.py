@@ -10,6 +10,7 @@ import torch
 
 from normuon.orthogonalize import METHODS, newton_schulz, orthogonalize, resolve_coefficients
 from normuon.orthogonalize.iteration import iterate
+from normuon.orthogonalize.segments import gram_segments
 from normuon_lab.bench.accuracy import (
     accuracy_of_methods,
     error_of_updates,
@@ -45,6 +46,26 @@ def test_half_precision_needs_the_restart_where_it_is(segments):
         return max(float(torch.linalg.matrix_norm(o, 2)) for o in out)
 
     assert largest((3, 2)) <= 1.25 < largest(segments)
+
+
+SLOPE_OF_THREE = (3.0, -16 / 5, 6 / 5)
+
+
+@pytest.mark.parametrize("steps", [6, 8, 10, 12])
+@pytest.mark.parametrize("coefficients", ["jordan", SLOPE_OF_THREE], ids=str)
+def test_half_precision_bears_any_number_of_steps(coefficients, steps):
+    """A later segment sees R after rounding near 1, and may be no steeper than the last."""
+    found = accuracy_of_methods(resolve_coefficients(coefficients, steps), m=96, n=288)
+    for entry in found:
+        assert entry.largest_singular_value <= 1.25, entry
+
+
+def test_a_later_segment_bears_less_than_the_first():
+    jordan = resolve_coefficients("jordan", 10)
+    assert gram_segments(jordan, torch.bfloat16) == (2, 2, 2, 2, 2)
+    spectra = [x[None].bfloat16() for x in hard_spectra(96, 288).values()]
+    out = [iterate(x, jordan, segments=(3, 3, 2, 2)) for x in spectra]
+    assert not all(float(o.abs().max()) < 100 for o in out)  # NaN is not below it either.
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])

@@ -4,6 +4,11 @@ A segment of steps sees its input only through R = X X^T. Rounding R in a dtype 
 singular values below sqrt(u), while the segment magnifies the small ones by the product of its
 steps' ``a``; the error of what comes out grows as u times that product squared. So a segment may
 magnify no more than its dtype bears. What a segment computes is `iteration.py`'s.
+
+The first segment bears more than those after it. ||X||_F is 1 there, so that R rounds to small errors;
+later most singular values are near 1, and R's errors near u. Some of its eigenvalues are then a little
+below zero, where a step magnifies more than by ``a``: three of `jordan`'s turn -2u into a factor of
+hundreds, and what comes out leaves the interval in which the polynomial is bounded.
 """
 
 from __future__ import annotations
@@ -24,21 +29,21 @@ class MagnificationLimit:
     """How much a segment of Gram steps may magnify small singular values.
 
     Args:
-        last: bound for the last segment, whose errors nothing flattens after it.
-        earlier: bound for those before it; the steps that follow press their errors flat.
+        first: bound for the first segment, if others follow that press its errors flat.
+        other: bound for all others, and for one alone.
     """
 
-    last: float
-    earlier: float
+    first: float
+    other: float
 
 
 # Measured on spectra of condition up to 1e6, rank-deficient ones and one large value over a flat
 # floor of 1e-3 (tests/unit/test_accuracy.py prints the table that docs/accuracy.md shows).
 MAGNIFICATION_LIMITS = {
-    torch.bfloat16: MagnificationLimit(last=16, earlier=45),
-    torch.float16: MagnificationLimit(last=16, earlier=45),
-    torch.float32: MagnificationLimit(last=500, earlier=500),
-    torch.float64: MagnificationLimit(last=1e6, earlier=1e6),
+    torch.bfloat16: MagnificationLimit(first=45, other=16),
+    torch.float16: MagnificationLimit(first=45, other=16),
+    torch.float32: MagnificationLimit(first=500, other=500),
+    torch.float64: MagnificationLimit(first=1e6, other=1e6),
 }
 
 
@@ -74,12 +79,13 @@ def _remembered_gram_segments(
             last = math.prod(slopes[stop - length : stop]) / bound
             if last >= best[0]:
                 break
-            before, lengths = cut(stop - length, count - 1, limit.earlier)
+            rest = limit.first if count == 2 else limit.other
+            before, lengths = cut(stop - length, count - 1, rest)
             best = min(best, (max(last, before), (*lengths, length)))
         return best
 
     for count in range(1, len(slopes) + 1):
-        worst, lengths = cut(len(slopes), count, limit.last)
+        worst, lengths = cut(len(slopes), count, limit.other)
         if worst <= 1:
             return lengths
     return plain_segments(coefficients)
