@@ -8,7 +8,7 @@ magnify no more than its dtype bears. What a segment computes is `iteration.py`'
 The first segment bears more than those after it. ||X||_F is 1 there, so that R rounds to small
 errors; later most singular values are near 1, and R's errors near u. Some of its eigenvalues are
 then a little below zero, where a step magnifies more than by ``a``: three of `jordan`'s turn -2u
-into a factor of hundreds, and what comes out leaves the interval in which the polynomial is bounded.
+into a factor of hundreds, and what comes out leaves the interval where the polynomial is bounded.
 """
 
 from __future__ import annotations
