@@ -93,7 +93,9 @@ def sensitivity_figure(found: CellEvidence) -> Figure | None:
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, shown in zip(parts, rows, strict=True):
         widths = [counts[names.index(name)] + 0.6 for name in shown]
-        row = part.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
+        # Few Newton-Schulz steps cost a hundred times what any beta2 does.
+        sharey = shown is not rows[0]
+        row = part.subplots(1, len(shown), squeeze=False, sharey=sharey, width_ratios=widths)[0]
         for axes, name in zip(row, shown, strict=True):
             _draw_changes(axes, name, changes[name])
             style_axes(axes, grid_axis="y")
