@@ -35,9 +35,12 @@ MAX_TUNING_TRIALS = 32
 LENGTH_RATIO = 10 ** (1 / 10)
 """Neighbouring lengths of complete schedules differ by this factor: 0.50, 0.63, 0.79, 1, 1.26."""
 
+ARMS_WITH_BOTH_OPTIONS = ("normuon-heads-equilibrated", "muon-heads-equilibrated")
+"""Arms that take the library's two options which the paper does not have."""
+
 OTHER_ARMS = (
     *("normuon-original", "normuon-short", "normuon-heads", "normuon-equilibrated"),
-    *("normuon-heads-equilibrated", "muon-heads-equilibrated"),
+    *ARMS_WITH_BOTH_OPTIONS,
     *("muon-adam", "normuon-front", "normuon-tall", "muon-frobenius"),
     *("dion", "adam-mini", "rmnp"),
 )
@@ -76,6 +79,7 @@ LARGE_STARTS: Starts = {
     "adamw": {"learning_rate": 1.0, "adam_lr": 4.0, "weight_decay": -1.0},
     "muon": {"learning_rate": 3.0, "adam_lr": 5.0, "weight_decay": 0.0},
     "normuon": {"learning_rate": 3.0, "adam_lr": 6.0, "weight_decay": 0.0},
+    **dict.fromkeys(ARMS_WITH_BOTH_OPTIONS, _MUON_START),
 }
 """Where the searches at the larger size begin: at the smaller one's best settings."""
 
@@ -155,13 +159,14 @@ CELLS: dict[str, Cell] = {
                 data=("shakespeare",),
                 tokenizer="bpe",
             ),
-            other_arms=("normuon-heads-equilibrated", "muon-heads-equilibrated"),
+            other_arms=ARMS_WITH_BOTH_OPTIONS,
         ),
         Cell(
             name="bytes-large",
             task="Python source, bytes",
             size="4.9M",
             experiment=Experiment(model=_LARGE, training=_TRAINING, data=("stdlib",)),
+            other_arms=ARMS_WITH_BOTH_OPTIONS,
             starts=LARGE_STARTS,
             full_trials=LARGE_TUNING_TRIALS,
         ),

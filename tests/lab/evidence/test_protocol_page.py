@@ -90,6 +90,9 @@ def test_the_larger_size_starts_where_the_smaller_one_ended() -> None:
     for arm in MAIN_ARMS:
         start = {axis.name: axis.value(LARGE_STARTS[arm][axis.name]) for axis in AXES.values()}
         assert start == pytest.approx(tuned[arm]["best"], rel=1e-6)
+    for arm in CELLS["bytes-large"].other_arms:
+        rate = AXES["learning_rate"].value(LARGE_STARTS[arm]["learning_rate"])
+        assert rate == pytest.approx(tuned[arm]["best"]["learning_rate"], rel=1e-6)
     assert f"each arm has {LARGE_TUNING_TRIALS} trials" in PAGE.read_text()
 
 
