@@ -9,73 +9,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from normuon_lab.arm_options import DEFAULT_OPTIONS, ArmOptions
 from normuon_lab.errors import require
 
 # The names of the arms are needed before training is, and importing torch takes seconds.
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
-    NamedParameters = list[tuple[str, Tensor]]
-    Builder = Callable[[nn.Module, float, "ArmOptions"], list[Optimizer]]
-
-ADAM_BETAS = (0.9, 0.95)
-HIDDEN_WEIGHT_DECAY = 0.1  # 0 elsewhere, as in the paper
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmOptions:
-    """Hyperparameters besides the peak learning rate of hidden matrices.
-
-    Attributes:
-        adam_lr: peak learning rate of everything else; None: that of hidden matrices.
-        embedding_lr: that of the input embedding; None: `adam_lr`.
-        head_lr: that of the output head, tied or not; None: `adam_lr`.
-        weight_decay: of hidden matrices; 0 elsewhere, as in the paper.
-        betas: AdamW's.
-        momentum: Muon's, and NorMuon's first beta.
-        beta2: NorMuon's second beta.
-        ns_dtype: dtype of NorMuon's Newton-Schulz; None: NorMuon's own choice for the device.
-        split_heads: of `normuon.param_groups`; arms that are not NorMuon refuse it.
-        normuon: further keyword arguments of `normuon.NorMuon`, as pairs; other arms refuse them.
-    """
-
-    adam_lr: float | None = None
-    embedding_lr: float | None = None
-    head_lr: float | None = None
-    weight_decay: float = HIDDEN_WEIGHT_DECAY
-    betas: tuple[float, float] = ADAM_BETAS
-    momentum: float = 0.95
-    beta2: float = 0.95
-    ns_dtype: torch.dtype | None = None
-    split_heads: bool = False
-    normuon: tuple[tuple[str, Any], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values of those that are not the defaults.
-
-        Example:
-            >>> ArmOptions(weight_decay=0.3, normuon=(("ns_steps", 6),)).to_json()
-            {'weight_decay': 0.3, 'normuon': {'ns_steps': 6}}
-        """
-        changed = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        }
-        if "normuon" in changed:
-            changed["normuon"] = dict(self.normuon)
-        if "ns_dtype" in changed:
-            changed["ns_dtype"] = str(self.ns_dtype)
-        return changed
-
-
-DEFAULT_OPTIONS = ArmOptions()
+    Builder = Callable[[nn.Module, float, ArmOptions], list[Optimizer]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,62 +69,15 @@ class Arm:
         return self.builder(model, lr, options)
 
 
-def split_parameters(model: nn.Module) -> tuple[NamedParameters, NamedParameters]:
-    """Hidden matrices, and everything else, as `(name, parameter)` pairs in the model's order."""
-    from normuon import param_groups
-
-    hidden: NamedParameters = []
-    other: NamedParameters = []
-    for group in param_groups(model):
-        (other if group["algorithm"] == "adamw" else hidden).extend(group["params"])
-    return hidden, other
-
-
-def other_rates(
-    model: nn.Module, parameters: NamedParameters, lr: float, options: ArmOptions
-) -> dict[float, NamedParameters]:
-    """The parameters that AdamW trains, by their peak learning rate, in the model's order.
-
-    A head that is tied to the embedding takes the head's rate.
-    """
-    from normuon.module_rules import output_heads
-
-    heads = output_heads(model)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    embeddings = {id(parameter) for parameter in embedding.parameters()} if embedding else set()
-    rest = options.adam_lr or lr
-    found: dict[float, NamedParameters] = {}
-    for name, parameter in parameters:
-        rate = rest
-        if id(parameter) in heads:
-            rate = options.head_lr or rest
-        elif id(parameter) in embeddings:
-            rate = options.embedding_lr or rest
-        found.setdefault(rate, []).append((name, parameter))
-    return found
-
-
-def _tensors(parameters: NamedParameters) -> list[Tensor]:
-    return [parameter for _, parameter in parameters]
-
-
-def _other_groups(
-    model: nn.Module, other: NamedParameters, lr: float, options: ArmOptions
-) -> list[dict[str, Any]]:
-    rates = other_rates(model, other, lr, options)
-    return [
-        {"params": _tensors(parameters), "lr": rate, "weight_decay": 0.0}
-        for rate, parameters in rates.items()
-    ]
-
-
 def _build_adamw(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
     from torch.optim import AdamW
 
+    from normuon_lab.arm_parameters import adamw_groups, split_parameters, tensors
+
     hidden, other = split_parameters(model)
     groups = [
-        {"params": _tensors(hidden), "weight_decay": options.weight_decay},
-        *_other_groups(model, other, lr, options),
+        {"params": tensors(hidden), "weight_decay": options.weight_decay},
+        *adamw_groups(model, other, lr, options),
     ]
     return [AdamW(groups, lr=lr, betas=options.betas)]
 
@@ -186,16 +85,18 @@ def _build_adamw(model: nn.Module, lr: float, options: ArmOptions) -> list[Optim
 def _build_muon(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
     from torch.optim import AdamW, Muon
 
+    from normuon_lab.arm_parameters import adamw_groups, split_parameters, tensors
+
     hidden, other = split_parameters(model)
     return [
         Muon(
-            _tensors(hidden),
+            tensors(hidden),
             lr=lr,
             weight_decay=options.weight_decay,
             momentum=options.momentum,
             adjust_lr_fn="match_rms_adamw",
         ),
-        AdamW(_other_groups(model, other, lr, options), lr=lr, betas=options.betas),
+        AdamW(adamw_groups(model, other, lr, options), lr=lr, betas=options.betas),
     ]
 
 
@@ -215,6 +116,7 @@ def _build_normuon(
     are as large as the paper's scaling makes them, and the decay of a step stays what it was.
     """
     from normuon import NorMuon, param_groups, suggest_lr
+    from normuon_lab.arm_parameters import other_rates, split_parameters
 
     _, other = split_parameters(model)
     groups = [
@@ -251,6 +153,7 @@ def _rival(module: str, name: str, **fixed: Any) -> Builder:
         from torch.optim import AdamW
 
         from normuon import param_groups
+        from normuon_lab.arm_parameters import adamw_groups, split_parameters
 
         rival = getattr(importlib.import_module(f"normuon_lab.rivals.{module}"), name)
         _, other = split_parameters(model)
@@ -268,7 +171,7 @@ def _rival(module: str, name: str, **fixed: Any) -> Builder:
                 beta2=options.beta2,
                 **fixed,
             ),
-            AdamW(_other_groups(model, other, lr, options), lr=lr, betas=options.betas),
+            AdamW(adamw_groups(model, other, lr, options), lr=lr, betas=options.betas),
         ]
 
     return build

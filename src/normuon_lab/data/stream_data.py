@@ -34,13 +34,9 @@ from normuon_lab.data.documents import (
     readable,
 )
 from normuon_lab.data.lanes import Lane, StreamOptions
-from normuon_lab.data.loading import (
-    PretrainData,
-    ValidationBatches,
-    cache_folder,
-    open_validation_shards,
-)
-from normuon_lab.data.shard_data import ArrayTokens, SequenceReader, TokenArray
+from normuon_lab.data.open_shards import cache_folder, open_validation_shards
+from normuon_lab.data.pretrain_data import PretrainData, ValidationBatches
+from normuon_lab.data.sequences import ArrayTokens, SequenceReader, TokenArray
 from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_source
 from normuon_lab.data.tokenizer import Ids, load_tokenizer
 from normuon_lab.errors import InputError, require

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from normuon_lab.arms import ArmOptions
+from normuon_lab.arm_options import ArmOptions
 from normuon_lab.errors import require
 from normuon_lab.evidence.protocol import MAIN_ARMS, Cell
 from normuon_lab.evidence.runs_store import read_runs

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.arms import ARMS, split_parameters
+from normuon_lab.arm_parameters import split_parameters
+from normuon_lab.arms import ARMS
 from normuon_lab.atomic_files import read_json, write_json
 from normuon_lab.bench.measure import (
     profile_step,

@@ -14,7 +14,8 @@ from torch import nn
 
 from normuon.distributed.cost import CostModel
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
-from normuon_lab.arms import PRETRAINING_ARMS, split_parameters
+from normuon_lab.arm_parameters import split_parameters
+from normuon_lab.arms import PRETRAINING_ARMS
 from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.pretrain.checkpoint import (
     CheckpointDescription,
@@ -16,7 +17,6 @@ from normuon_lab.pretrain.checkpoint import (
 )
 from normuon_lab.pretrain.config import PretrainConfig, trajectory
 from normuon_lab.pretrain.config_file import write_config
-from normuon_lab.runs.config import first_difference
 
 CONFIG_FILE = "config.toml"
 _GO_ON = "give --resume auto to go on with it, or another --out"

@@ -13,8 +13,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.arms import PRETRAINING_ARMS, ArmOptions
-from normuon_lab.data.loading import PretrainData, open_data
+from normuon_lab.arm_options import ArmOptions
+from normuon_lab.arms import PRETRAINING_ARMS
+from normuon_lab.data.loading import open_data
+from normuon_lab.data.pretrain_data import PretrainData
 from normuon_lab.errors import require
 from normuon_lab.pretrain.checkpoint import newest_complete
 from normuon_lab.pretrain.checkpoint_writer import CheckpointWriter

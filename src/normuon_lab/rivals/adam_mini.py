@@ -9,7 +9,8 @@ from pytorch_optimizer import AdamMini
 from torch import nn
 from torch.optim import Optimizer
 
-from normuon_lab.arms import DEFAULT_OPTIONS, ArmOptions, other_rates, split_parameters
+from normuon_lab.arm_options import DEFAULT_OPTIONS, ArmOptions
+from normuon_lab.arm_parameters import other_rates, split_parameters
 
 
 def build_adam_mini(

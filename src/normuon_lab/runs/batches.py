@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normuon_lab.runs.corpus import Tokens
+Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""A text, ``[num_tokens]``."""
 
 
 class EpochOrder:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from normuon_lab.arms import DEFAULT_OPTIONS, ArmOptions
+from normuon_lab.arm_options import DEFAULT_OPTIONS, ArmOptions
 from normuon_lab.errors import require
 
 MODEL_FAMILIES = ("llama", "gpt2")
@@ -247,24 +247,3 @@ def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
             f"a BPE has the {NUM_BYTES} bytes and more, up to {MAX_BPE_TOKENS} tokens; "
             f"got {vocab_size}",
         )
-
-
-def first_difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
-) -> tuple[str, Any, Any] | None:
-    """The first field, by dotted name, in which two nested configurations differ.
-
-    >>> first_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
-    ('b.c', 2, 3)
-    >>> first_difference({"a": 1}, {"a": 1}) is None
-    True
-    """
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found = first_difference(before, after, f"{prefix}{key}.")
-            if found is not None:
-                return found
-        elif before != after:
-            return f"{prefix}{key}", before, after
-    return None

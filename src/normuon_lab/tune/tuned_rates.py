@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from normuon_lab.atomic_files import read_json
+from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
-from normuon_lab.runs.config import Experiment, first_difference
+from normuon_lab.runs.config import Experiment
 
 SCHEMA_VERSION = 1
 KIND = "normuon tune"

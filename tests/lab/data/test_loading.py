@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.loading import PretrainData, open_data
+from normuon_lab.data.loading import open_data
+from normuon_lab.data.pretrain_data import PretrainData
 from normuon_lab.errors import InputError
 from tests.lab.data.conftest import signal_from_elsewhere, write_shard
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normuon_lab.arms import ARMS, ArmOptions
+from normuon_lab.arm_options import ArmOptions
+from normuon_lab.arms import ARMS
 from normuon_lab.runs.config import ModelConfig
 from normuon_lab.runs.models import build_model
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from normuon import NorMuon, suggest_lr
-from normuon_lab.arms import ARMS, PRETRAINING_ARMS, ArmOptions, split_parameters
+from normuon_lab.arm_options import ArmOptions
+from normuon_lab.arm_parameters import split_parameters
+from normuon_lab.arms import ARMS, PRETRAINING_ARMS
 from normuon_lab.errors import InputError
 from normuon_lab.evidence.protocol import MAIN_ARMS, OTHER_ARMS
 from normuon_lab.runs.config import ModelConfig, RunSpec
