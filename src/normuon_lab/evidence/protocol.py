@@ -159,7 +159,7 @@ CELLS: dict[str, Cell] = {
                 data=("shakespeare",),
                 tokenizer="bpe",
             ),
-            other_arms=ARMS_WITH_BOTH_OPTIONS,
+            other_arms=(*ARMS_WITH_BOTH_OPTIONS, "normuon-front"),
         ),
         Cell(
             name="bytes-large",
