@@ -38,12 +38,18 @@ LENGTH_RATIO = 10 ** (1 / 10)
 ARMS_WITH_BOTH_OPTIONS = ("normuon-heads-equilibrated", "muon-heads-equilibrated")
 """Arms that take the library's two options which the paper does not have."""
 
-OTHER_ARMS = (
+VARIANTS = (
     *("normuon-original", "normuon-short", "normuon-heads", "normuon-equilibrated"),
     *ARMS_WITH_BOTH_OPTIONS,
-    *("muon-adam", "normuon-front", "normuon-tall", "muon-frobenius"),
-    *("dion", "adam-mini", "rmnp"),
 )
+"""Arms that are options of the library."""
+
+ABLATIONS = ("muon-adam", "normuon-front", "normuon-tall", "muon-frobenius")
+"""The paper's, in its Fig. 3 and 7."""
+
+RIVALS = ("dion", "adam-mini", "rmnp")
+
+OTHER_ARMS = (*VARIANTS, *ABLATIONS, *RIVALS)
 
 DRAWN_ARMS = (*MAIN_ARMS, "normuon-heads-equilibrated")
 """Arms whose losses and schedules are drawn together."""

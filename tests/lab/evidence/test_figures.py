@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
 from normuon_lab.evidence.figures.sensitivity import (
     DEFAULTS,
+    PANELS,
     learning_rate_figure,
     sensitivity_figure,
 )
 from normuon_lab.evidence.figures.updates import measured_updates, update_figures
-from normuon_lab.evidence.protocol import SENSITIVITY
+from normuon_lab.evidence.protocol import CELLS, SENSITIVITY
 from normuon_lab.evidence.table1 import table1
 from normuon_lab.plot_style import color_of
 from tests.lab.evidence import synthetic
@@ -54,9 +56,10 @@ def test_every_panel_says_what_its_axes_are(found: CellEvidence, table: dict[str
         assert figure.axes, name
         bottom = [a for a in figure.axes if a.get_subplotspec().is_last_row()]
         left = [a for a in figure.axes if a.get_subplotspec().is_first_col()]
-        assert all(axes.get_xlabel() for axes in bottom), name
+        assert figure.get_supxlabel() or all(axes.get_xlabel() for axes in bottom), name
         # Named arms down the side need no title.
-        assert all(a.get_ylabel() or a.get_yticklabels()[0].get_text() for a in left), name
+        named = [a.get_ylabel() or a.get_yticklabels()[0].get_text() for a in left]
+        assert figure.get_supylabel() or all(named), name
 
 
 def test_the_losses_are_the_means_in_the_arms_colours(found: CellEvidence) -> None:
@@ -121,6 +124,42 @@ def test_the_best_rate_has_the_star(found: CellEvidence) -> None:
     for axes in figure.axes:
         for star in axes.collections:
             assert star.get_offsets()[0][0] == pytest.approx(0.004)
+
+
+def test_arms_have_panels_of_their_kind_and_legends_fit(found: CellEvidence) -> None:
+    assert [arm for _, arms in PANELS for arm in arms] == list(CELLS["bytes-small"].arms)
+    figure = learning_rate_figure(found)
+    assert figure is not None
+    named = [
+        [text.get_text() for text in legend.get_texts()]
+        for axes in figure.axes
+        if (legend := axes.get_legend())
+    ]
+    assert named == [
+        [ARMS[arm].label for arm in arms if arm in found.cell.arms] for _, arms in PANELS
+    ]
+    width, height = figure.get_size_inches() * figure.dpi
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_legend().get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= width
+        assert 0 <= box.y0 < box.y1 <= height
+
+
+def test_a_rival_far_behind_is_named_at_the_edge(found: CellEvidence) -> None:
+    figure = ablation_figure(found)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[1].texts] == []
+    worse = [
+        replace(run, eval_losses=[loss + 1.0 for loss in run.eval_losses])
+        for run in found.full_runs("adam-mini")
+    ]
+    others = [run for arm in found.cell.arms if arm != "adam-mini" for run in found.full_runs(arm)]
+    figure = ablation_figure(CellEvidence(cell=found.cell, runs=[*others, *worse]))
+    assert figure is not None
+    (text,) = figure.axes[1].texts
+    assert text.get_text().startswith("+1.0")
+    assert figure.axes[1].get_xlim()[1] < 0.2
 
 
 def test_defaults_are_marked_among_the_values(found: CellEvidence) -> None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.figures.bands import Array, add_legend, draw_band, new_figure
+from normuon_lab.evidence.figures.bands import (
+    LABEL_SIZE,
+    Array,
+    add_legend,
+    draw_band,
+    new_figure,
+)
+from normuon_lab.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 from normuon_lab.runs.records import RunRecord
-from normuon_lab.statistics import t_interval
+from normuon_lab.statistics import Estimate, t_interval
 
 REFERENCE = "muon"
-ALONG_TRAINING = ("normuon", "muon-adam", "normuon-front", "normuon-tall", "muon-frobenius")
-AT_THE_END = (
-    *(*ALONG_TRAINING, "normuon-original", "normuon-short", "dion", "rmnp"),
-    *("normuon-heads", "normuon-equilibrated", "normuon-heads-equilibrated"),
-    "muon-heads-equilibrated",
-)
+ALONG_TRAINING = ("normuon", *ABLATIONS)
+AT_THE_END = ("normuon", *ABLATIONS, *VARIANTS, *RIVALS)
+WIDEST_SHOWN = 2.0
+"""Final losses are shown up to this many times the farthest of the arms that are no rivals."""
 SHOWN_FROM = 0.1
 """The first tenth of training, where differences are ten times the later ones, is left out."""
 
@@ -41,12 +49,16 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     along.axhline(0, color=MUTED, linewidth=1)
     along.set_xlabel("training steps", color=INK)
     along.set_ylabel(f"validation loss minus {label_of(REFERENCE)}'s\n(nats per token)", color=INK)
-    for place, (arm, values_SK) in enumerate(present.items()):
-        _draw_end(at_end, place, arm, values_SK[:, -1])
+    ends = {arm: t_interval(values_SK[:, -1].tolist()) for arm, values_SK in present.items()}
+    limit = _end_shown(ends)
+    for place, (arm, end) in enumerate(ends.items()):
+        _draw_end(at_end, place, arm, end, limit=limit)
     at_end.axvline(0, color=MUTED, linewidth=1)
     at_end.set_yticks(range(len(present)), [label_of(arm) for arm in present])
     at_end.set_ylim(len(present) - 0.4, -0.6)
-    at_end.set_xlabel(f"final loss minus {label_of(REFERENCE)}'s (nats per token)", color=INK)
+    at_end.set_xlim(right=limit)
+    at_end.xaxis.set_major_locator(MaxNLocator(4))
+    at_end.set_xlabel(f"final loss minus {label_of(REFERENCE)}'s\n(nats per token)", color=INK)
     style_axes(along, grid_axis="both")
     style_axes(at_end, grid_axis="x")
     add_legend(figure, along, columns=5)
@@ -72,9 +84,26 @@ def _by_seed(runs: list[RunRecord]) -> dict[int, RunRecord]:
     return {run.seed: run for run in runs}
 
 
-def _draw_end(axes: Axes, place: int, arm: str, values_S: Array) -> None:
+def _end_shown(ends: Mapping[str, Estimate]) -> float:
+    """Where the panel of final losses ends: a rival far behind would hide how the others differ."""
+    widest = max(abs(end.mean or 0.0) for arm, end in ends.items() if arm not in RIVALS)
+    return WIDEST_SHOWN * widest
+
+
+def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) -> None:
     style = style_of(arm)
-    estimate = t_interval(values_S.tolist())
-    if estimate.low is not None and estimate.high is not None:
-        axes.plot([estimate.low, estimate.high], [place] * 2, color=style.color, linewidth=2)
-    axes.scatter([estimate.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker)
+    assert end.mean is not None
+    if end.mean > limit:
+        axes.annotate(
+            f"{end.mean:+.3f} \N{RIGHTWARDS ARROW}",
+            (1.0, place),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="center",
+            color=INK,
+            fontsize=LABEL_SIZE,
+        )
+        return
+    if end.low is not None and end.high is not None:
+        axes.plot([end.low, end.high], [place] * 2, color=style.color, linewidth=2)
+    axes.scatter([end.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker)

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.figures.bands import add_legend, new_figure
-from normuon_lab.evidence.protocol import MAIN_ARMS
+from normuon_lab.evidence.figures.bands import add_panel_legend, new_figure
+from normuon_lab.evidence.protocol import ABLATIONS, MAIN_ARMS, RIVALS, VARIANTS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 from normuon_lab.statistics import Estimate, t_interval
@@ -29,6 +29,14 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What the claim runs had. Written down, since the library's defaults may move on this evidence."""
 
+PANELS = (
+    ("main arms", MAIN_ARMS),
+    ("options of the library", VARIANTS),
+    ("the paper's ablations", ABLATIONS),
+    ("rivals", RIVALS),
+)
+"""Arms whose tuning curves share a panel, so that they can be told apart."""
+
 HIGHEST_SHOWN = 3.0
 """A tuning curve is shown up to this many times its median height above its own best loss."""
 
@@ -39,27 +47,28 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
     curves = {arm: curve for arm, curve in curves.items() if curve}
     if not curves:
         return None
-    main = [arm for arm in curves if arm in MAIN_ARMS]
-    others = [arm for arm in curves if arm not in MAIN_ARMS]
-    panels = [arms for arms in (main, others) if arms]
-    figure = new_figure(5.2 * len(panels) if len(panels) > 1 else 7.0, 5.0 if others else 4.2)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, arms in zip(all_axes, panels, strict=True):
+    panels = [(title, [arm for arm in arms if arm in curves]) for title, arms in PANELS]
+    panels = [(title, arms) for title, arms in panels if arms]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5.2 * columns if columns > 1 else 7.0, 4.2 * rows + 0.2)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, arms) in zip(grid.flat, panels, strict=False):
         for arm in arms:
             _draw_rates(axes, arm, curves[arm])
-        rates = sorted({rate for arm in arms for rate in curves[arm]})
-        axes.set_xscale("log")
-        axes.set_xticks(_spread_out(rates))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("peak learning rate of hidden matrices (logarithmic)", color=INK)
+        if len(panels) > 1:
+            axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.tick_params(labelbottom=True, labelleft=True)
         style_axes(axes, grid_axis="both")
-    all_axes[0].set_ylim(*_losses_shown([list(curve.values()) for curve in curves.values()]))
+        add_panel_legend(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    _write_rates(grid[0, 0], sorted({rate for curve in curves.values() for rate in curve}))
+    grid[0, 0].set_ylim(*_losses_shown(curves))
     what = "final loss" if found.target_accuracy is None else "steps to the accuracy"
     unit = "(nats per token)" if found.target_accuracy is None else "(a run that misses it: 1.5 x)"
-    all_axes[0].set_ylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK)
-    add_legend(figure, *all_axes)
+    figure.supylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK, fontsize=10)
+    figure.supxlabel("peak learning rate of hidden matrices (logarithmic)", color=INK, fontsize=10)
     figure.suptitle(f"Sensitivity to the learning rate: {found.title}", color=INK)
     return figure
 
@@ -136,13 +145,15 @@ def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate 
     return t_interval(differences) if len(differences) == len(pairs) else None
 
 
-def _losses_shown(curves: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Limits that show every arm's best loss, but not losses near divergence."""
-    tops = [
-        min(max(curve), min(curve) + HIGHEST_SHOWN * float(np.median(np.array(curve) - min(curve))))
-        for curve in curves
-    ]
-    low, high = min(map(min, curves)), max(tops)
+def _losses_shown(curves: Mapping[str, Mapping[float, float]]) -> tuple[float, float]:
+    """Limits that show every arm's best loss, but neither near divergence nor a rival's others."""
+    losses = {arm: np.array(list(curve.values())) for arm, curve in curves.items()}
+    low = min(float(tried.min()) for tried in losses.values())
+    high = max(float(tried.min()) for tried in losses.values())
+    for arm, tried in losses.items():
+        if arm not in RIVALS:
+            height = HIGHEST_SHOWN * float(np.median(tried - tried.min()))
+            high = max(high, min(float(tried.max()), float(tried.min()) + height))
     margin = 0.06 * (high - low or 1.0)
     return low - margin, high + margin
 
@@ -193,6 +204,15 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value)
     return f"{value:g}" if isinstance(value, int | float) else str(value).replace("_", "\n")
+
+
+def _write_rates(axes: Axes, rates: Sequence[float]) -> None:
+    """A logarithmic axis with the rates that were tried; panels share it."""
+    axes.set_xscale("log")
+    axes.set_xticks(_spread_out(rates))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _spread_out(rates: Sequence[float], *, least_ratio: float = 1.9) -> list[float]:
