@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import normuon
+from tests.module_imports import imports_of, module_name
 
 PACKAGE = Path(normuon.__file__).parent
 
@@ -52,36 +52,16 @@ ORDER = [
 ]
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            found.add(node.module or "")
-            # `from normuon import rule` imports a module, not a name.
-            found |= {
-                f"{node.module}.{alias.name}"
-                for alias in node.names
-                if (
-                    PACKAGE.parent / str(node.module).replace(".", "/") / f"{alias.name}.py"
-                ).exists()
-            }
-    return found
+def inner_name(path: Path) -> str:
+    return module_name(path).removeprefix("normuon").removeprefix(".")
 
 
 SINGLE_DEVICE = [p for p in sorted(PACKAGE.rglob("*.py")) if "distributed" not in p.parts]
 
 
-@pytest.mark.parametrize("path", SINGLE_DEVICE, ids=module_name)
+@pytest.mark.parametrize("path", SINGLE_DEVICE, ids=inner_name)
 def test_imports_point_down(path):
-    name = module_name(path)
+    name = inner_name(path)
     assert name in ORDER, f"{name} has no place in the order of the house"
     allowed = set(ORDER[: ORDER.index(name)])
     for imported in imports_of(path):

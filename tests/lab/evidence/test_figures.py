@@ -162,6 +162,13 @@ def test_a_rival_far_behind_is_named_at_the_edge(found: CellEvidence) -> None:
     assert figure.axes[1].get_xlim()[1] < 0.2
 
 
+def test_rivals_alone_are_drawn(found: CellEvidence) -> None:
+    runs = [*found.full_runs("muon"), *found.full_runs("adam-mini")]
+    figure = ablation_figure(CellEvidence(cell=found.cell, runs=runs))
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[1].texts] == []
+
+
 def test_defaults_are_marked_among_the_values(found: CellEvidence) -> None:
     figure = sensitivity_figure(found)
     assert figure is not None

@@ -86,8 +86,8 @@ def _by_seed(runs: list[RunRecord]) -> dict[int, RunRecord]:
 
 def _end_shown(ends: Mapping[str, Estimate]) -> float:
     """Where the panel of final losses ends: a rival far behind would hide how the others differ."""
-    widest = max(abs(end.mean or 0.0) for arm, end in ends.items() if arm not in RIVALS)
-    return WIDEST_SHOWN * widest
+    compared = [arm for arm in ends if arm not in RIVALS] or list(ends)
+    return WIDEST_SHOWN * max(abs(ends[arm].mean or 0.0) for arm in compared)
 
 
 def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) -> None:
