@@ -12,7 +12,8 @@ from normuon_lab.evidence.figures.ablations import ablation_figure
 from normuon_lab.evidence.figures.accuracies import accuracy_figure
 from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
-from normuon_lab.evidence.figures.sensitivity import learning_rate_figure, sensitivity_figure
+from normuon_lab.evidence.figures.sensitivity import sensitivity_figure
+from normuon_lab.evidence.figures.tuning import learning_rate_figure, other_rate_figure
 from normuon_lab.evidence.figures.updates import update_figures
 
 STEPS_SAVED = "steps-saved"
@@ -23,7 +24,10 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
     rows = table1["rows"]
     figures: dict[str, Figure | None] = {STEPS_SAVED: steps_saved_figure(evidence, rows)}
     for found in evidence:
-        of_cell: dict[str, Figure | None] = {"learning-rates": learning_rate_figure(found)}
+        of_cell: dict[str, Figure | None] = {
+            "learning-rates": learning_rate_figure(found),
+            "other-rates": other_rate_figure(found),
+        }
         if found.target_accuracy is None:
             of_cell |= {
                 "losses": loss_figure(found),

@@ -105,6 +105,9 @@ def _cell(
         "counts_losses": found.target_accuracy is None,
         "tables": _tables(found, table1),
         "settings": [_setting(found, arm) for arm in found.cell.arms if arm in found.tuning],
+        "own_rates": [
+            row for arm in found.cell.arms if arm in found.tuning for row in _own_rate(found, arm)
+        ],
         "update_figures": [
             figure
             for what in UPDATE_FIGURES
@@ -180,6 +183,30 @@ def _setting(found: CellEvidence, arm: str) -> dict[str, str]:
         "trials": str(len(tuned["trials"])),
         "is_interior": "yes" if tuned["is_interior"] else "no",
     }
+
+
+def _own_rate(found: CellEvidence, arm: str) -> list[dict[str, str]]:
+    """What a learning rate of its own for AdamW's half was worth: a row, or none.
+
+    Only where both were tried: one rate for both halves, and others.
+    """
+    tuned = found.tuning[arm]
+    finished = [trial for trial in tuned["trials"] if trial["mean_objective"] is not None]
+    shared = [trial for trial in finished if trial["adam_lr"] == trial["learning_rate"]]
+    if "adam_lr" not in tuned["axes"] or not shared:
+        return []
+    one = min(shared, key=lambda trial: trial["mean_objective"])
+    own = min(finished, key=lambda trial: trial["mean_objective"])
+    digits = 3 if found.target_accuracy is None else 0
+    return [
+        {
+            "arm": label_of(arm),
+            "shared": f"{one['mean_objective']:.{digits}f} at {one['learning_rate']:.3g}",
+            "own": f"{own['mean_objective']:.{digits}f} "
+            f"at {own['learning_rate']:.3g} and {own['adam_lr']:.3g}",
+            "gain": f"{own['mean_objective'] - one['mean_objective']:+.{digits}f}",
+        }
+    ]
 
 
 def _table2(table2: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -17,12 +17,8 @@ from normuon_lab.evidence.drawn import draw_figures
 from normuon_lab.evidence.figures.ablations import ablation_figure, loss_differences
 from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
-from normuon_lab.evidence.figures.sensitivity import (
-    DEFAULTS,
-    PANELS,
-    learning_rate_figure,
-    sensitivity_figure,
-)
+from normuon_lab.evidence.figures.sensitivity import DEFAULTS, sensitivity_figure
+from normuon_lab.evidence.figures.tuning import PANELS, learning_rate_figure, other_rate_figure
 from normuon_lab.evidence.figures.updates import measured_updates, update_figures
 from normuon_lab.evidence.protocol import CELLS, SENSITIVITY
 from normuon_lab.evidence.table1 import table1
@@ -124,6 +120,36 @@ def test_the_best_rate_has_the_star(found: CellEvidence) -> None:
     for axes in figure.axes:
         for star in axes.collections:
             assert star.get_offsets()[0][0] == pytest.approx(0.004)
+
+
+def with_trials(found: CellEvidence, trials: list[tuple[float, float, float]]) -> CellEvidence:
+    """NorMuon's tuning alone: learning rate, that of AdamW's half, mean final loss."""
+    tuned = {
+        "axes": ["learning_rate", "adam_lr", "weight_decay"],
+        "trials": [
+            {"learning_rate": rate, "adam_lr": other, "weight_decay": 0.1, "mean_objective": loss}
+            for rate, other, loss in trials
+        ],
+    }
+    return replace(found, tuning={"normuon": tuned})
+
+
+def test_the_other_half_has_curves_of_its_own_rate(found: CellEvidence) -> None:
+    trials = [(0.008, 0.008, 1.6), (0.008, 0.032, 1.5), (0.008, 0.064, 1.52), (0.004, 0.032, 1.55)]
+    figure = other_rate_figure(with_trials(found, trials))
+    assert figure is not None
+    (line,) = figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [0.008, 0.032, 0.064]
+    assert list(line.get_ydata()) == [1.6, 1.5, 1.52]
+    (star,) = figure.axes[0].collections
+    assert star.get_offsets()[0].tolist() == [0.032, 1.5]
+    figure.draw_without_rendering()
+    assert figure.get_tightbbox().width <= figure.get_figwidth()
+
+
+def test_an_arm_that_took_over_its_other_rate_has_no_curve_of_it(found: CellEvidence) -> None:
+    only_rate = {"axes": ["learning_rate"], "trials": found.tuning["normuon"]["trials"]}
+    assert other_rate_figure(replace(found, tuning={"normuon-short": only_rate})) is None
 
 
 def test_arms_have_panels_of_their_kind_and_legends_fit(found: CellEvidence) -> None:

@@ -65,7 +65,14 @@ def test_every_figure_of_the_page_is_there_and_no_other(page: str, docs: Path) -
     drawn = {path.relative_to(docs).as_posix() for path in docs.rglob("*.svg")}
     assert drawn == set(shown)
     names = {Path(path).stem for path in drawn}
-    for what in ("losses", "schedules", "ablations", "learning-rates", "sensitivity"):
+    for what in (
+        "losses",
+        "schedules",
+        "ablations",
+        "learning-rates",
+        "other-rates",
+        "sensitivity",
+    ):
         assert f"bytes-small-{what}" in names
     assert {
         f"bytes-small-{q}-layer{n}" for q in ("row-norms", "singular-values") for n in (0, 3)
@@ -95,7 +102,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, cells: dict[str, Cel
         files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         built.append((files, (results / "table1.json").read_bytes()))
     assert built[0] == built[1]
-    assert len(built[0][0]) == 5
+    assert len(built[0][0]) == 6
 
 
 def test_the_page_says_what_table1_says(page: str, results: Path) -> None:
@@ -111,6 +118,31 @@ def test_the_page_says_what_table1_says(page: str, results: Path) -> None:
     assert "No figure against AdamW. NorMuon:" not in page
     assert "- Claim runs at full length, 3 of 6: AdamW; Muon.\n" in page
     assert "- Against AdamW. Muon: 3 of 6 claim seeds are not there yet.\n" in page
+
+
+def test_the_page_says_what_a_rate_of_its_own_is_worth(
+    tmp_path: Path, cells: dict[str, Cell]
+) -> None:
+    cell = cells["bytes-large"]
+    synthetic.write_cell(tmp_path, cell, seeds=[])
+    file = tmp_path / cell.name / "sweep.json"
+    sweep = json.loads(file.read_text())
+    trials = [(0.008, 0.008, 1.6), (0.016, 0.016, 1.61), (0.016, 0.032, 1.523), (0.02, 0.02, None)]
+    sweep["arms"]["normuon"]["trials"] = [
+        {"learning_rate": rate, "adam_lr": other, "weight_decay": 0.1, "mean_objective": loss}
+        for rate, other, loss in trials
+    ]
+    # Nothing to compare: one rate for both was never tried, or AdamW's was not tuned at all.
+    sweep["arms"]["muon"]["trials"] = sweep["arms"]["normuon"]["trials"][2:]
+    sweep["arms"]["adamw"]["axes"] = ["learning_rate"]
+    file.write_text(json.dumps(sweep))
+    build(tmp_path, tmp_path, cells={cell.name: cell}, with_figures=False)
+    text = (tmp_path / "results.md").read_text()
+    (row,) = re.findall(r"^.* at 0\.008 .*$", text, flags=re.MULTILINE)
+    assert row == (
+        "| Python source, bytes, 4.9M | NorMuon | 1.600 at 0.008 | 1.523 at 0.016 and 0.032 "
+        "| **-0.077** |"
+    )
 
 
 def test_verdicts_follow_from_the_made_truth(results: Path, cells: dict[str, Cell]) -> None:
@@ -147,7 +179,7 @@ def test_the_adverse_case_is_judged_apart(tmp_path: Path) -> None:
     # It counts for no claim on final losses.
     assert all(not claim.cells for claim in claims if "final loss" in claim.claim)
     drawn = {path.stem.removeprefix(f"{cell.name}-") for path in tmp_path.rglob("*.svg")}
-    assert drawn == {"accuracies", "learning-rates"}
+    assert drawn == {"accuracies", "learning-rates", "other-rates"}
     assert "Steps are counted until a run first has 99% held-out accuracy" in page
 
 

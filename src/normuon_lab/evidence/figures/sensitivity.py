@@ -1,21 +1,17 @@
-"""How much depends on the learning rate, and on NorMuon's other hyperparameters."""
+"""How much depends on NorMuon's hyperparameters besides the tuned ones, varied one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
-from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.figures.bands import add_panel_legend, new_figure
-from normuon_lab.evidence.protocol import ABLATIONS, MAIN_ARMS, RIVALS, VARIANTS
+from normuon_lab.evidence.figures.bands import new_figure
 from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, color_of, style_of
+from normuon_lab.plot_style import INK, MUTED, color_of
 from normuon_lab.statistics import Estimate, t_interval
 
 DEFAULTS: Mapping[str, Any] = {
@@ -28,65 +24,6 @@ DEFAULTS: Mapping[str, Any] = {
     "cautious_weight_decay": False,
 }
 """What the claim runs had. Written down, since the library's defaults may move on this evidence."""
-
-PANELS = (
-    ("main arms", MAIN_ARMS),
-    ("options of the library", VARIANTS),
-    ("the paper's ablations", ABLATIONS),
-    ("rivals", RIVALS),
-)
-"""Arms whose tuning curves share a panel, so that they can be told apart."""
-
-HIGHEST_SHOWN = 3.0
-"""A tuning curve is shown up to this many times its median height above its own best loss."""
-
-
-def learning_rate_figure(found: CellEvidence) -> Figure | None:
-    """At every learning rate tried, the best loss over the other axes; None without tuning."""
-    curves = {arm: best_by_rate(found.tuning[arm]["trials"]) for arm in found.tuning}
-    curves = {arm: curve for arm, curve in curves.items() if curve}
-    if not curves:
-        return None
-    panels = [(title, [arm for arm in arms if arm in curves]) for title, arms in PANELS]
-    panels = [(title, arms) for title, arms in panels if arms]
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = new_figure(5.2 * columns if columns > 1 else 7.0, 4.2 * rows + 0.2)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (title, arms) in zip(grid.flat, panels, strict=False):
-        for arm in arms:
-            _draw_rates(axes, arm, curves[arm])
-        if len(panels) > 1:
-            axes.set_title(title, loc="left", fontsize=10, color=INK)
-        axes.tick_params(labelbottom=True, labelleft=True)
-        style_axes(axes, grid_axis="both")
-        add_panel_legend(axes)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    _write_rates(grid[0, 0], sorted({rate for curve in curves.values() for rate in curve}))
-    grid[0, 0].set_ylim(*_losses_shown(curves))
-    what = "final loss" if found.target_accuracy is None else "steps to the accuracy"
-    unit = "(nats per token)" if found.target_accuracy is None else "(a run that misses it: 1.5 x)"
-    figure.supylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK, fontsize=10)
-    figure.supxlabel("peak learning rate of hidden matrices (logarithmic)", color=INK, fontsize=10)
-    figure.suptitle(f"Sensitivity to the learning rate: {found.title}", color=INK)
-    return figure
-
-
-def best_by_rate(trials: Sequence[Mapping[str, Any]]) -> dict[float, float]:
-    """The lowest mean final loss at each learning rate, over the other axes; ascending.
-
-    Example:
-        >>> trials = [(0.1, 3.0), (0.2, 2.5), (0.1, 2.0), (0.4, None)]
-        >>> best_by_rate([{"learning_rate": r, "mean_objective": loss} for r, loss in trials])
-        {0.1: 2.0, 0.2: 2.5}
-    """
-    best: dict[float, float] = {}
-    for trial in trials:
-        rate, loss = trial["learning_rate"], trial["mean_objective"]
-        if loss is not None:
-            best[rate] = min(loss, best.get(rate, loss))
-    return dict(sorted(best.items()))
 
 
 def sensitivity_figure(found: CellEvidence) -> Figure | None:
@@ -145,37 +82,6 @@ def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate 
     return t_interval(differences) if len(differences) == len(pairs) else None
 
 
-def _losses_shown(curves: Mapping[str, Mapping[float, float]]) -> tuple[float, float]:
-    """Limits that show every arm's best loss, but neither near divergence nor a rival's others."""
-    losses = {arm: np.array(list(curve.values())) for arm, curve in curves.items()}
-    low = min(float(tried.min()) for tried in losses.values())
-    high = max(float(tried.min()) for tried in losses.values())
-    for arm, tried in losses.items():
-        if arm not in RIVALS:
-            height = HIGHEST_SHOWN * float(np.median(tried - tried.min()))
-            high = max(high, min(float(tried.max()), float(tried.min()) + height))
-    margin = 0.06 * (high - low or 1.0)
-    return low - margin, high + margin
-
-
-def _draw_rates(axes: Axes, arm: str, curve: Mapping[float, float]) -> None:
-    style = style_of(arm)
-    axes.plot(
-        list(curve),
-        list(curve.values()),
-        color=style.color,
-        linestyle=style.matplotlib_linestyle,
-        marker=style.matplotlib_marker,
-        linewidth=1.6,
-        markersize=5.5,
-        label=label_of(arm),
-    )
-    best = min(curve, key=curve.__getitem__)
-    axes.scatter(
-        [best], [curve[best]], marker="*", s=210, color=style.color, edgecolors=INK, zorder=4
-    )
-
-
 def _draw_changes(axes: Axes, name: str, changes: Mapping[Any, Estimate | None]) -> None:
     default = DEFAULTS.get(name)
     values = [*changes] if default is None else [*changes, default]
@@ -204,21 +110,3 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value)
     return f"{value:g}" if isinstance(value, int | float) else str(value).replace("_", "\n")
-
-
-def _write_rates(axes: Axes, rates: Sequence[float]) -> None:
-    """A logarithmic axis with the rates that were tried; panels share it."""
-    axes.set_xscale("log")
-    axes.set_xticks(_spread_out(rates))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _spread_out(rates: Sequence[float], *, least_ratio: float = 1.9) -> list[float]:
-    """Rates to write at the axis: none so close to the one before that they would overlap."""
-    ticks: list[float] = []
-    for rate in rates:
-        if not ticks or rate / ticks[-1] >= least_ratio:
-            ticks.append(rate)
-    return ticks
