@@ -29,6 +29,10 @@ such a setting interior, and a run takes seven times as long."""
 RATE_TUNING_TRIALS = 8
 """Trials per arm where the learning rate alone is tuned."""
 
+LARGE_RATE_TUNING_TRIALS = 5
+"""As many at the larger size: a start, its neighbours, and the half steps to both sides. In the
+smaller cells both arms that run there had their best rate at the start."""
+
 MAX_TUNING_TRIALS = 32
 """Where to stop looking for an interior best setting."""
 
@@ -114,6 +118,7 @@ class Cell:
         varies_settings: whether NorMuon's other hyperparameters are varied in it.
         starts: where the search of each arm begins.
         full_trials: trials of a main arm.
+        rate_trials: trials of another arm.
     """
 
     name: str
@@ -124,6 +129,7 @@ class Cell:
     varies_settings: bool = False
     starts: Starts = field(default_factory=lambda: STARTS)
     full_trials: int = FULL_TUNING_TRIALS
+    rate_trials: int = RATE_TUNING_TRIALS
 
     @property
     def has_ladder(self) -> bool:
@@ -137,11 +143,11 @@ class Cell:
 
     def tuning_trials(self, arm: str) -> int:
         """How many trials the arm's tuning has at least."""
-        return self.full_trials if arm in MAIN_ARMS else RATE_TUNING_TRIALS
+        return self.full_trials if arm in MAIN_ARMS else self.rate_trials
 
 
 _SMALL = ModelConfig(num_layers=4, width=96, num_heads=3, mlp_width=256)
-_LARGE = ModelConfig(num_layers=6, width=256, num_heads=8, mlp_width=688)
+_LARGE = ModelConfig(num_layers=5, width=256, num_heads=8, mlp_width=688)
 _TRAINING = TrainConfig(steps=500, batch_size=8)
 
 CELLS: dict[str, Cell] = {
@@ -170,11 +176,12 @@ CELLS: dict[str, Cell] = {
         Cell(
             name="bytes-large",
             task="Python source, bytes",
-            size="4.9M",
+            size="4.1M",
             experiment=Experiment(model=_LARGE, training=_TRAINING, data=("stdlib",)),
             other_arms=ARMS_WITH_BOTH_OPTIONS,
             starts=LARGE_STARTS,
             full_trials=LARGE_TUNING_TRIALS,
+            rate_trials=LARGE_RATE_TUNING_TRIALS,
         ),
         Cell(
             name="modular-addition",

@@ -13,6 +13,7 @@ from normuon_lab.evidence.protocol import (
     CLAIM_SEEDS,
     FULL_TUNING_TRIALS,
     INHERITED_FROM,
+    LARGE_RATE_TUNING_TRIALS,
     LARGE_STARTS,
     LARGE_TUNING_TRIALS,
     MAIN_ARMS,
@@ -93,7 +94,12 @@ def test_the_larger_size_starts_where_the_smaller_one_ended() -> None:
     for arm in CELLS["bytes-large"].other_arms:
         rate = AXES["learning_rate"].value(LARGE_STARTS[arm]["learning_rate"])
         assert rate == pytest.approx(tuned[arm]["best"]["learning_rate"], rel=1e-6)
-    assert f"each arm has {LARGE_TUNING_TRIALS} trials" in PAGE.read_text()
+    text = " ".join(PAGE.read_text().split())
+    assert f"each main arm has {LARGE_TUNING_TRIALS} trials" in text
+    assert f"Each other arm has {LARGE_RATE_TUNING_TRIALS}:" in text
+    cell = CELLS["bytes-large"]
+    assert {cell.tuning_trials(arm) for arm in MAIN_ARMS} == {LARGE_TUNING_TRIALS}
+    assert {cell.tuning_trials(arm) for arm in cell.other_arms} == {LARGE_RATE_TUNING_TRIALS}
 
 
 def test_inherited_settings() -> None:
