@@ -14,8 +14,10 @@ import jinja2
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence import paper
 from normuon_lab.evidence.collected import CellEvidence
+from normuon_lab.evidence.own_rates import OwnRate, own_rates, own_rates_matter_more
 from normuon_lab.evidence.paper_claims import interval_words, p_words, paper_claims
 from normuon_lab.evidence.protocol import CLAIM_SEEDS, TUNING_SEEDS
+from normuon_lab.evidence.short_answer import lead
 from normuon_lab.evidence.table1 import measure_of
 from normuon_lab.evidence.verdicts import ALPHA
 
@@ -47,6 +49,11 @@ def render_page(
     )
     environment.filters["unbroken"] = lambda text: text.replace(" ", "&nbsp;")
     return environment.get_template("results.md.j2").render(
+        over_adamw=lead(table1, "normuon", "adamw"),
+        over_muon=lead(table1, "normuon", "muon"),
+        options_over_muon=lead(table1, "normuon-heads-equilibrated", "muon"),
+        options_over_options=lead(table1, "normuon-heads-equilibrated", "muon-heads-equilibrated"),
+        own_rates_matter_more=own_rates_matter_more(evidence, table1),
         claims=paper_claims(evidence, table1, table2),
         alpha=ALPHA,
         paper=paper,
@@ -106,7 +113,8 @@ def _cell(
         "tables": _tables(found, table1),
         "settings": [_setting(found, arm) for arm in found.cell.arms if arm in found.tuning],
         "own_rates": [
-            row for arm in found.cell.arms if arm in found.tuning for row in _own_rate(found, arm)
+            _own_rate(rate, counts_losses=found.target_accuracy is None)
+            for rate in own_rates(found)
         ],
         "update_figures": [
             figure
@@ -185,28 +193,16 @@ def _setting(found: CellEvidence, arm: str) -> dict[str, str]:
     }
 
 
-def _own_rate(found: CellEvidence, arm: str) -> list[dict[str, str]]:
-    """What a learning rate of its own for AdamW's half was worth: a row, or none.
-
-    Only where both were tried: one rate for both halves, and others.
-    """
-    tuned = found.tuning[arm]
-    finished = [trial for trial in tuned["trials"] if trial["mean_objective"] is not None]
-    shared = [trial for trial in finished if trial["adam_lr"] == trial["learning_rate"]]
-    if "adam_lr" not in tuned["axes"] or not shared:
-        return []
-    one = min(shared, key=lambda trial: trial["mean_objective"])
-    own = min(finished, key=lambda trial: trial["mean_objective"])
-    digits = 3 if found.target_accuracy is None else 0
-    return [
-        {
-            "arm": label_of(arm),
-            "shared": f"{one['mean_objective']:.{digits}f} at {one['learning_rate']:.3g}",
-            "own": f"{own['mean_objective']:.{digits}f} "
-            f"at {own['learning_rate']:.3g} and {own['adam_lr']:.3g}",
-            "gain": f"{own['mean_objective'] - one['mean_objective']:+.{digits}f}",
-        }
-    ]
+def _own_rate(rate: OwnRate, *, counts_losses: bool) -> dict[str, str]:
+    digits = 3 if counts_losses else 0
+    shared, own = rate.shared, rate.own
+    return {
+        "arm": label_of(rate.arm),
+        "shared": f"{shared['mean_objective']:.{digits}f} at {shared['learning_rate']:.3g}",
+        "own": f"{own['mean_objective']:.{digits}f} "
+        f"at {own['learning_rate']:.3g} and {own['adam_lr']:.3g}",
+        "gain": f"{-rate.gain:+.{digits}f}",
+    }
 
 
 def _table2(table2: Mapping[str, Any] | None) -> list[dict[str, Any]]:

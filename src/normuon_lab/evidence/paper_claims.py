@@ -137,7 +137,7 @@ def _from_findings(
 
 def _saved_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
     return [
-        _finding(row, "steps_saved_percent", "fewer steps")
+        table_finding(row, "steps_saved_percent", "fewer steps")
         for row in table1["rows"]
         if (row["arm"], row["baseline"], row["measure"]) == (arm, baseline, FINAL_LOSS)
     ]
@@ -145,7 +145,7 @@ def _saved_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[
 
 def _rescale_findings(table1: Mapping[str, Any]) -> list[Finding]:
     rows = [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS]
-    return [_finding(row, "more_steps_percent", "more steps") for row in rows]
+    return [table_finding(row, "more_steps_percent", "more steps") for row in rows]
 
 
 def _later_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
@@ -159,10 +159,10 @@ def _later_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[
         for row in table1["rows"]
         if (row["arm"], row["baseline"]) == (arm, baseline) and row["measure"] != FINAL_LOSS
     ]
-    return [_finding(row, "more_steps_percent", "more steps") for row in mirrored]
+    return [table_finding(row, "more_steps_percent", "more steps") for row in mirrored]
 
 
-def _finding(row: Mapping[str, Any], key: str, what: str) -> Finding:
+def table_finding(row: Mapping[str, Any], key: str, what: str) -> Finding:
     """What a row of Table 1 says; a bound above zero asks for more schedules, and is not run."""
     estimate, bounds = row[key], row["ci95"]
     low, high = bounds or (None, None)

@@ -18,6 +18,7 @@ from normuon_lab.errors import InputError
 from normuon_lab.evidence.build import build
 from normuon_lab.evidence.collected import CellEvidence, collect
 from normuon_lab.evidence.figures.sensitivity import sensitivity
+from normuon_lab.evidence.own_rates import own_rates_matter_more
 from normuon_lab.evidence.page import missing_words
 from normuon_lab.evidence.paper_claims import paper_claims
 from normuon_lab.evidence.protocol import Cell
@@ -143,6 +144,43 @@ def test_the_page_says_what_a_rate_of_its_own_is_worth(
         "| Python source, bytes, 4.9M | NorMuon | 1.600 at 0.008 | 1.523 at 0.016 and 0.032 "
         "| **-0.077** |"
     )
+
+
+def test_the_page_begins_with_who_is_ahead_in_how_many_cells(
+    page: str, results: Path, cells: dict[str, Cell]
+) -> None:
+    words = " ".join(page[: page.index("## Claim by claim")].split())
+    rows = json.loads((results / "table1.json").read_text())["rows"]
+    saved = {
+        (row["arm"], row["baseline"]): f"{row['steps_saved_percent']:.1f}%"
+        for row in rows
+        if row["cell"] == "bytes-small"
+    }
+    # The large cell has no NorMuon, and three seeds of Muon: it does not count.
+    assert (
+        "NorMuon is shown to need fewer steps than AdamW in 1 of 1 cells "
+        f"({saved['normuon', 'adamw']}), and fewer than Muon, tuned as well, in 1 of 1 cells "
+        f"({saved['normuon', 'muon']})."
+    ) in words
+    # No arm with the options, and rates that were the same throughout.
+    assert "two options" not in words
+    assert "mattered more" not in words
+
+
+@pytest.mark.parametrize(("shared_loss", "matters"), [(2.2, True), (1.95, False)])
+def test_a_rate_of_its_own_matters_more_where_its_least_gain_is_larger(
+    results: Path, cells: dict[str, Cell], shared_loss: float, matters: bool
+) -> None:
+    """NorMuon's loss is 0.05 below Muon's in the made results."""
+    (found, *_) = collect(results, cells)
+    trials = [
+        {"learning_rate": 0.008, "adam_lr": other, "weight_decay": 0.1, "mean_objective": loss}
+        for other, loss in ((0.008, shared_loss), (0.032, 1.92))
+    ]
+    tuned = {"axes": ["learning_rate", "adam_lr"], "trials": trials}
+    evidence = [replace(found, tuning={"muon": tuned, "normuon": tuned})]
+    assert own_rates_matter_more(evidence, table1(evidence)) is matters
+    assert not own_rates_matter_more([replace(found, tuning={})], table1(evidence))
 
 
 def test_verdicts_follow_from_the_made_truth(results: Path, cells: dict[str, Cell]) -> None:
