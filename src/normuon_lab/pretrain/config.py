@@ -280,11 +280,12 @@ class PretrainConfig:
 
 
 # What may change when a run goes on: how it is computed and watched, but not what it computes.
+# Training data is known by its content (`TrainBatches.load_state_dict`), wherever it lies now.
 _FREE_SECTIONS = ("preset", "parallel", "evaluation", "checkpoint", "metrics")
 _FREE_FIELDS = {
     "model": ("activation_checkpointing", "compile"),
     "batch": ("micro_batch_size",),
-    "data": ("cache", "processes", "workers", "prefetch"),
+    "data": ("source", "validation", "cache", "processes", "workers", "prefetch"),
 }
 
 

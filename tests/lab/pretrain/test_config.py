@@ -145,6 +145,7 @@ def test_only_what_computes_the_same_numbers_may_change_on_resuming() -> None:
         config,
         preset="llama-small",
         batch=dataclasses.replace(config.batch, micro_batch_size=2),
+        data=dataclasses.replace(config.data, source=("moved",)),
         checkpoint=CheckpointConfig(save_every=7),
         metrics=MetricsConfig(log_every=5),
     )
@@ -153,7 +154,7 @@ def test_only_what_computes_the_same_numbers_may_change_on_resuming() -> None:
         ("batch", {"batch_size": 32}),
         ("optimizer", {"lr": 1.0}),
         ("schedule", {"warmup_steps": 3}),
-        ("data", {"source": ("other",)}),
+        ("data", {"tokenizer": "other"}),
     ):
         changed = dataclasses.replace(getattr(config, section), **change)
         other = dataclasses.replace(config, **{section: changed})

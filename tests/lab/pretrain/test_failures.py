@@ -103,6 +103,20 @@ def test_a_run_goes_on_with_its_own_settings_only(
     assert content(finished) == before
 
 
+def test_a_run_goes_on_with_its_own_text_only(
+    run: tuple[list[object], Path], tmp_path: Path, text_file: Path
+) -> None:
+    words, finished = run
+    copy = copied(finished, tmp_path)
+    before = content(copy)
+    other = tmp_path / text_file.name
+    other.write_text(text_file.read_text().swapcase())
+    again = [*words, "--out", copy, "--resume", "auto", "--data.source", other]
+    message = "the checkpoint's data is another: its fingerprint is"
+    check_refused(Job(again, tmp_path / "logs").wait(), 2, message)
+    assert content(copy) == before
+
+
 def test_a_run_is_neither_overwritten_nor_mixed_with_other_files(
     run: tuple[list[object], Path], tmp_path: Path
 ) -> None:

@@ -103,6 +103,22 @@ def test_sigterm_keeps_the_step_and_ends_well(
     assert steps == list(range(1, 61))
 
 
+def test_a_run_goes_on_where_its_data_has_moved(
+    tmp_path: Path, words: Words, text_file: Path
+) -> None:
+    """The path was compared once, and a mount that had another name ended a run for good."""
+    run = words(**{"steps": 8, "save-every": 4})
+    whole = tmp_path / "whole"
+    Job([*run, "--out", whole], tmp_path / "logs").wait().check()
+    halved = without_checkpoint(whole, 8, tmp_path / "halved")
+    moved = Path(shutil.copy(text_file, tmp_path / "of-another-name.txt"))
+    again = words(
+        **{"steps": 8, "save-every": 4, "data.source": moved, "data.cache": tmp_path / "cache"}
+    )
+    Job([*again, "--out", halved, "--resume", "auto"], tmp_path / "logs").wait().check()
+    assert_same_end(whole, halved)
+
+
 def without_checkpoint(run: Path, step: int, copy: Path) -> Path:
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{step:08d}")
