@@ -80,6 +80,18 @@ def called(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     return outcome, page
 
 
+def test_split_heads_are_matrices_of_their_own(config_file: Path) -> None:
+    outcome = run_command("plan", config_file, "--mesh", "dp_shard=2", "--split-heads", "--json")
+    assert outcome.code == 0, outcome.stderr
+    contents = json.loads(outcome.stdout)
+    # Two heads of 4 x 8 in q and one in each of k and v, instead of 8 x 8 and twice 4 x 8.
+    head, square, wide = 3_200, 15_360, 25_600
+    assert contents["flops_by_matrix"] == [head] * 4 + [square] + [wide] * 3
+    assert contents["model"]["num_matrices"] == 8
+    assert contents["model"]["split_heads"] is True
+    assert contents_of(str(config_file), "dp_shard=2")["model"]["split_heads"] is False
+
+
 def test_hand_checked_numbers_of_a_tiny_model(config_file: Path) -> None:
     contents = contents_of(str(config_file), "dp_shard=2")
     # q, k, v, o, gate, up, down; s x l costs 5 (4 s^2 l + 2 s^3).

@@ -36,6 +36,9 @@ class PlanCommand:
     llama-tiny, llama-small, or a transformers config.json."""
     mesh: str = "dp_shard=8"
     """Sizes of the mesh, as dp_replicate=R,dp_shard=S,tp=T; what is left out is 1."""
+    split_heads: bool = False
+    """Every attention head of the query, key and value projections is a matrix of its own, as with
+    param_groups(model, split_heads=True)."""
     json: bool = False
     """Print everything as JSON."""
     html: Path | None = None
@@ -62,6 +65,7 @@ class PlanCommand:
         from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
         from normuon_lab.plan.model_matrices import model_shapes
 
+        shapes = model_shapes(self.model, split_heads=self.split_heads)
         request = PlanRequest(
             mesh=mesh,
             balance=self.balance,
@@ -71,7 +75,7 @@ class PlanCommand:
                 flops_per_second=self.flops_per_second, bytes_per_second=self.bytes_per_second
             ),
         )
-        contents = plan_contents(plan_model(model_shapes(self.model), request))
+        contents = plan_contents(plan_model(shapes, request))
         if self.html is not None:
             from normuon_lab.plan.page import write_page
 

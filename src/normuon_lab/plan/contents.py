@@ -115,6 +115,7 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             "num_parameters": model.num_parameters,
             "num_hidden_parameters": model.num_hidden_parameters,
             "num_matrices": len(plan.tasks),
+            "split_heads": model.split_heads,
         },
         "mesh": dict(
             zip(("dp_replicate", "dp_shard", "tp"), request.mesh.shape, strict=True),

@@ -74,6 +74,7 @@ class ModelShapes:
         model_type: transformers' name of the architecture.
         params: every trainable parameter.
         groups: its param groups, of parameters on the meta device.
+        split_heads: whether heads are matrices of their own in them.
         has_tp_plan: whether tensor parallelism is known for the architecture.
     """
 
@@ -81,6 +82,7 @@ class ModelShapes:
     model_type: str
     params: tuple[ModelParam, ...]
     groups: list[dict[str, Any]]
+    split_heads: bool
     has_tp_plan: bool
 
     @property
@@ -94,17 +96,19 @@ class ModelShapes:
         return sum(param.numel for param in self.params if param.is_hidden)
 
 
-def model_shapes(model: str) -> ModelShapes:
+def model_shapes(model: str, *, split_heads: bool = False) -> ModelShapes:
     """The shapes of a named model or of a transformers configuration.
 
     Args:
         model: a preset, a config.json, or the folder of one.
+        split_heads: of `normuon.param_groups`.
 
     Raises:
-        InputError: no such preset or file, no configuration, or a model without hidden matrices.
+        InputError: no such preset or file, no configuration, a model without hidden matrices, or
+            without a head to split.
     """
     config = preset_config(model) if model in PRESETS else read_config(model)
-    return shapes_of(_on_meta(config, model), name=model)
+    return shapes_of(_on_meta(config, model), name=model, split_heads=split_heads)
 
 
 def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> ModelShapes:
@@ -138,7 +142,7 @@ def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> Mode
         for group in groups
         for (param_name, param), reason in zip(group["params"], group["reasons"], strict=True)
     )
-    return ModelShapes(name, model_type, params, groups, bool(plan))
+    return ModelShapes(name, model_type, params, groups, split_heads, bool(plan))
 
 
 def tp_style_of(name: str, plan: Mapping[str, str]) -> str | None:
