@@ -23,6 +23,12 @@ from normuon_lab.evidence.verdicts import ALPHA
 
 FIGURES_FOLDER = "figures/results"
 
+AXIS_WORDS = {
+    "learning_rate": "learning rate",
+    "adam_lr": "AdamW's",
+    "weight_decay": "weight decay",
+}
+
 UPDATE_FIGURES = ("singular-values", "row-norms")
 
 
@@ -187,7 +193,7 @@ def _setting(found: CellEvidence, arm: str) -> dict[str, str]:
         "learning_rate": f"{best['learning_rate']:.3g}",
         "adam_lr": same if best["adam_lr"] is None else f"{best['adam_lr']:.3g}",
         "weight_decay": f"{best['weight_decay']:.3g}",
-        "axes": ", ".join(axis.replace("_", " ") for axis in tuned["axes"]),
+        "axes": ", ".join(AXIS_WORDS[axis] for axis in tuned["axes"]),
         "trials": str(len(tuned["trials"])),
         "is_interior": "yes" if tuned["is_interior"] else "no",
     }

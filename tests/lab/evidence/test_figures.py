@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,21 @@ def test_the_stars_are_where_table_1_says(found: CellEvidence, table: dict[str, 
         steps, loss = stars[color_of(arm).lower()]
         assert steps == pytest.approx(500 * (1 - synthetic.truth(arm) / 100), rel=0.02)
         assert loss == pytest.approx(target)
+
+
+def test_a_long_name_at_the_left_end_stays_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(synthetic.SHIFTS, "normuon-heads-equilibrated", 0.12)
+    cell = synthetic.cell(other_arms=["normuon-heads-equilibrated"])
+    synthetic.write_cell(tmp_path, cell)
+    found = collect(tmp_path, {cell.name: cell})[0]
+    figure = schedule_figure(found, table1([found])["rows"])
+    assert figure is not None
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    label = next(text for text in axes.texts if "equilibration:" in text.get_text())
+    assert axes.get_window_extent().x0 < label.get_window_extent().x0
 
 
 def test_every_arm_of_table_1_is_drawn(found: CellEvidence, table: dict[str, Any]) -> None:

@@ -124,7 +124,8 @@ def _mark_crossing(
 ) -> None:
     """A star where the arm meets the target, and below it what that saves.
 
-    The first from the left is written on its left, the others on their right, each higher up.
+    The first from the left is written on its left, where a long name must break, the others on
+    their right, each higher up.
     """
     on_right = place > 0
     color = color_of(arm)
@@ -134,8 +135,9 @@ def _mark_crossing(
     axes.set_ylim(bottom=bottom)
     saved = 100 * (1 - steps / full_steps)
     change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
+    name = label_of(arm) if on_right else label_of(arm).replace(" + ", "\n+ ")
     axes.annotate(
-        f"{label_of(arm)}:\n{steps:.0f} steps,\n{change}",
+        f"{name}:\n{steps:.0f} steps,\n{change}",
         (steps, 0.03 + 0.17 * max(0, place - 1)),
         xycoords=("data", "axes fraction"),
         xytext=(5 if on_right else -5, 0),
