@@ -90,7 +90,7 @@ def parse(words: list[str]) -> AnyCommand:
     defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
     try:
         with contextlib.redirect_stderr(shown):
-            command: AnyCommand = tyro.cli(
+            command: AnyCommand = tyro.cli(  # type: ignore[call-overload]
                 Command,
                 prog="normuon",
                 description="Train language models with NorMuon, and compare it with others.",

@@ -6,6 +6,7 @@ Colours, markers and dashes of arms are `plot_style.py`'s.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def style_axes(axes: Axes, *, grid_axis: str) -> None:
+def style_axes(axes: Axes, *, grid_axis: Literal["both", "x", "y"]) -> None:
     """The figures' common look: a light grid behind, no box."""
     axes.grid(visible=True, axis=grid_axis, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from normuon_lab.atomic_files import read_json
+from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass, largest_class_elements
 from normuon_lab.bench.own import own_contenders
 from normuon_lab.bench.peers import PeerPaths, peer_contenders
@@ -74,7 +75,7 @@ def run_bench(request: BenchRequest, say: Say = lambda text: None) -> dict[str, 
     own = own_contenders(
         dtypes=request.dtypes, coefficients=request.coefficients, device=request.device
     )
-    peers = ()
+    peers: tuple[Contender, ...] = ()
     if request.with_peers:
         peers = peer_contenders(
             ns_dtype=own[0].ns_dtype, device=request.device, paths=request.paths

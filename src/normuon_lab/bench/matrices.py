@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from normuon_lab.errors import InputError, require
+from normuon_lab.layer_names import layer_of
 
 MAX_SIDE = 65_536
 """A typing error should not ask for terabytes."""
@@ -98,17 +99,6 @@ def model_matrices(model: str, *, num_layers: int | None = None) -> tuple[Matrix
         f"--layers {num_layers}: {model} has {len(layers)}",
     )
     return _classes(counts)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a parameter's name puts it in: its first number.
-
-    Example:
-        >>> layer_of("transformer.h.11.attn.c_attn.weight"), layer_of("lm_head.weight")
-        (11, None)
-    """
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
 
 
 def largest_class_elements(matrices: Iterable[MatrixClass]) -> int:

@@ -210,9 +210,8 @@ def _tracked_on_cuda(use: MemoryUse, device: torch.device) -> Iterator[None]:
 
 def _replay_allocations(profiler: profile, use: MemoryUse) -> None:
     """The CPU allocator has no peak counter, but the profiler sees each of its calls in order."""
-    events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
+    recorded: Any = profiler.profiler  # Its results are torch's own, without types.
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
     live = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()

@@ -14,6 +14,7 @@ import torch
 from normuon import NorMuon
 from normuon.orthogonalize import (
     METHODS,
+    Backend,
     flops_per_matrix,
     orthogonalize,
     resolve_coefficients,
@@ -23,7 +24,7 @@ from normuon.orthogonalize.kernels import why_unavailable
 from normuon_lab.bench.contender import OWN, Contender
 
 NS_STEPS = 5
-BACKENDS = ("eager", "compile", "kernels")
+BACKENDS: tuple[Backend, ...] = ("eager", "compile", "kernels")
 AUTO = "auto"
 
 
@@ -42,13 +43,13 @@ def own_contenders(
         The first dtype and table with every orthogonaliser and backend; every other pair of dtype
         and table with the automatic orthogonaliser, eager.
     """
-    resolved = list(dict.fromkeys(_resolved(dtype, device) for dtype in dtypes))
-    pairs = list(product(resolved, dict.fromkeys(coefficients)))
+    resolved = list(dict.fromkeys(_resolved(name, device) for name in dtypes))
+    (dtype, table), *others = product(resolved, dict.fromkeys(coefficients))
     every_way = [
-        _own(method, backend, *pairs[0], device)
+        _own(method, backend, dtype, table, device)
         for backend, method in product(BACKENDS, (AUTO, *METHODS))
     ]
-    return (*every_way, *(_own(AUTO, "eager", *pair, device) for pair in pairs[1:]))
+    return (*every_way, *(_own(AUTO, "eager", dtype, table, device) for dtype, table in others))
 
 
 def why_not_compiled() -> str | None:
@@ -65,7 +66,7 @@ def _resolved(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _own(
-    method: str, backend: str, dtype: torch.dtype, table: str, device: torch.device
+    method: str, backend: Backend, dtype: torch.dtype, table: str, device: torch.device
 ) -> Contender:
     missing = None
     if backend == "kernels":

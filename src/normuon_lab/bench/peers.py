@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -129,8 +128,8 @@ def _pytorch_optimizer() -> tuple[Contender, ...]:
     def build(method: str, params: Params) -> Optimizer:
         from pytorch_optimizer import Muon
 
-        group = {"params": list(params), "use_muon": True}
-        return Muon([group], lr=LR, ns_method=method)
+        options: dict[str, Any] = {"ns_method": method}
+        return Muon([{"params": list(params), "use_muon": True}], lr=LR, **options)
 
     dtypes = {"newton_schulz": "bfloat16", "gram_newton_schulz": "float16"}
     return tuple(
@@ -174,7 +173,7 @@ def _muonium(device: torch.device) -> Contender:
         from muonium.optim import Muon
 
         if device.type != "cuda":
-            package = importlib.import_module("muonium.orthogonalize.orthogonalize")
+            package: Any = importlib.import_module("muonium.orthogonalize.orthogonalize")
             package.pe_loop_triton = package.pe_loop
         group = {"params": list(params), "algorithm": algorithm}
         return Muon([group], lr=LR, wd=0.0)
@@ -279,7 +278,7 @@ class DirectionStep(Optimizer):
         self._direction = direction
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step."""
         for group in self.param_groups:
             for param in group["params"]:
@@ -292,7 +291,7 @@ def _why_not_installed(module: str, distribution: str) -> str | None:
     return f"not installed: pip install {distribution}"
 
 
-def _module_from(path: Path | None) -> ModuleType:
+def _module_from(path: Path | None) -> Any:
     assert path is not None, "a contender that is missing is never built"
     spec = importlib.util.spec_from_file_location("authors_normuon", path)
     if spec is None or spec.loader is None:

@@ -10,8 +10,8 @@ from plotly.subplots import make_subplots
 
 from normuon_lab.compare.results import Results
 from normuon_lab.compare.summary import label_of
+from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.plot_style import apply_style, arm_index, color_of, dash_of
-from normuon_lab.runs.update_probe import layer_of
 
 
 def singular_value_figure(results: Results) -> go.Figure | None:
@@ -46,7 +46,7 @@ def _update_figure(
     if not measured:
         return None
     steps = sorted({update["step"] for _, update in measured})
-    layers = sorted({layer_of(update["matrix"]) for _, update in measured})
+    layers = layer_numbers([update["matrix"] for _, update in measured])
     kinds = list(dict.fromkeys(_kind_of(update["matrix"]) for _, update in measured))
     shapes = {_kind_of(u["matrix"]): u["shape"] for _, u in measured}
     figure = make_subplots(
@@ -99,7 +99,7 @@ def _update_figure(
 
 
 def _add_layer_buttons(
-    figure: go.Figure, layers: Sequence[int | None], layer_of_trace: Sequence[int | None]
+    figure: go.Figure, layers: Sequence[int], layer_of_trace: Sequence[int | None]
 ) -> None:
     figure.update_layout(
         margin={"t": 110},

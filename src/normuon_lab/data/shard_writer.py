@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from normuon_lab.data.shards import HEADER_BYTES, TOKEN_BYTES, Tokens, header
 
@@ -74,9 +74,9 @@ class ShardWriter:
     def _partial(self) -> Path:
         return self._folder / f".{self._path.name}.partial"
 
-    def _open(self) -> Any:
+    def _open(self) -> BinaryIO:
         if not self._filled:
-            file = self._partial.open("wb")
+            file: BinaryIO = self._partial.open("wb")
             file.write(bytes(HEADER_BYTES))
             return file
         if not self._partial.exists():

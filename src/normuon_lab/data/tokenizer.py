@@ -218,5 +218,6 @@ def _with_backend(name: str, backend: Tokenizer, separator: str | None) -> TextT
         )
         separator = known[0]
     separator_id = backend.token_to_id(separator)
-    require(separator_id is not None, f"separator: {name} has no token {separator!r}")
+    if separator_id is None:
+        raise InputError(f"separator: {name} has no token {separator!r}")
     return TextTokenizer(name, backend.get_vocab_size(), int(separator_id), backend)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.protocol import MAIN_ARMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

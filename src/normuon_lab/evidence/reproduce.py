@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon_lab.arm_options import ArmOptions
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.errors import require
-from normuon_lab.evidence.protocol import MAIN_ARMS, Cell
+from normuon_lab.evidence.protocol import Cell
 from normuon_lab.evidence.runs_store import read_runs
 from normuon_lab.runs.config import RunSpec
 from normuon_lab.runs.records import RunRecord

@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_full, missing_rungs
 from normuon_lab.evidence.protocol import (
     CLAIM_SEEDS,
     INHERITED_FROM,
-    MAIN_ARMS,
     MAX_TUNING_TRIALS,
     SENSITIVITY,
     TUNING_SEEDS,

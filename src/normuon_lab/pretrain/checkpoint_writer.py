@@ -115,7 +115,7 @@ class CheckpointWriter:
             )
             self._together(lambda: self._publish(partial, position), position.step)
             return
-        written = dcp.async_save(
+        written: Any = dcp.async_save(
             tensors, storage_writer=storage, process_group=self._group, no_dist=alone
         )
         self._pending_step = position.step

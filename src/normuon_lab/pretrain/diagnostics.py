@@ -146,9 +146,10 @@ class MatrixDiagnostics:
         kept = before.double() * (1.0 - float(group["lr"]) * float(group["weight_decay"]))
         update = (kept - local.double()).to(torch.promote_types(local.dtype, torch.float32))
         # Ranks gather whatever they own: collectives must not depend on the rank.
+        whole_update = _whole(_placed_like(update, param))
         whole = {
             "momentum": None if momentum is None else _whole(momentum),
-            "update": _whole(_placed_like(update, param)),
+            "update": whole_update,
         }
         weight = _whole(param)
         blocks = matrix.view.parts(matrix.param.shape)
@@ -166,7 +167,7 @@ class MatrixDiagnostics:
                     row[first : first + len(_FIGURES)] = torch.tensor(values, dtype=row.dtype)
         for row, part in zip(table, blocks, strict=True):
             row[-1] = _rms_ratio(
-                matrix.view.native(whole["update"], part), matrix.view.native(weight, part)
+                matrix.view.native(whole_update, part), matrix.view.native(weight, part)
             )
         return table
 
@@ -239,14 +240,15 @@ def _rms_ratio(update: Tensor, weight: Tensor) -> float:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _placed_like(local: Tensor, param: Tensor) -> Tensor:
     """A local tensor as a DTensor that is placed as a parameter is; a plain one as it is."""
     if not isinstance(param, DTensor):
         return local
-    placed = torch.empty_like(param, dtype=local.dtype)
+    placed: Tensor = torch.empty_like(param, dtype=local.dtype)
+    assert isinstance(placed, DTensor)
     placed.to_local().copy_(local)
     return placed
 

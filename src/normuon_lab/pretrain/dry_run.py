@@ -20,7 +20,7 @@ from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_m
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
 from normuon_lab.pretrain.config import Hardware, ModelConfig, PretrainConfig
-from normuon_lab.pretrain.model import transformers_config
+from normuon_lab.pretrain.model import config_of, transformers_config
 from normuon_lab.pretrain.ranks import mesh_shape
 from normuon_lab.pretrain.throughput import flops_per_token
 from normuon_lab.pretrain.training import build_optimizers, micro_batch_size
@@ -54,7 +54,7 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
     shapes = shapes_of(model, name=config.model.model, split_heads=config.optimizer.split_heads)
     mesh = _mesh(config, hardware)
     micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
-    flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
     tflops = config.metrics.device_tflops or _H100_TFLOPS
     rate = 1e12 * tflops * hardware.mfu
     request = PlanRequest(
@@ -87,7 +87,7 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
         },
         "mesh": plan["mesh"],
         "micro_batch_size": micro_size,
-        "memory_per_rank": _memory(config, shapes, model.config, state, micro_size, mesh),
+        "memory_per_rank": _memory(config, shapes, config_of(model), state, micro_size, mesh),
         "plan": {name: plan[name] for name in _PLAN_VALUES},
         "hardware": asdict(hardware) | {"num_ranks": mesh.world_size, "device_tflops": tflops},
         "expected": _expected(
@@ -128,9 +128,10 @@ def model_on_meta(config: ModelConfig) -> nn.Module:
 
     logging.set_verbosity_error()
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model: nn.Module = AutoModelForCausalLM.from_config(
             transformers_config(config.model), trust_remote_code=False, dtype=torch.float32
         )
+    return model
 
 
 def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:

@@ -77,7 +77,7 @@ class ExportCommand:
             return None
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer)
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in description.config["data"].items()
         }
@@ -148,7 +148,7 @@ def sample(folder: Path, *, prompt: str, num_tokens: int, seed: int) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # Every document in training began with it; byte 0 where the tokenizer has no such token.
     first = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id

@@ -74,9 +74,16 @@ def build_model(config: ModelConfig, *, seed: int) -> nn.Module:
         raise InputError(f"--model {config.model}: {_first_line(error)}") from None
 
 
+def config_of(model: nn.Module) -> PretrainedConfig:
+    """The transformers configuration of a model, of which `nn.Module` says nothing."""
+    known: Any = model
+    config: PretrainedConfig = known.config
+    return config
+
+
 def config_values(model: nn.Module) -> dict[str, Any]:
     """The transformers configuration of a model, as it is after being written as JSON and read."""
-    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    values: dict[str, Any] = json.loads(config_of(model).to_json_string(use_diff=False))
     return values
 
 

@@ -6,6 +6,7 @@ import fnmatch
 import re
 import shutil
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 from normuon_lab.errors import InputError, require
 from normuon_lab.pretrain.config import ModelConfig
-from normuon_lab.pretrain.model import layers_of
+from normuon_lab.pretrain.model import config_of, layers_of
 from normuon_lab.pretrain.ranks import Ranks
 
 # What a tensor-parallel plan may say of modules outside the layers, which stay whole here.
@@ -48,7 +49,8 @@ def spread(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
             getattr(model, "supports_gradient_checkpointing", False),
             f"--activation-checkpointing: {type(model).__name__} does not support it",
         )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        known: Any = model
+        known.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         compilers = ("c++", "g++", "clang++")
         require(
@@ -101,7 +103,7 @@ def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
 
 def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     """Tensor parallelism by transformers' own plan for the architecture, inside the layers."""
-    config = model.config
+    config = config_of(model)
     size = mesh.size()
     plan: dict[str, str] = dict(getattr(model, "_tp_plan", None) or {})
     if not plan:

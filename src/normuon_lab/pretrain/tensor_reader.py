@@ -89,7 +89,11 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         InputError: as `TensorReader`.
     """
     entries = TensorReader(path).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items()}
+    return {
+        name: tuple(entry.size)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
 
 
 def load_tensors_(values: Mapping[str, Any], path: Path) -> None:

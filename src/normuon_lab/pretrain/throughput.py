@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,7 +57,8 @@ def flops_per_token(
         sequence_length: tokens per sequence.
     """
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    known: Any = model
+    embedding, head = known.get_input_embeddings(), known.get_output_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     looked_up = 0 if is_tied else embedding.weight.numel()
     heads = config.num_attention_heads

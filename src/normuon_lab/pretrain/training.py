@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +24,7 @@ from normuon_lab.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
 from normuon_lab.pretrain.display import RunDisplay
 from normuon_lab.pretrain.metrics import MetricsLog, check_trackers
-from normuon_lab.pretrain.model import build_model, config_values
+from normuon_lab.pretrain.model import build_model, config_of, config_values
 from normuon_lab.pretrain.parallel import compute_dtype, spread
 from normuon_lab.pretrain.ranks import Ranks, joined
 from normuon_lab.pretrain.run_folder import ResumePoint, begin, find_resume_point
@@ -152,7 +153,7 @@ def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: Pretra
     """
     config = request.config
     micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
-    flops = flops_per_token(model, model.config, sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
     peak = peak_flops(ranks.device, config.metrics.device_tflops)
     model_config = config_values(model)
     model = spread(model, config.model, ranks)
@@ -242,13 +243,14 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
 
 def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> None:
     """Raise `InputError` unless the model can take the data's tokens and sequences."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(config_of(model), "max_position_embeddings", None)
     length = config.batch.sequence_length
     require(
         longest is None or length <= longest,
         f"sequence_length {length}: the model has {longest} positions",
     )
-    size = model.get_input_embeddings().num_embeddings
+    known: Any = model
+    size = known.get_input_embeddings().num_embeddings
     require(
         data.vocab_size <= size,
         f"the data has a vocabulary of {data.vocab_size}, more than the model's {size}: give "

@@ -5,6 +5,8 @@ The step is pytorch_optimizer's; which entries make a block is said here.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pytorch_optimizer import AdamMini
 from torch import nn
 from torch.optim import Optimizer
@@ -41,12 +43,13 @@ def build_adam_mini(
     for rate, parameters in other_rates(model, other, lr, options).items():
         peaks.update((name, rate) for name, _ in parameters)
     sizes = block_sizes(model)
+    config: Any = model.config
     optimizer = AdamMini(
         model,
         lr=lr,
         betas=options.betas,
-        num_embeds=model.config.hidden_size,
-        num_heads=model.config.num_attention_heads,
+        num_embeds=config.hidden_size,
+        num_heads=config.num_attention_heads,
     )
     # What the package calls heads of queries and keys are blocks of any number of entries.
     optimizer.embed_blocks = set()
@@ -63,7 +66,8 @@ def build_adam_mini(
 
 def block_sizes(model: nn.Module) -> dict[str, int]:
     """Entries per block of each weight that is not a block as a whole, by the weight's name."""
-    head_rows = model.config.hidden_size // model.config.num_attention_heads
+    config: Any = model.config
+    head_rows = config.hidden_size // config.num_attention_heads
     sizes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -45,18 +45,20 @@ class MatrixRival(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One optimisation step of every parameter with a gradient."""
         for group in self.param_groups:
             view = group.get("view") or MatrixView.linear()
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                moved = self._moved(param, view, group)
+                moved = self._moved(param, param.grad, view, group)
                 param.mul_(1 - group["lr"] * group["weight_decay"])
                 param.sub_(moved, alpha=group["lr"])
 
-    def _moved(self, param: Tensor, view: MatrixView, group: dict[str, Any]) -> Tensor:
+    def _moved(
+        self, param: Tensor, grad: Tensor, view: MatrixView, group: dict[str, Any]
+    ) -> Tensor:
         state = self.state[param]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
@@ -65,7 +67,7 @@ class MatrixRival(Optimizer):
         for part, memory in zip(view.parts(param.shape), state["memories"], strict=True):
             buffer = view.native(state["momentum_buffer"], part)
             momentum_BMN = buffer.reshape(part.batch, part.m, part.n)
-            grad_BMN = view.matrices(param.grad, part)
+            grad_BMN = view.matrices(grad, part)
             direction_BMN = self.direction(grad_BMN, momentum_BMN, memory, group)
             buffer.copy_(momentum_BMN.reshape(buffer.shape))  # Where reshaping had to copy.
             native = view.native(moved, part)

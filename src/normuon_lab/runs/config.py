@@ -175,12 +175,12 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain values, as they are stored in results and compared on `--resume`."""
-        is_arithmetic = isinstance(self.data, ModularAddition)
+        data = self.data.to_json() if isinstance(self.data, ModularAddition) else list(self.data)
         return _without_later_defaults(
             {
                 **dataclasses.asdict(self),
                 "training": _without_later_defaults(dataclasses.asdict(self.training)),
-                "data": self.data.to_json() if is_arithmetic else list(self.data),
+                "data": data,
             }
         )
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from normuon_lab.runs.config import NO_TARGET, ModelConfig
+
+# Every configuration of transformers takes it, and none lists it.
+_ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 def build_model(config: ModelConfig, *, seed: int) -> nn.Module:
@@ -66,7 +71,7 @@ def _llama(config: ModelConfig) -> nn.Module:
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",
+            **_ATTENTION,
         )
     )
 
@@ -89,6 +94,6 @@ def _gpt2(config: ModelConfig) -> nn.Module:
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=None,
-            attn_implementation="sdpa",
+            **_ATTENTION,
         )
     )

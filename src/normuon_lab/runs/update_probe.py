@@ -6,13 +6,14 @@ the run is not touched.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from normuon_lab.layer_names import layer_of
 
 # Training stages at which updates are measured, as shares of all steps.
 STAGES = (0.1, 0.5, 0.9)
@@ -118,16 +119,6 @@ def choose_matrices(model: nn.Module, kinds: Sequence[str], num_layers: int) -> 
         and name.endswith(".weight")
         and layer_of(name) in layers
     ]
-
-
-def layer_of(name: str) -> int | None:
-    """The layer's number in a parameter's name.
-
-    >>> layer_of("model.layers.3.mlp.up_proj.weight")
-    3
-    """
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
 
 
 def _transposed_weights(model: nn.Module) -> set[str]:

@@ -93,5 +93,6 @@ def setting_at(names: tuple[str, ...], place: Place, fixed: Mapping[str, float |
         >>> setting_at(("learning_rate",), (1.0,), {"adam_lr": 0.008, "weight_decay": 0.1})
         Setting(learning_rate=0.002, adam_lr=0.008, weight_decay=0.1)
     """
-    tuned = {name: AXES[name].value(k) for name, k in zip(names, place, strict=True)}
-    return Setting(**{**fixed, **tuned})
+    values: dict[str, Any] = dict(fixed)
+    values |= {name: AXES[name].value(k) for name, k in zip(names, place, strict=True)}
+    return Setting(**values)

@@ -57,4 +57,7 @@ def _draw_steps(axes: Axes, place: int, arm: str, found: CellEvidence) -> None:
     estimate = t_interval(steps)
     if estimate.low is not None and estimate.high is not None:
         axes.plot([estimate.low, estimate.high], [place] * 2, color=style.color, linewidth=2)
-    axes.scatter([estimate.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker)
+    if estimate.mean is not None:
+        axes.scatter(
+            [estimate.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker
+        )

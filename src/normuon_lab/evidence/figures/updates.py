@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
+from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 
@@ -39,7 +39,7 @@ def update_figures(found: CellEvidence) -> dict[str, Figure]:
     if len(updates) < 2:
         return {}
     matrices = list(dict.fromkeys(matrix for matrix, _ in next(iter(updates.values()))))
-    layers = sorted({layer_of(matrix) for matrix in matrices})
+    layers = layer_numbers(matrices)
     return {
         f"{name}-layer{layer}": _figure(
             found, updates, [m for m in matrices if layer_of(m) == layer], key
@@ -63,18 +63,6 @@ def measured_updates(found: CellEvidence) -> dict[str, Updates]:
         if "momentum" in update
     }
     return {"momentum": with_momentum, **updates} if with_momentum else updates
-
-
-def layer_of(matrix: str) -> int:
-    """The layer's number in a parameter's name.
-
-    Example:
-        >>> layer_of("model.layers.3.mlp.up_proj.weight")
-        3
-    """
-    found = re.search(r"\.(\d+)\.", matrix)
-    assert found is not None, matrix
-    return int(found[1])
 
 
 def _figure(
