@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from normuon_lab.arms import MAIN_ARMS
 from normuon_lab.evidence.collected import CellEvidence
 
+Trial = Mapping[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnRate:
-    """An arm's best trial with one rate for both halves, and its best of all.
+    """An arm's best trial with one rate for both halves, and its best with any two rates.
 
     Attributes:
         arm: whose.
         shared: the trial with one rate for both.
-        own: the best trial.
+        own: the best trial of the same weight decay.
     """
 
     arm: str
-    shared: Mapping[str, Any]
-    own: Mapping[str, Any]
+    shared: Trial
+    own: Trial
 
     @property
     def gain(self) -> float:
@@ -33,17 +35,21 @@ class OwnRate:
 
 def own_rates(found: CellEvidence) -> list[OwnRate]:
     """Every arm that had both tried: one rate for both halves, and others."""
-    return [
-        OwnRate(
-            arm=arm,
-            shared=min(shared, key=lambda trial: trial["mean_objective"]),
-            own=min(finished, key=lambda trial: trial["mean_objective"]),
-        )
-        for arm, tuned in found.tuning.items()
-        if "adam_lr" in tuned["axes"]
-        and (finished := [t for t in tuned["trials"] if t["mean_objective"] is not None])
-        and (shared := [t for t in finished if t["adam_lr"] == t["learning_rate"]])
-    ]
+    rates = []
+    for arm, tuned in found.tuning.items():
+        if "adam_lr" not in tuned["axes"]:
+            continue
+        finished = [trial for trial in tuned["trials"] if trial["mean_objective"] is not None]
+        shared = _best(t for t in finished if t["adam_lr"] == t["learning_rate"])
+        if shared is not None:
+            own = _best(t for t in finished if t["weight_decay"] == shared["weight_decay"])
+            assert own is not None
+            rates.append(OwnRate(arm=arm, shared=shared, own=own))
+    return rates
+
+
+def _best(trials: Iterable[Trial]) -> Trial | None:
+    return min(trials, key=lambda trial: trial["mean_objective"], default=None)
 
 
 def own_rates_matter_more(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) -> bool:

@@ -207,7 +207,7 @@ def _own_rate(rate: OwnRate, *, counts_losses: bool) -> dict[str, str]:
         "shared": f"{shared['mean_objective']:.{digits}f} at {shared['learning_rate']:.3g}",
         "own": f"{own['mean_objective']:.{digits}f} "
         f"at {own['learning_rate']:.3g} and {own['adam_lr']:.3g}",
-        "gain": f"{-rate.gain:+.{digits}f}",
+        "gain": f"{0.0 - rate.gain:+.{digits}f}",
     }
 
 

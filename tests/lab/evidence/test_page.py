@@ -133,8 +133,11 @@ def test_the_page_says_what_a_rate_of_its_own_is_worth(
         {"learning_rate": rate, "adam_lr": other, "weight_decay": 0.1, "mean_objective": loss}
         for rate, other, loss in trials
     ]
+    # Lower, but by another weight decay.
+    by_decay = {"learning_rate": 0.016, "adam_lr": 0.064, "weight_decay": 0.3}
+    sweep["arms"]["normuon"]["trials"].append({**by_decay, "mean_objective": 1.5})
     # Nothing to compare: one rate for both was never tried, or AdamW's was not tuned at all.
-    sweep["arms"]["muon"]["trials"] = sweep["arms"]["normuon"]["trials"][2:]
+    sweep["arms"]["muon"]["trials"] = sweep["arms"]["normuon"]["trials"][2:4]
     sweep["arms"]["adamw"]["axes"] = ["learning_rate"]
     file.write_text(json.dumps(sweep))
     build(tmp_path, tmp_path, cells={cell.name: cell}, with_figures=False)
