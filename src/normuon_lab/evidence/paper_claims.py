@@ -11,8 +11,7 @@ import numpy as np
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence import paper
 from normuon_lab.evidence.collected import CellEvidence
-from normuon_lab.evidence.figures.ablations import loss_differences
-from normuon_lab.evidence.figures.updates import measured_updates
+from normuon_lab.evidence.measured import loss_differences, measured_updates
 from normuon_lab.evidence.protocol import CLAIM_SEEDS
 from normuon_lab.evidence.table1 import FINAL_LOSS, mirrored_bounds, negative
 from normuon_lab.evidence.table2 import expected_hidden_state

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from normuon_lab.arms import ARMS
 from normuon_lab.evidence.collected import CellEvidence, collect
 from normuon_lab.evidence.drawn import draw_figures
-from normuon_lab.evidence.figures.ablations import ablation_figure, loss_differences
+from normuon_lab.evidence.figures.ablations import ablation_figure
 from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
 from normuon_lab.evidence.figures.sensitivity import DEFAULTS, sensitivity_figure
 from normuon_lab.evidence.figures.tuning import PANELS, learning_rate_figure, other_rate_figure
-from normuon_lab.evidence.figures.updates import measured_updates, update_figures
+from normuon_lab.evidence.figures.updates import update_figures
+from normuon_lab.evidence.measured import loss_differences, measured_updates
 from normuon_lab.evidence.protocol import CELLS, SENSITIVITY
 from normuon_lab.evidence.table1 import table1
 from normuon_lab.plot_style import color_of

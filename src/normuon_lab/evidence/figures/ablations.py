@@ -13,15 +13,14 @@ from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.bands import (
     LABEL_SIZE,
-    Array,
     add_legend,
     draw_band,
     new_figure,
 )
+from normuon_lab.evidence.measured import loss_differences
 from normuon_lab.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
-from normuon_lab.runs.records import RunRecord
 from normuon_lab.statistics import Estimate, t_interval
 
 REFERENCE = "muon"
@@ -64,24 +63,6 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     add_legend(figure, along, columns=5)
     figure.suptitle(f"Against {label_of(REFERENCE)}, seed by seed: {found.title}", color=INK)
     return figure
-
-
-def loss_differences(found: CellEvidence, arm: str, reference: str) -> Array | None:
-    """An arm's validation losses minus another's, `[seeds, evaluations]`, full length, paired.
-
-    None where no seed has finished both, or where one diverged.
-    """
-    ours, theirs = _by_seed(found.full_runs(arm)), _by_seed(found.full_runs(reference))
-    seeds = sorted(set(ours) & set(theirs))
-    if not seeds or any(ours[seed].diverged or theirs[seed].diverged for seed in seeds):
-        return None
-    return np.array(
-        [np.subtract(ours[seed].eval_losses, theirs[seed].eval_losses) for seed in seeds]
-    )
-
-
-def _by_seed(runs: list[RunRecord]) -> dict[int, RunRecord]:
-    return {run.seed: run for run in runs}
 
 
 def _end_shown(ends: Mapping[str, Estimate]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +11,10 @@ from matplotlib.figure import Figure
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
+from normuon_lab.evidence.measured import Updates, measured_updates
 from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
-
-ARMS = ("adamw", "adam-mini", "muon", "normuon")
-MOMENTUM_OF = "muon"
-"""Whose momentum stands for the raw one."""
 
 LEAST_SHOWN = 1e-3
 """Of singular values over their RMS: below it a value is rounding noise of the measurement."""
@@ -28,9 +24,6 @@ GREATEST_SHOWN = 3.0
 
 WIDTHS = {"muon": 3.4}
 """Wider than NorMuon's line drawn over it, so that equal curves show that they are two."""
-
-Updates = Mapping[tuple[str, int], Mapping[str, Any]]
-"""By matrix and step."""
 
 
 def update_figures(found: CellEvidence) -> dict[str, Figure]:
@@ -47,22 +40,6 @@ def update_figures(found: CellEvidence) -> dict[str, Figure]:
         for name, key in (("singular-values", "singular_values"), ("row-norms", "row_norms"))
         for layer in layers
     }
-
-
-def measured_updates(found: CellEvidence) -> dict[str, Updates]:
-    """By arm, what was measured of one seed's full-length run; `momentum` is among them."""
-    updates: dict[str, Updates] = {}
-    for arm in ARMS:
-        for run in found.full_runs(arm):
-            if run.updates:
-                updates[arm] = {(u["matrix"], u["step"]): u for u in run.updates}
-                break
-    with_momentum = {
-        key: update["momentum"]
-        for key, update in updates.get(MOMENTUM_OF, {}).items()
-        if "momentum" in update
-    }
-    return {"momentum": with_momentum, **updates} if with_momentum else updates
 
 
 def _figure(
