@@ -13,16 +13,21 @@ from normuon_lab.evidence.figures.accuracies import accuracy_figure
 from normuon_lab.evidence.figures.losses import loss_figure
 from normuon_lab.evidence.figures.schedules import schedule_figure, steps_saved_figure
 from normuon_lab.evidence.figures.sensitivity import sensitivity_figure
+from normuon_lab.evidence.figures.sizes import size_figure
 from normuon_lab.evidence.figures.tuning import learning_rate_figure, other_rate_figure
 from normuon_lab.evidence.figures.updates import update_figures
 
 STEPS_SAVED = "steps-saved"
+SIZES = "sizes"
 
 
 def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) -> dict[str, Figure]:
-    """Figures by name: `steps-saved`, and `<cell>-<what>` for every cell."""
+    """Figures by name: `steps-saved`, `sizes`, and `<cell>-<what>` for every cell."""
     rows = table1["rows"]
-    figures: dict[str, Figure | None] = {STEPS_SAVED: steps_saved_figure(evidence, rows)}
+    figures: dict[str, Figure | None] = {
+        STEPS_SAVED: steps_saved_figure(evidence, rows),
+        SIZES: size_figure(table1["size_trends"]),
+    }
     for found in evidence:
         of_cell: dict[str, Figure | None] = {
             "learning-rates": learning_rate_figure(found),

@@ -65,6 +65,7 @@ def render_page(
         paper=paper,
         cells=[_cell(found, table1, figures) for found in evidence],
         rescale=[_rescale(row) for row in table1["muon_rescale"]],
+        trends=[_trend(row) for row in table1["size_trends"]],
         table2=_table2(table2),
         figures=set(figures),
         folder=FIGURES_FOLDER,
@@ -181,6 +182,21 @@ def _rescale(row: Mapping[str, Any]) -> dict[str, str]:
         "ci95": interval_words(row["ci95"]) if has_figure else "",
         "ci95_t": interval_words(row["ci95_t"]) if has_figure else "",
         "notes": [note for note in (row["reason_if_missing"], *row["notes"]) if note],
+    }
+
+
+def _trend(row: Mapping[str, Any]) -> dict[str, Any]:
+    first, last = row["sizes"][0], row["sizes"][-1]
+    return {
+        "task": row["task"],
+        "arm": label_of(row["arm"]),
+        "baseline": label_of(row["baseline"]),
+        "points": "; ".join(
+            f"{point['steps_saved_percent']:.1f}% at {point['size']}" for point in row["sizes"]
+        ),
+        "times": f"{last['num_parameters'] / first['num_parameters']:.1f}",
+        "change": f"{row['change_points']:+.1f}",
+        "ci95_t": interval_words(row["change_ci95_t"]),
     }
 
 

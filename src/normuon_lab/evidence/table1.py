@@ -13,6 +13,7 @@ from typing import Any
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.protocol import CLAIM_SEEDS, baselines_of
+from normuon_lab.evidence.size_trends import SizeTrend, size_trends
 from normuon_lab.runs.objective import MISSED_FACTOR
 from normuon_lab.statistics import (
     Estimate,
@@ -43,17 +44,23 @@ METHOD = (
 
 def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
     """The contents of table1.json."""
+    saved = {
+        (found.cell.name, arm, baseline): steps_saved(found, arm, baseline)
+        for found in evidence
+        for arm in found.cell.arms
+        for baseline in baselines_of(arm)
+    }
+    cells = {found.cell.name: found for found in evidence}
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "method": METHOD,
         "rows": [
-            _row(found, arm, baseline)
-            for found in evidence
-            for arm in found.cell.arms
-            for baseline in baselines_of(arm)
+            _row(cells[name], arm, baseline, of_pair)
+            for (name, arm, baseline), of_pair in saved.items()
         ],
         "muon_rescale": [_rescale_row(found) for found in evidence],
+        "size_trends": [_trend_row(trend) for trend in size_trends(evidence, saved)],
     }
 
 
@@ -91,8 +98,7 @@ def _steps_saved_to_accuracy(found: CellEvidence, arm: str, baseline: str) -> St
     return replace(saved, notes=(*saved.notes, *notes))
 
 
-def _row(found: CellEvidence, arm: str, baseline: str) -> dict[str, Any]:
-    saved = steps_saved(found, arm, baseline)
+def _row(found: CellEvidence, arm: str, baseline: str, saved: StepsSaved) -> dict[str, Any]:
     return {
         "task": found.cell.task,
         "size": found.cell.size,
@@ -132,6 +138,26 @@ def _rescale_row(found: CellEvidence) -> dict[str, Any]:
         "at_least_percent": negative(saved.at_most),
         "at_most_percent": negative(saved.at_least),
         "notes": _notes(saved),
+    }
+
+
+def _trend_row(trend: SizeTrend) -> dict[str, Any]:
+    return {
+        "task": trend.task,
+        "arm": trend.arm,
+        "baseline": trend.baseline,
+        "sizes": [
+            {
+                "size": point.size,
+                "num_parameters": point.num_parameters,
+                "steps_saved_percent": _rounded(point.percent),
+                "ci95": _bounds(point.saved.interval),
+                "ci95_t": _bounds(point.saved.by_seed),
+            }
+            for point in trend.points
+        ],
+        "change_points": _rounded(trend.change),
+        "change_ci95_t": _bounds(trend.change_by_seed),
     }
 
 

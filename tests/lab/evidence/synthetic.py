@@ -42,9 +42,9 @@ MATRICES = [
 ]
 
 
-def truth(arm: str, baseline: str = "adamw") -> float:
+def truth(arm: str, baseline: str = "adamw", *, strength: float = 1.0) -> float:
     """Percent of the baseline's steps that the arm saves."""
-    return 100 * (1 - math.exp(-(SHIFTS[arm] - SHIFTS[baseline]) / SLOPE))
+    return 100 * (1 - math.exp(-strength * (SHIFTS[arm] - SHIFTS[baseline]) / SLOPE))
 
 
 def cell(name: str = "bytes-small", other_arms: Sequence[str] = tuple(SHIFTS)[3:]) -> Cell:
@@ -59,19 +59,33 @@ def cell(name: str = "bytes-small", other_arms: Sequence[str] = tuple(SHIFTS)[3:
     )
 
 
-def record(arm: str, seed: int, steps: int, *, noise: float = 0.002) -> RunRecord:
-    """A finished run."""
+def record(
+    arm: str,
+    seed: int,
+    steps: int,
+    *,
+    noise: float = 0.002,
+    num_parameters: int = 491_520,
+    strength: float = 1.0,
+) -> RunRecord:
+    """A finished run; `strength` multiplies what the arm is ahead."""
     # Not `hash`, which differs between processes.
     draw = random.Random(f"{arm} {seed} {steps}")
     hardness = random.Random(seed).gauss(0.0, 0.02)
-    final = 2.0 - SHIFTS[arm] - SLOPE * math.log(steps / STEPS) + hardness + draw.gauss(0, noise)
+    final = (
+        2.0
+        - strength * SHIFTS[arm]
+        - SLOPE * math.log(steps / STEPS)
+        + hardness
+        + draw.gauss(0, noise)
+    )
     eval_steps = [round(i * steps / NUM_EVALS) for i in range(NUM_EVALS + 1)]
     losses = [final + 3.5 * (1 - n / steps) ** 3 for n in eval_steps]
     return RunRecord(
         arm=arm,
         seed=seed,
         learning_rate=0.004,
-        num_parameters=491_520,
+        num_parameters=num_parameters,
         steps=steps,
         eval_steps=eval_steps,
         eval_losses=losses,
@@ -113,14 +127,15 @@ def write_cell(
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] = CLAIM_SEEDS,
     sensitivity: Mapping[str, Sequence[Any]] | None = None,
+    **of_model: Any,
 ) -> None:
-    """Write a cell's runs and the export of its tuning."""
+    """Write a cell's runs and the export of its tuning; `of_model` is `record`'s."""
     arms = made.arms if arms is None else arms
     provenance = {"experiment": made.experiment.to_json(), **PROVENANCE}
     for arm in arms:
         for seed in seeds:
             for rung in RUNGS:
-                run = record(arm, seed, schedule_steps(STEPS, rung))
+                run = record(arm, seed, schedule_steps(STEPS, rung), **of_model)
                 write_run(
                     results, StoredRun(cell=made.name, purpose="claim", record=run), provenance
                 )
