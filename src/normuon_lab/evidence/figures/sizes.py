@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence import paper
@@ -31,7 +31,7 @@ def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not tasks:
         return None
     figure = new_figure(10.5, 0.8 + 3.6 * len(tasks))
-    grid = figure.subplots(len(tasks), len(BASELINES), squeeze=False)
+    grid = figure.subplots(len(tasks), len(BASELINES), squeeze=False, sharex=True)
     for panels, task in zip(grid, tasks, strict=True):
         for axes, baseline in zip(panels, BASELINES, strict=True):
             shown = [t for t in trends if (t["task"], t["baseline"]) == (task, baseline)]
@@ -52,7 +52,7 @@ def _draw_panel(axes: Axes, trends: Sequence[Mapping[str, Any]], baseline: str) 
         _draw_papers(axes, arm, baseline)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _in_words(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     style_axes(axes, grid_axis="both")
 
@@ -93,3 +93,11 @@ def _draw_papers(axes: Axes, arm: str, baseline: str) -> None:
         markersize=7,
         label=f"{label_of(arm)}, the paper",
     )
+
+
+def _in_words(size: float) -> str:
+    """
+    >>> _in_words(500_000), _in_words(1.1e9)
+    ('0.5M', '1.1B')
+    """
+    return f"{size / 1e9:g}B" if size >= 1e9 else f"{size / 1e6:g}M"
