@@ -37,6 +37,7 @@ def test_the_readmes_evidence_is_the_published_tables():
     }
     for label, cell, arm in (
         ("NorMuon, Python source by bytes", "bytes-small", "normuon"),
+        ("NorMuon, the same with 4.1M parameters", "bytes-large", "normuon"),
         ("NorMuon, Shakespeare by a BPE", "bpe-small", "normuon"),
         ("NorMuon, a + b mod 97, to 99% accuracy", "modular-addition", "normuon"),
         ("with both options, Python source by bytes", "bytes-small", BOTH_OPTIONS),
