@@ -47,6 +47,19 @@ def draw_band(
     )
 
 
+def drawn_ends(bounds: Sequence[float | None], estimate: float) -> tuple[float, float]:
+    """Where an interval is drawn from and to.
+
+    An open end is drawn to the estimate only: how far it goes on is not known.
+
+    Example:
+        >>> drawn_ends([None, 6.2], 4.5)
+        (4.5, 6.2)
+    """
+    low, high = (estimate if end is None else end for end in bounds)
+    return low, high
+
+
 def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
     """The loss that all arms are to reach: AdamW's mean final loss.
 

@@ -18,6 +18,7 @@ from normuon_lab.evidence.figures.bands import (
     add_legend,
     draw_band,
     draw_target,
+    drawn_ends,
     new_figure,
 )
 from normuon_lab.evidence.paper import STEPS_SAVED_1B
@@ -175,9 +176,7 @@ def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
     saved = row["steps_saved_percent"]
     for bounds, width in ((row["ci95_t"], 0.9), (row["ci95"], 2.6)):
         if bounds is not None:
-            # An open end is drawn to the estimate only: how far it goes on is not known.
-            low, high = (saved if end is None else end for end in bounds)
-            axes.plot([low, high], [place, place], color=style.color, linewidth=width)
+            axes.plot(drawn_ends(bounds, saved), [place, place], color=style.color, linewidth=width)
     axes.plot([saved], [place], color=style.color, marker=style.matplotlib_marker, markersize=8)
     paper = STEPS_SAVED_1B.get(row["arm"])
     if paper is not None and row["baseline"] == "adamw":

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence import paper
-from normuon_lab.evidence.figures.bands import add_legend, new_figure
+from normuon_lab.evidence.figures.bands import add_legend, drawn_ends, new_figure
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 
@@ -62,15 +62,14 @@ def _draw_ours(axes: Axes, trend: Mapping[str, Any], *, aside: float) -> None:
     style = style_of(trend["arm"])
     x = [aside * point["num_parameters"] for point in sizes]
     y = np.array([point["steps_saved_percent"] for point in sizes])
-    # An open end is drawn to the estimate only: how far it goes on is not known.
-    bounds = [
-        [saved if end is None else end for end in point["ci95_t"] or (None, None)]
+    ends = [
+        drawn_ends(point["ci95_t"] or (None, None), saved)
         for point, saved in zip(sizes, y, strict=True)
     ]
     axes.errorbar(
         x,
         y,
-        yerr=np.abs(np.array(bounds).T - y),
+        yerr=np.abs(np.array(ends).T - y),
         color=style.color,
         linestyle=style.matplotlib_linestyle,
         marker=style.matplotlib_marker,
