@@ -113,6 +113,16 @@ def test_the_figure_has_our_sizes_and_the_papers(trends: list[dict[str, Any]]) -
     assert list(y) == [point["steps_saved_percent"] for point in trend["sizes"]]
 
 
+def test_every_arm_is_named_once(trends: list[dict[str, Any]]) -> None:
+    only_against_muon = [t for t in trends if (t["arm"], t["baseline"]) != ("normuon", "adamw")]
+    figure = size_figure(only_against_muon)
+    assert figure is not None
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted(
+        ["Muon", "NorMuon", "Muon, the paper", "NorMuon, the paper"]
+    )
+
+
 def test_the_page_says_it(tmp_path: Path, results: Path, trends: list[dict[str, Any]]) -> None:
     build(results, tmp_path, cells=cells())
     page = (tmp_path / "results.md").read_text()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -84,13 +85,14 @@ def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
 
 
 def add_legend(figure: Figure, *panels: Axes, columns: int = 6) -> None:
-    """One legend below all panels, from what some of them show."""
-    shown = [axes.get_legend_handles_labels() for axes in panels]
-    handles = [handle for found, _ in shown for handle in found]
-    labels = [label for _, found in shown for label in found]
+    """One legend below all panels, from what some of them show; each label stands once."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
     figure.legend(
-        handles,
-        labels,
+        list(handles.values()),
+        list(handles),
         loc="outside lower center",
         ncols=min(columns, len(handles)),
         frameon=False,

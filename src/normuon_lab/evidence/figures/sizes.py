@@ -40,7 +40,7 @@ def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
         panels[0].set_ylabel("steps saved (percent)", color=INK)
     for axes in grid[-1]:
         axes.set_xlabel("parameters (logarithmic)", color=INK)
-    add_legend(figure, grid[0, 0], columns=4)
+    add_legend(figure, *grid.flat, columns=4)
     figure.suptitle(f"With the size of the model: {'; '.join(tasks)}", color=INK)
     return figure
 
