@@ -41,6 +41,7 @@ def test_the_readmes_evidence_is_the_published_tables():
         ("NorMuon, Shakespeare by a BPE", "bpe-small", "normuon"),
         ("NorMuon, a + b mod 97, to 99% accuracy", "modular-addition", "normuon"),
         ("with both options, Python source by bytes", "bytes-small", BOTH_OPTIONS),
+        ("with both options, the same with 4.1M parameters", "bytes-large", BOTH_OPTIONS),
         ("with both options, Shakespeare by a BPE", "bpe-small", BOTH_OPTIONS),
     ):
         figures = [_figure(published[cell, arm, baseline]) for baseline in ("adamw", "muon")]
@@ -50,10 +51,17 @@ def test_the_readmes_evidence_is_the_published_tables():
 def test_the_readme_says_that_the_options_help_muon_too():
     table = json.loads((ROOT / "results" / "table1.json").read_text())
     rows = [row for row in table["rows"] if row["baseline"] == "muon-heads-equilibrated"]
-    rows = [row for row in rows if row["p_value"] is not None]
-    assert {"bytes-small", "bpe-small"} <= {row["cell"] for row in rows}
-    assert all(row["p_value"] > 0.05 for row in rows)
-    assert "is not shown to be ahead" in README
+    by_cell = {row["cell"]: row for row in rows if row["p_value"] is not None}
+    assert by_cell.keys() == {"bytes-small", "bpe-small", "bytes-large"}
+    behind = by_cell.pop("bytes-large")
+    assert all(row["p_value"] > 0.05 for row in by_cell.values())
+    assert behind["p_value"] < 0.05
+    assert behind["loss_difference"] > 0
+    words = " ".join(README.split())
+    assert (
+        "is not shown to be ahead, and with 4.1M parameters it is behind: "
+        f"{_figure(behind)}." in words
+    )
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The page's first paragraph: in how many cells NorMuon was ahead of whom, and by how much."""
+"""The page's first paragraph: in how many cells NorMuon was ahead or behind, and by how much."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ class Lead:
 
     Attributes:
         num_shown: cells in which that is shown, by the rule of `verdicts`.
+        num_behind: cells in which the opposite is shown, by the same rule.
         num_cells: cells in which both were run, all seeds.
         saved: their figures, in words; empty without any.
     """
 
     num_shown: int
+    num_behind: int
     num_cells: int
     saved: str
 
@@ -28,10 +30,9 @@ class Lead:
 def lead(table1: Mapping[str, Any], arm: str, baseline: str) -> Lead:
     """An arm's lead over a baseline, over all cells of Table 1."""
     rows = [row for row in table1["rows"] if (row["arm"], row["baseline"]) == (arm, baseline)]
-    verdicts = [
-        verdict_in_cell(table_finding(row, "steps_saved_percent", "fewer steps"), paper_value=0.0)
-        for row in rows
-    ]
+    findings = [table_finding(row, "steps_saved_percent", "fewer steps") for row in rows]
+    verdicts = [verdict_in_cell(finding, paper_value=0.0) for finding in findings]
+    opposites = [verdict_in_cell(finding.opposite(), paper_value=0.0) for finding in findings]
     was_run = [verdict is not Verdict.NOT_RUN for verdict in verdicts]
     saved = [
         row["steps_saved_percent"]
@@ -39,7 +40,8 @@ def lead(table1: Mapping[str, Any], arm: str, baseline: str) -> Lead:
         if counts and row["steps_saved_percent"] is not None
     ]
     return Lead(
-        num_shown=sum(v in (Verdict.REPRODUCED, Verdict.WEAKER) for v in verdicts),
+        num_shown=verdicts.count(Verdict.REPRODUCED),
+        num_behind=opposites.count(Verdict.REPRODUCED),
         num_cells=sum(was_run),
         saved=_range_in_words(saved),
     )

@@ -9,7 +9,7 @@ weaker where it is less. Over cells the worst and the best decide, see `overall`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 ALPHA = 0.05
@@ -51,6 +51,20 @@ class Finding:
     short: str
     text: str
     was_run: bool = True
+
+    def opposite(self) -> Finding:
+        """The same measurement, for the claim that it goes the other way.
+
+        Example:
+            >>> ends = {"has_interval": True, "low": -3.0, "high": -2.3}
+            >>> found = Finding(where="", short="", text="", estimate=-2.6, p_value=0.001, **ends)
+            >>> verdict_in_cell(found.opposite(), paper_value=0.0).value
+            'reproduced'
+        """
+        estimate, low, high = (
+            None if value is None else -value for value in (self.estimate, self.high, self.low)
+        )
+        return replace(self, estimate=estimate, low=low, high=high)
 
 
 def verdict_in_cell(finding: Finding, *, paper_value: float) -> Verdict:

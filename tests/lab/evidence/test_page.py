@@ -23,6 +23,7 @@ from normuon_lab.evidence.page import missing_words
 from normuon_lab.evidence.paper_claims import paper_claims
 from normuon_lab.evidence.protocol import Cell
 from normuon_lab.evidence.runs_store import StoredRun, write_run
+from normuon_lab.evidence.short_answer import lead
 from normuon_lab.evidence.table1 import table1
 from normuon_lab.evidence.verdicts import Verdict
 from tests.lab.conftest import run_command
@@ -168,6 +169,35 @@ def test_the_page_begins_with_who_is_ahead_in_how_many_cells(
     # No arm with the options, and rates that were the same throughout.
     assert "two options" not in words
     assert "mattered more" not in words
+
+
+@pytest.mark.parametrize(
+    ("saved", "ends", "p_value", "num_shown", "num_behind"),
+    [
+        (11.0, [9.9, 11.9], 0.001, 1, 0),
+        (-2.6, [-3.0, -2.3], 0.001, 0, 1),
+        (-2.6, [-3.0, -2.3], 0.2, 0, 0),
+        (-2.6, [-3.0, 0.4], 0.001, 0, 0),
+        (-2.6, [None, -2.3], 0.001, 0, 1),
+    ],
+)
+def test_a_lead_counts_the_cells_in_which_the_other_is_ahead(
+    results: Path,
+    cells: dict[str, Cell],
+    saved: float,
+    ends: list[float | None],
+    p_value: float,
+    num_shown: int,
+    num_behind: int,
+) -> None:
+    (row,) = [
+        row
+        for row in table1(collect(results, cells))["rows"]
+        if (row["cell"], row["arm"], row["baseline"]) == ("bytes-small", "normuon", "muon")
+    ]
+    row.update(steps_saved_percent=saved, ci95=ends, p_value=p_value)
+    found = lead({"rows": [row]}, "normuon", "muon")
+    assert (found.num_cells, found.num_shown, found.num_behind) == (1, num_shown, num_behind)
 
 
 @pytest.mark.parametrize(("shared_loss", "matters"), [(2.2, True), (1.95, False)])
