@@ -55,7 +55,7 @@ RIVALS = ("dion", "adam-mini", "rmnp")
 
 OTHER_ARMS = (*VARIANTS, *ABLATIONS, *RIVALS)
 
-DRAWN_ARMS = (*MAIN_ARMS, "normuon-heads-equilibrated")
+DRAWN_ARMS = (*MAIN_ARMS, *ARMS_WITH_BOTH_OPTIONS)
 """Arms whose losses and schedules are drawn together."""
 
 INHERITED_FROM = {

@@ -22,7 +22,7 @@ from normuon_lab.evidence.figures.sensitivity import DEFAULTS, sensitivity_figur
 from normuon_lab.evidence.figures.tuning import PANELS, learning_rate_figure, other_rate_figure
 from normuon_lab.evidence.figures.updates import update_figures
 from normuon_lab.evidence.measured import loss_differences, measured_updates
-from normuon_lab.evidence.protocol import CELLS, SENSITIVITY
+from normuon_lab.evidence.protocol import ARMS_WITH_BOTH_OPTIONS, CELLS, MAIN_ARMS, SENSITIVITY
 from normuon_lab.evidence.table1 import table1
 from normuon_lab.plot_style import color_of
 from tests.lab.evidence import synthetic
@@ -98,19 +98,36 @@ def test_the_stars_are_where_table_1_says(found: CellEvidence, table: dict[str, 
         assert loss == pytest.approx(target)
 
 
-def test_a_long_name_at_the_left_end_stays_inside(
+def test_the_legend_says_where_an_arm_meets_the_target_and_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(synthetic.SHIFTS, "normuon-heads-equilibrated", 0.12)
-    cell = synthetic.cell(other_arms=["normuon-heads-equilibrated"])
+    for shift, arm in zip((0.12, 0.13), ARMS_WITH_BOTH_OPTIONS, strict=True):
+        monkeypatch.setitem(synthetic.SHIFTS, arm, shift)
+    cell = synthetic.cell(other_arms=ARMS_WITH_BOTH_OPTIONS)
     synthetic.write_cell(tmp_path, cell)
     found = collect(tmp_path, {cell.name: cell})[0]
-    figure = schedule_figure(found, table1([found])["rows"])
+    rows = table1([found])["rows"]
+    figure = schedule_figure(found, rows)
     assert figure is not None
     figure.draw_without_rendering()
-    (axes,) = figure.axes
-    label = next(text for text in axes.texts if "equilibration:" in text.get_text())
-    assert axes.get_window_extent().x0 < label.get_window_extent().x0
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[0] == "AdamW"
+    assert len(names) == 5
+    for name, arm in zip(names[1:], (*MAIN_ARMS[1:], *ARMS_WITH_BOTH_OPTIONS), strict=True):
+        (saved,) = [
+            row["steps_saved_percent"]
+            for row in rows
+            if (row["arm"], row["baseline"]) == (arm, "adamw")
+        ]
+        words = f"{500 * (1 - saved / 100):.0f} steps, {saved:.1f}% fewer"
+        assert name == f"{ARMS[arm].label}: {words}"
+    for drawn in (figure, loss_figure(found)):
+        assert drawn is not None
+        drawn.draw_without_rendering()
+        box = drawn.legends[0].get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= drawn.bbox.x1
 
 
 def test_every_arm_of_table_1_is_drawn(found: CellEvidence, table: dict[str, Any]) -> None:

@@ -30,9 +30,15 @@ def band(values_SK: Array) -> tuple[Array, Array, Array]:
 
 
 def draw_band(
-    axes: Axes, arm: str, x: Sequence[float] | Array, values_SK: Array, *, with_markers: bool
+    axes: Axes,
+    arm: str,
+    x: Sequence[float] | Array,
+    values_SK: Array,
+    *,
+    with_markers: bool,
+    name: str | None = None,
 ) -> None:
-    """An arm's mean as a line and its interval as a band."""
+    """An arm's mean as a line and its interval as a band; in the legend by its label or a name."""
     means, lows, highs = band(values_SK)
     style = style_of(arm)
     axes.fill_between(x, lows, highs, color=style.color, alpha=BAND_OPACITY, linewidth=0)
@@ -44,7 +50,7 @@ def draw_band(
         linewidth=1.8,
         marker=style.matplotlib_marker if with_markers else None,
         markersize=5.5,
-        label=label_of(arm),
+        label=name or label_of(arm),
     )
 
 

@@ -41,7 +41,7 @@ def loss_figure(found: CellEvidence) -> Figure | None:
         style_axes(axes, grid_axis="both")
         if "adamw" in arms:
             draw_target(axes, float(np.mean([run.final_loss for run in arms["adamw"]])))
-    add_legend(figure, by_steps)
+    add_legend(figure, by_steps, columns=3)
     figure.suptitle(f"Validation loss along training: {found.title}", color=INK)
     return figure
 

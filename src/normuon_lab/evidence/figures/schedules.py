@@ -14,7 +14,6 @@ from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from normuon_lab.compare.summary import label_of
 from normuon_lab.evidence.collected import CellEvidence
 from normuon_lab.evidence.figures.bands import (
-    LABEL_SIZE,
     add_legend,
     draw_band,
     draw_target,
@@ -53,18 +52,20 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
     target = float(np.mean(baseline))
     figure = new_figure(8.5, 4.6)
     axes = figure.subplots()
-    for arm, by_length in finals.items():
-        draw_band(
-            axes, arm, list(by_length), np.array(list(by_length.values())).T, with_markers=True
-        )
-    draw_target(axes, target, on_right=True)
-    crossings = sorted(
-        (found.full_steps * (1 - row["steps_saved_percent"] / 100), row["arm"])
+    saved = {
+        row["arm"]: row["steps_saved_percent"]
         for row in _shown_rows(found, rows).get("adamw", [])
         if row["arm"] in finals
-    )
-    for place, (steps, arm) in enumerate(crossings):
-        _mark_crossing(axes, arm, steps, found.full_steps, target, place=place)
+    }
+    for arm, by_length in finals.items():
+        losses_SN = np.array(list(by_length.values())).T
+        name = label_of(arm)
+        if arm in saved:
+            name += f": {_crossing_words(saved[arm], found.full_steps)}"
+        draw_band(axes, arm, list(by_length), losses_SN, with_markers=True, name=name)
+    draw_target(axes, target, on_right=True)
+    for arm, percent in saved.items():
+        _mark_crossing(axes, arm, _crossing(percent, found.full_steps), target)
     lengths = sorted({n for by_length in finals.values() for n in by_length})
     axes.set_xscale("log")
     axes.set_xticks(lengths)
@@ -74,7 +75,7 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
     axes.set_xlabel("steps of the complete schedule (logarithmic)", color=INK)
     axes.set_ylabel("final validation loss (nats per token)", color=INK)
     style_axes(axes, grid_axis="both")
-    add_legend(figure, axes)
+    add_legend(figure, axes, columns=2)
     figure.suptitle(f"Where each arm meets AdamW's final loss: {found.title}", color=INK)
     return figure
 
@@ -120,33 +121,27 @@ def _complete(
     return complete
 
 
-def _mark_crossing(
-    axes: Axes, arm: str, steps: float, full_steps: int, target: float, *, place: int
-) -> None:
-    """A star where the arm meets the target, and below it what that saves.
-
-    The first from the left is written on its left, where a long name must break, the others on
-    their right, each higher up.
-    """
-    on_right = place > 0
+def _mark_crossing(axes: Axes, arm: str, steps: float, target: float) -> None:
+    """A star where the arm meets the target, and a line from it down to the steps."""
     color = color_of(arm)
     axes.scatter([steps], [target], marker="*", s=200, color=color, edgecolors="white", zorder=4)
     bottom = axes.get_ylim()[0]
     axes.plot([steps, steps], [bottom, target], color=color, linestyle=":", linewidth=1.2)
     axes.set_ylim(bottom=bottom)
-    saved = 100 * (1 - steps / full_steps)
+
+
+def _crossing(saved: float, full_steps: int) -> float:
+    """The length of the schedule that saves so many percent."""
+    return full_steps * (1 - saved / 100)
+
+
+def _crossing_words(saved: float, full_steps: int) -> str:
+    """
+    >>> _crossing_words(38.44, 500), _crossing_words(-5.0, 500)
+    ('308 steps, 38.4% fewer', '525 steps, 5.0% more')
+    """
     change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
-    name = label_of(arm) if on_right else label_of(arm).replace(" + ", "\n+ ")
-    axes.annotate(
-        f"{name}:\n{steps:.0f} steps,\n{change}",
-        (steps, 0.03 + 0.17 * max(0, place - 1)),
-        xycoords=("data", "axes fraction"),
-        xytext=(5 if on_right else -5, 0),
-        textcoords="offset points",
-        ha="left" if on_right else "right",
-        fontsize=LABEL_SIZE,
-        color=INK,
-    )
+    return f"{_crossing(saved, full_steps):.0f} steps, {change}"
 
 
 def _shown_rows(
