@@ -29,6 +29,7 @@ def param_groups(
     hidden: Mapping[str, Any] | None = None,
     other: Mapping[str, Any] | None = None,
     split_heads: bool = False,
+    hidden_required: bool = True,
 ) -> list[dict[str, Any]]:
     """The param groups of a whole model, for `NorMuon`.
 
@@ -48,6 +49,8 @@ def param_groups(
         split_heads: orthogonalise every attention head's rows of the query, key and value
             projections as a matrix of their own, scale included, fused or not. Heads are found by
             the attention module's ``head_dim`` (or a like name); overrides win.
+        hidden_required: False allows a model without a hidden matrix, as a pipeline stage may be
+            that holds the embedding alone: its parameters all take `adamw`.
 
     Returns:
         Param groups with named parameters, views and reasons; `describe_groups` prints them.
@@ -55,7 +58,8 @@ def param_groups(
     Raises:
         ValueError: a parameter of two or more dims that nothing but its shape could place, one
             that FSDP1 or DeepSpeed ZeRO-3 has flattened, an override that matches nothing, a
-            model without a hidden matrix, or ``split_heads`` without a head to split.
+            model without a hidden matrix where one is required, or ``split_heads`` without a head
+            to split.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4, bias=False), nn.LayerNorm(4))
@@ -88,7 +92,7 @@ def param_groups(
         if verdict.view is None:
             preset.update(other or {})
         _place(groups, name, param, verdict, {**preset, **options})
-    _check_complete(groups, unplaced, unused)
+    _check_complete(groups, unplaced, unused, hidden_required)
     return sorted(groups.values(), key=lambda group: ALGORITHMS.index(group["algorithm"]))
 
 
@@ -130,7 +134,10 @@ def _place(
 
 
 def _check_complete(
-    groups: Mapping[str, Mapping[str, Any]], unplaced: list[str], unused: set[str]
+    groups: Mapping[str, Mapping[str, Any]],
+    unplaced: list[str],
+    unused: set[str],
+    hidden_required: bool,
 ) -> None:
     if unused:
         raise ValueError(f"overrides match no trainable parameter: {sorted(unused)}")
@@ -140,10 +147,11 @@ def _check_complete(
             + "; ".join(unplaced)
             + ". Say it with overrides={'name or pattern': 'adamw'} or a normuon.MatrixView"
         )
-    if all(group["algorithm"] == "adamw" for group in groups.values()):
+    if hidden_required and all(group["algorithm"] == "adamw" for group in groups.values()):
         raise ValueError(
             "no parameter of this model is a hidden matrix, so NorMuon would be AdamW throughout; "
-            "use torch.optim.AdamW, or say which are with overrides="
+            "use torch.optim.AdamW, say which are with overrides=, or pass hidden_required=False "
+            "for a pipeline stage that has none"
         )
 
 

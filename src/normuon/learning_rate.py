@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normuon.matrix_view import MatrixView
-from normuon.rule import ADAMW_RMS
+from normuon.step.rule import ADAMW_RMS
 
 Origin = Literal["adamw", "muon_match_rms_adamw", "muon_original"]
 

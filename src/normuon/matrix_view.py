@@ -1,21 +1,23 @@
 """A parameter of any shape seen as batches of matrices whose rows are neurons.
 
-Which view a parameter of a model gets is decided in `groups.py`; what is done with the matrices is
-`matrix_step.py`'s. Views hold no tensors: they map shapes and slice what they are given.
+Views hold no tensors: they map shapes and slice what they are given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
-from normuon.rule import NeuronAxis, neuron_dim
+from normuon.step.rule import NeuronAxis, neuron_dim
+
+DimOf = Callable[[int, int], int]
+"""The dim that a vector of an m x n matrix lies along: -2, an entry per row, or -1, per column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,35 +158,112 @@ class MatrixView:
         """One block as ``[batch, m, n]``: a view of the tensor where its strides allow one."""
         return self.native(tensor, part).reshape(part.batch, part.m, part.n)
 
+    def runs(self, shape: Sequence[int]) -> Iterator[MatrixRun]:
+        """The matrices of a parameter of this shape, neighbours that are alike together.
+
+        In the order of `matrices`: block after block, in a block by batch dims and then by heads.
+
+        Example:
+            >>> [run.count for run in MatrixView.experts().runs((8, 4, 3))]
+            [8]
+            >>> view = MatrixView.fused(6, 2, heads=(3, 1))
+            >>> [(run.offsets, run.count) for run in view.runs((8, 4))]
+            [((0, 0), 3), ((6, 0), 1)]
+        """
+        first = 0
+        for part in self.parts(shape):
+            sizes = list(shape)
+            sizes[self.neuron_dim] = part.m
+            sizes[: self.batch_dims] = [1] * self.batch_dims
+            outer = list(shape[: self.batch_dims])
+            if part.heads > 1:
+                dim, step, count = self.neuron_dim, part.m, part.heads
+            else:
+                dim, step, count = max(self.batch_dims - 1, 0), 1, outer.pop() if outer else 1
+            for place in product(*map(range, outer)):
+                offsets = [*place, *[0] * (len(shape) - len(place))]
+                offsets[self.neuron_dim] = part.start
+                yield MatrixRun(part, tuple(offsets), tuple(sizes), dim, step, count, first)
+                first += count
+
+    def vector_dims(self, shape: Sequence[int], dim_of: DimOf) -> tuple[int, ...] | None:
+        """The parameter's dims along which a vector of every matrix lies: the shape of its state.
+
+        The parameter's dims without the inputs where rows have the entries in every block, and
+        without the neurons where columns have them and the parameter is whole. None where it is a
+        flat list, block after block: in a split parameter of which some columns have entries.
+
+        Example:
+            >>> MatrixView.experts().vector_dims((8, 4, 3), lambda m, n: -2)
+            (0, 1)
+            >>> MatrixView.conv().vector_dims((4, 3, 5, 5), lambda m, n: -1)
+            (1, 2, 3)
+        """
+        lying = {dim_of(part.m, part.n) for part in self.parts(shape)}
+        if lying == {-2}:
+            return (*range(self.batch_dims), self.neuron_dim)
+        if lying == {-1} and self.is_whole:
+            return tuple(dim for dim in range(len(shape)) if dim != self.neuron_dim)
+        return None
+
+    def matrix_dims(self, ndim: int, dim: int) -> tuple[int, ...]:
+        """The parameter's dims along which one matrix's rows (-2) or columns (-1) lie.
+
+        Example:
+            >>> MatrixView.experts().matrix_dims(3, -2), MatrixView.conv().matrix_dims(4, -1)
+            ((1,), (1, 2, 3))
+        """
+        if dim == -2:
+            return (self.neuron_dim,)
+        return tuple(d for d in range(self.batch_dims, ndim) if d != self.neuron_dim)
+
+    def vector_shape(self, shape: Sequence[int], dim_of: DimOf) -> tuple[int, ...]:
+        """Shape of the state of a vector of every matrix; see `vector_dims`."""
+        dims = self.vector_dims(shape, dim_of)
+        if dims is not None:
+            return tuple(shape[dim] for dim in dims)
+        parts = self.parts(shape)
+        return (sum(p.batch * (p.m if dim_of(p.m, p.n) == -2 else p.n) for p in parts),)
+
     def second_moment_shape(
         self, shape: Sequence[int], *, neuron_axis: NeuronAxis
     ) -> tuple[int, ...]:
-        """Shape of the second-moment state: one entry per neuron.
+        """Shape of NorMuon's second moments: one entry per neuron.
 
-        ``[*batch, neurons]``, the parameter's shape without its input dims, when rows are the
-        neurons of every block; ``[*batch, *inputs]`` when columns are and the parameter is whole;
-        a flat ``[entries]``, block after block, in a split one of which some neurons are columns.
+        Example:
+            >>> MatrixView.experts().second_moment_shape((8, 4, 3), neuron_axis="row")
+            (8, 4)
         """
-        parts = self.parts(shape)
-        batch = tuple(shape[: self.batch_dims])
-        if _rows_are_neurons(parts, neuron_axis):
-            return (*batch, shape[self.neuron_dim])
-        if self.is_whole:
-            rest = range(self.batch_dims, len(shape))
-            return (*batch, *(shape[dim] for dim in rest if dim != self.neuron_dim))
-        return (sum(part.batch * _num_neurons(part, neuron_axis) for part in parts),)
+        return self.vector_shape(shape, lambda m, n: neuron_dim(m, n, neuron_axis))
 
-    def native_second_moments(
-        self, v: Tensor, shape: Sequence[int], *, neuron_axis: NeuronAxis
-    ) -> tuple[Tensor, ...]:
-        """Each block's slice of the second-moment state, a view; ``batch * V`` entries each."""
-        parts = self.parts(shape)
-        if _rows_are_neurons(parts, neuron_axis):
-            return tuple(v.narrow(-1, part.start, part.rows) for part in parts)
-        if self.is_whole:
-            return (v.flatten(self.batch_dims),)
-        sizes = [part.batch * _num_neurons(part, neuron_axis) for part in parts]
-        return tuple(torch.split(v, sizes))
+
+@dataclass(frozen=True, slots=True)
+class MatrixRun:
+    """Matrices of one parameter that follow one another along one of its dims.
+
+    Args:
+        block: the block that they are of.
+        offsets: where the first begins in the parameter.
+        shape: what each spans of the parameter.
+        dim: the parameter's dim along which they follow one another.
+        step: how far the next lies from the last.
+        count: how many there are.
+        first: place of the first among the parameter's matrices.
+    """
+
+    block: MatrixBlock
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dim: int
+    step: int
+    count: int
+    first: int
+
+    def offsets_of(self, index: int) -> tuple[int, ...]:
+        """Where matrix ``index`` of the run begins."""
+        moved = list(self.offsets)
+        moved[self.dim] += index * self.step
+        return tuple(moved)
 
 
 def _cut(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
@@ -214,33 +293,3 @@ def _cut(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
 
 # Asked for every parameter at every step; the answer never changes.
 _remembered_cut = lru_cache(maxsize=4096)(_cut)
-
-
-def flattens_in_place(native: Tensor, *, batch_dims: int, heads: int) -> bool:
-    """Whether ``[*batch, neurons, *inputs]`` becomes ``[batch * heads, m, n]`` without a copy.
-
-    Decided on strides alone. Where it is False (a channels_last convolution, say) whoever writes to
-    the matrices must copy them back.
-    """
-    sizes, strides = native.shape, native.stride()
-    head_stride = strides[batch_dims] * (sizes[batch_dims] // heads)
-    leading = [*zip(sizes[:batch_dims], strides[:batch_dims], strict=True), (heads, head_stride)]
-    inputs = [*zip(sizes[batch_dims + 1 :], strides[batch_dims + 1 :], strict=True)]
-    return _collapses(leading) and _collapses(inputs)
-
-
-def _rows_are_neurons(parts: Sequence[MatrixBlock], neuron_axis: NeuronAxis) -> bool:
-    return all(neuron_dim(part.m, part.n, neuron_axis) == -2 for part in parts)
-
-
-def _num_neurons(part: MatrixBlock, neuron_axis: NeuronAxis) -> int:
-    return part.n if neuron_dim(part.m, part.n, neuron_axis) == -1 else part.m
-
-
-def _collapses(dims: Sequence[tuple[int, int]]) -> bool:
-    """Whether neighbouring dims, as (size, stride), flatten into one."""
-    kept = [dim for dim in dims if dim[0] != 1]
-    return all(
-        stride == inner_stride * inner_size
-        for (_, stride), (inner_size, inner_stride) in pairwise(kept)
-    )

@@ -1,27 +1,23 @@
-"""NorMuon as a torch optimizer: param groups, their state, and the order of a step.
-
-The numerics are in `rule.py` and `orthogonalize/`, batches of matrices in `matrix_step.py`, what
-a group may say in `options.py`.
-"""
+"""NorMuon as a torch optimizer: param groups, their state, and what a step hands to whom."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from normuon.adamw import step_adamw_
 from normuon.distributed.assignment import Balance
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon.flattened import check_not_flattened
 from normuon.learning_rate import warn_if_muon_sized
-from normuon.matrix_step import MatrixParam, step_matrices_
 from normuon.options import (
     STRUCTURE_KEYS,
+    UNSAVED_KEYS,
     MatrixOptions,
     check_group,
     check_options,
@@ -31,25 +27,26 @@ from normuon.options import (
     param_label,
 )
 from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
-from normuon.rule import AdjustLrFn, NeuronAxis
 from normuon.state import (
     adopt_params_,
-    check_state_fits,
+    check_param_fits,
+    check_vectors_fit,
     follow_param_,
     initial_state,
     is_dtensor,
     loaded_state,
+    matrix_param,
     merged_groups,
-    view_of,
 )
+from normuon.step.adamw import step_adamw_
+from normuon.step.local import LocalMatrices
+from normuon.step.rule import AdjustLrFn, NeuronAxis
 
 if TYPE_CHECKING:
     # What several ranks share loads torch.distributed, which a single device never needs.
     from torch.distributed import ProcessGroup
 
-    from normuon.sharded_step import ShardedStep
-
-DEFAULT_MAX_SCRATCH_BYTES = 256 * 2**20
+    from normuon.step.sharded import ShardedStep
 
 
 class NorMuon(Optimizer):
@@ -110,10 +107,13 @@ class NorMuon(Optimizer):
         betas: AdamW's, for `adamw` groups.
         adamw_eps: AdamW's eps.
         max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
-            at a time is processed however large it is.
-        process_group: the ranks that hold these plain parameters alike, as under DDP: each matrix
-            is then orthogonalised by one of them instead of by all. DTensor parameters (FSDP2,
-            HSDP, TP) need nothing: their meshes say who shares them.
+            at a time is processed however large it is. None: 256 MiB on a CPU, 4 GiB on
+            accelerators, where a step needs them while no activations are held.
+        process_group: the ranks that hold copies of the plain parameters, as under DDP: each matrix
+            is then orthogonalised by one of them instead of by all. A group may say otherwise:
+            ``{"params": experts, "process_group": None}`` for parameters of which every rank has
+            its own. At the first step the copies are compared. DTensor parameters (FSDP2, HSDP,
+            TP) need nothing: their meshes say who shares them.
         balance: how matrices are given to owners: ``"flops"``, longest processing time over the
             orthogonaliser's FLOPs, or ``"paper"``, Algorithm 2's sort and round-robin.
         bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix where
@@ -157,7 +157,7 @@ class NorMuon(Optimizer):
         maximize: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
-        max_scratch_bytes: int = DEFAULT_MAX_SCRATCH_BYTES,
+        max_scratch_bytes: int | None = None,
         process_group: ProcessGroup | None = None,
         balance: Balance = "flops",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
@@ -190,9 +190,11 @@ class NorMuon(Optimizer):
         check_sharing(balance, bucket_bytes)
         check_params(params)
         self._process_group = process_group
+        self._lost_process_group = False
         self._balance = balance
         self._bucket_bytes = bucket_bytes
         self._sharded_steps: list[ShardedStep] | None = None
+        self._forget_layouts()
         self._workspace = Workspace()
         super().__init__(params, defaults)
 
@@ -213,7 +215,7 @@ class NorMuon(Optimizer):
         warn_if_muon_sized(group)
         for param in group["params"]:
             self.state[param] = initial_state(param, group)
-        self._sharded_steps = None
+        self._forget_layouts()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -235,108 +237,121 @@ class NorMuon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._lost_process_group:
+            raise RuntimeError(
+                "this optimizer had a process_group when it was pickled, which cannot be kept: set "
+                "optimizer.process_group, and 'process_group' in the groups that had their own"
+            )
         self._adopt_params()
-        prepared = [self._prepared(group) for group in self.param_groups]
-        # Ranks that disagree must find out before the first of their collectives, AdamW's included.
+        prepared = [self._prepared(number, group) for number, group in enumerate(self.param_groups)]
         shares = any(shared for _, shared in prepared)
-        sharded_steps = self._planned_steps() if shares else []
-        for group, (alone, shared) in zip(self.param_groups, prepared, strict=True):
-            if group["algorithm"] == "adamw":
-                self._step_adamw(alone, shared, group)
-            elif alone:
-                step_matrices_(
-                    list(self._matrix_params(alone, group)),
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    options=MatrixOptions.from_group(group),
-                    workspace=self._workspace,
-                )
-        for sharded_step in sharded_steps:
-            sharded_step.step_()
+        if shares:
+            self._agree()
+        for number, (alone, _) in enumerate(prepared):
+            self._step_alone(number, alone)
+        if shares:
+            self._step_shared()
         return loss
 
     def _adopt_params(self) -> None:
         if adopt_params_(self.state, self.param_groups):
-            self._sharded_steps = None
+            self._forget_layouts()
 
-    def _prepared(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """A group's parameters to step: this rank's own with gradients, and all that ranks share.
+    def _forget_layouts(self) -> None:
+        """Plans and batches are made anew where parameters, state or groups were replaced."""
+        self._sharded_steps = None
+        self._local_matrices: dict[int, LocalMatrices] = {}
+        self._structures: dict[int, object] = {}
+
+    def _is_shared(self, param: Tensor, group: dict[str, Any]) -> bool:
+        return is_dtensor(param) or group.get("process_group", self._process_group) is not None
+
+    def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool]:
+        """The places of a group's parameters that are stepped on this rank alone, and whether it
+        has any that ranks share.
 
         Checks gradients and lets the state follow what has changed since it was made.
         """
-        alone, shared = [], []
+        alone, shares = [], False
+        structure = (group["algorithm"], group["neuron_axis"], group.get("view"))
+        if self._structures.get(number) != structure:
+            check_vectors_fit(group, self.state)
+            if not torch.compiler.is_compiling():  # A traced step that leaves a trace is retraced.
+                self._structures[number] = structure
         for index, param in enumerate(group["params"]):
-            is_shared = self._process_group is not None or is_dtensor(param)
-            if is_shared:
-                shared.append(param)
+            is_shared = self._is_shared(param, group)
+            shares |= is_shared
+            if group["skip_nonfinite"] and "skipped_steps" not in self.state[param]:
+                counts = initial_state(param, group)["skipped_steps"]
+                self.state[param]["skipped_steps"] = counts
             if param.grad is None or not param.numel():
                 check_not_flattened(param_label(group, index), param)
                 continue
             if not is_shared:
-                alone.append(param)
+                alone.append(index)
             if param.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
                     "embedding with sparse=False"
                 )
-            if is_shared:
-                from normuon.distributed.layout import misplaced_gradient
+            if follow_param_(self.state[param], param):
+                self._forget_layouts()
+            check_param_fits(group, index, self.state[param])
+        return alone, shares
 
-                problem = misplaced_gradient(param)
-                if problem is not None:
-                    raise ValueError(f"{param_label(group, index)}: {problem}")
-            follow_param_(self.state[param], param)
-            check_state_fits(group, index, self.state[param])
-        if group["skip_nonfinite"]:
-            for param in (*alone, *shared):
-                if "skipped_steps" not in self.state[param]:
-                    counts = initial_state(param, group)["skipped_steps"]
-                    self.state[param]["skipped_steps"] = counts
-        return alone, shared
+    def _step_alone(self, number: int, places: list[int]) -> None:
+        """Steps those of a group's parameters that no other rank shares."""
+        group = self.param_groups[number]
+        if not places:
+            return
+        params = [group["params"][index] for index in places]
+        if group["algorithm"] == "adamw":
+            step_adamw_(params, [self.state[param] for param in params], group)
+            return
+        is_traced = torch.compiler.is_compiling()
+        matrices = None if is_traced else self._local_matrices.get(number)
+        if matrices is None or not matrices.are(params):
+            matrices = LocalMatrices(
+                [
+                    matrix_param(param_label(group, index), param, group, self.state[param])
+                    for index, param in zip(places, params, strict=True)
+                ]
+            )
+            if not is_traced:
+                self._local_matrices[number] = matrices
+        matrices.step_(MatrixOptions.from_group(group), self._workspace)
 
-    def _step_adamw(self, alone: list[Tensor], shared: list[Tensor], group: dict[str, Any]) -> None:
-        if alone:
-            step_adamw_(alone, [self.state[p] for p in alone], group)
-        if shared:
-            from normuon.sharded_adamw import step_sharded_adamw_
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _agree(self) -> None:
+        """Ranks that disagree find out before anything moves."""
+        for sharded_step in self._planned_steps():
+            sharded_step.take_gradients()
+        for sharded_step in self._planned_steps():
+            sharded_step.agree_()
 
-            states = [self.state[p] for p in shared]
-            step_sharded_adamw_(shared, states, group, process_group=self._process_group)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _step_shared(self) -> None:
+        """Steps what several ranks share. Exchanges are laid out once, and are not to be traced."""
+        for sharded_step in self._planned_steps():
+            sharded_step.step_()
 
     def _planned_steps(self) -> list[ShardedStep]:
-        """The plans of the matrices that ranks share, drawn up at the first step that needs them.
+        """The plans of what ranks share, drawn up at the first step that needs them.
 
         Every rank of a group draws up its plan at the same step, and again after `add_param_group`
         and `load_state_dict`.
         """
         if self._sharded_steps is None:
-            from normuon.sharded_params import check_shared_params, sharded_params
-            from normuon.sharded_step import ShardedStep
+            from normuon.step.sharded import ShardedStep
+            from normuon.step.shared_params import shared_params
 
-            check_shared_params(self.param_groups, process_group=self._process_group)
             self._sharded_steps = [
-                ShardedStep(params, balance=self._balance, bucket_bytes=self._bucket_bytes)
-                for params in sharded_params(
+                ShardedStep(shared, balance=self._balance, bucket_bytes=self._bucket_bytes)
+                for shared in shared_params(
                     self.param_groups, self.state, process_group=self._process_group
                 )
             ]
         return self._sharded_steps
-
-    def _matrix_params(
-        self, params: Sequence[Tensor], group: dict[str, Any]
-    ) -> Iterator[MatrixParam]:
-        view, skip_nonfinite = view_of(group), group["skip_nonfinite"]
-        for param in params:
-            state = self.state[param]
-            assert param.grad is not None
-            yield MatrixParam(
-                param=param,
-                grad=param.grad,
-                view=view,
-                momentum=state["momentum_buffer"],
-                second_moment=state.get("second_momentum_buffer"),
-                skipped_steps=state["skipped_steps"] if skip_nonfinite else None,
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
@@ -348,7 +363,9 @@ class NorMuon(Optimizer):
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             for key in STRUCTURE_KEYS & group.keys():
-                group[key] = described(group[key])
+                group[key] = described(key, group[key])
+            for key in UNSAVED_KEYS & group.keys():
+                del group[key]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -377,15 +394,52 @@ class NorMuon(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks that hold copies of the plain parameters; set it after unpickling."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._lost_process_group = False
+        self._forget_layouts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be pickled: all but process groups, whose absence the first step reports."""
+        groups = [
+            {key: value for key, value in group.items() if key not in UNSAVED_KEYS}
+            for group in self.param_groups
+        ]
+        given = (self._process_group, *(group.get("process_group") for group in self.param_groups))
+        return {
+            **super().__getstate__(),
+            "param_groups": groups,
+            "_balance": self._balance,
+            "_bucket_bytes": self._bucket_bytes,
+            "_lost_process_group": any(group is not None for group in given),
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NorMuon:
+        """A copy in the same process, which keeps its process groups."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        for group, original in zip(copied.param_groups, self.param_groups, strict=True):
+            group.update({key: original[key] for key in UNSAVED_KEYS & original.keys()})
+        copied.process_group = self._process_group
+        return copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
-        self._sharded_steps = None
+        self._forget_layouts()
         self._workspace = Workspace()
         # Process groups and plans belong to the processes that run, not to what is saved.
         for name, default in (
             ("_process_group", None),
+            ("_lost_process_group", False),
             ("_balance", "flops"),
             ("_bucket_bytes", DEFAULT_BUCKET_BYTES),
         ):

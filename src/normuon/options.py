@@ -1,8 +1,4 @@
-"""What a param group may say: every option of the three algorithms, checked, with one clear error.
-
-`optimizer.py` stores the groups; this file knows which values are legal and turns a group into the
-frozen options that `matrix_step.py` reads at every step.
-"""
+"""What a param group may say: every option of the three algorithms, and its check."""
 
 from __future__ import annotations
 
@@ -28,7 +24,8 @@ from normuon.orthogonalize import (
     flops_per_matrix,
     resolve_coefficients,
 )
-from normuon.rule import ADJUST_LR_FNS, NEURON_AXES, AdjustLrFn, NeuronAxis
+from normuon.step.normalizer import Normalizer, normalizer_of
+from normuon.step.rule import ADJUST_LR_FNS, NEURON_AXES
 
 Algorithm = Literal["normuon", "muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("normuon", "muon", "adamw")
@@ -43,7 +40,7 @@ OPTION_NAMES = frozenset(
 )
 """Everything a group may set."""
 
-GROUP_KEYS = frozenset({"params", "param_names", "reasons", "initial_lr"})
+GROUP_KEYS = frozenset({"params", "param_names", "reasons", "initial_lr", "process_group"})
 """What a group carries besides."""
 
 MISSPELT = 0.85
@@ -53,9 +50,17 @@ as ``max_momentum`` (0.8), are further away."""
 STRUCTURE_KEYS = frozenset({"view", "reasons", "orthogonalizer"})
 """Group keys that describe the model and the program, not hyperparameters: never loaded."""
 
+UNSAVED_KEYS = frozenset({"process_group"})
+"""Group keys that belong to the processes that run: neither saved nor loaded."""
 
-def described(value: object) -> str:
-    """What a state_dict says of them: the keys must be there, the objects must not."""
+
+def described(key: str, value: object) -> str:
+    """What a state_dict says of them: the keys must be there, the objects must not.
+
+    Of reasons it says nothing: a flattened state_dict repeats a group's values for each parameter.
+    """
+    if key == "reasons":
+        return ""
     return getattr(value, "__qualname__", None) or str(value)
 
 
@@ -74,18 +79,13 @@ def planned_name(group: Mapping[str, Any], number: int, index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class MatrixOptions:
-    """A `normuon` or `muon` group's options, resolved for one step (learning rate apart).
+    """A `normuon` or `muon` group's options, resolved for one step."""
 
-    Equal options mean that two groups' matrices may share a batch.
-    """
-
-    normalizes_neurons: bool
+    lr: float | Tensor
+    weight_decay: float | Tensor
     momentum: float
-    beta2: float
     nesterov: bool
-    eps: float
-    adjust_lr_fn: AdjustLrFn
-    neuron_axis: NeuronAxis
+    normalizer: Normalizer
     coefficients: tuple[Triple, ...]
     orthogonalizer: str | Orthogonalizer
     ns_backend: Backend
@@ -94,19 +94,17 @@ class MatrixOptions:
     skip_nonfinite: bool
     maximize: bool
     cautious_weight_decay: bool
-    max_scratch_bytes: int
+    max_scratch_bytes: int | None
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> MatrixOptions:
         """Reads a param group as it stands now, so that schedulers and users may change it."""
         return cls(
-            normalizes_neurons=group["algorithm"] == "normuon",
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            beta2=group["beta2"],
             nesterov=group["nesterov"],
-            eps=group["eps"],
-            adjust_lr_fn=group["adjust_lr_fn"],
-            neuron_axis=group["neuron_axis"],
+            normalizer=normalizer_of(group),
             coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
             orthogonalizer=group["orthogonalizer"],
             ns_backend=group["ns_backend"],
@@ -166,7 +164,14 @@ def check_options(group: Mapping[str, Any]) -> None:
     for name in switches:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} must be True or False")
-    _check_number("max_scratch_bytes", group["max_scratch_bytes"], low=1)
+    if group["max_scratch_bytes"] is not None:
+        _check_number("max_scratch_bytes", group["max_scratch_bytes"], low=1)
+    process_group = group.get("process_group")
+    if process_group is not None and not hasattr(process_group, "rank"):
+        raise ValueError(
+            f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None "
+            "for parameters of which this rank alone has a copy"
+        )
     view = group.get("view")
     if view is not None and not isinstance(view, MatrixView):
         raise ValueError(f"view={view!r} must be a normuon.MatrixView")

@@ -1,8 +1,4 @@
-"""Draws up the plan of a distributed step from param groups, before or without any training.
-
-Reads groups and placements; who owns what is `distributed.plan`'s decision, and the live step draws
-up its own plan from the same pieces (`sharded_params.py`, `matrix_tasks.py`).
-"""
+"""Draws up the plan of a distributed step from param groups, before or without any training."""
 
 from __future__ import annotations
 
@@ -10,21 +6,19 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from normuon.distributed.assignment import Balance
-from normuon.distributed.cost import DTYPE_BYTES, CostModel
+from normuon.distributed.cost import CostModel
 from normuon.distributed.mesh_layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
-from normuon.matrix_tasks import dtype_name, tasks_of_param
 from normuon.optimizer import NorMuon
 from normuon.options import (
+    OPTION_NAMES,
     MatrixOptions,
     check_matrix_param,
     check_options,
@@ -32,8 +26,10 @@ from normuon.options import (
     param_label,
     planned_name,
 )
-from normuon.orthogonalize import transport_dtype
+from normuon.orthogonalize import NS_DTYPES, transport_dtype
 from normuon.state import is_dtensor, view_of
+from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
+from normuon.step.pieces import State
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +47,7 @@ def plan_for(
     cost_model: CostModel | None = None,
     balance: Balance = "flops",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    wire_dtype: str | None = None,
+    wire_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan by which `NorMuon` would step the matrices of these groups.
 
@@ -68,8 +64,8 @@ def plan_for(
             `("strided_shard", dim, split_factor)` (FSDP2 over TP on one dim); or a function of a
             parameter's name and tensor that returns them.
         process_group: the ranks that hold plain parameters alike, as `NorMuon`'s.
-        cost_model: FLOPs, rates and latency. None: the groups' Newton-Schulz steps, and the rates
-            of `CostModel`, or of the device where the parameters say where they live.
+        cost_model: rates and latency. None: those of `CostModel`, or of the device where the
+            parameters say where they live.
         balance: "flops" or "paper", as `NorMuon`'s.
         bucket_bytes: as `NorMuon`'s.
         wire_dtype: dtype of matrices on the wire. None: what the groups' `ns_dtype` says; where
@@ -77,7 +73,8 @@ def plan_for(
             suits the device otherwise.
 
     Returns:
-        The plan: owners, buckets, FLOPs and bytes by rank; `print(plan.describe())` shows it.
+        The plan: owners, buckets, FLOPs by rank. `normuon plan` prints it, with its bytes, memory
+        and time.
 
     Raises:
         ValueError: no matrix that ranks share, parameters that live on different sets of ranks, an
@@ -88,25 +85,24 @@ def plan_for(
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
         >>> groups = normuon.param_groups(model)
         >>> plan = normuon.plan_for(groups, mesh_shape=(2,), placements=[("shard", 0)])
-        >>> plan.owners, plan.flops_by_rank, plan.imbalance
-        (((0,), (1,)), (7920, 7920), 1.0)
+        >>> plan.owners, plan.imbalance
+        (((0,), (1,)), 1.0)
     """
     if (mesh_shape is None) != (placements is None):
         raise ValueError("mesh_shape and placements belong together: pass both or neither")
     check_sharing(balance, bucket_bytes)
-    if wire_dtype is not None and wire_dtype not in DTYPE_BYTES:
-        raise ValueError(f"wire_dtype={wire_dtype!r}: pass one of {sorted(DTYPE_BYTES)}")
+    if wire_dtype is not None and wire_dtype not in NS_DTYPES:
+        raise ValueError(f"wire_dtype={wire_dtype!r}: pass None or one of {NS_DTYPES}")
     filled = [_with_defaults(group) for group in groups]
     if mesh_shape is None or placements is None:
         tasks, world_size, model = _live_tasks(filled, process_group)
-        if wire_dtype is not None:
-            tasks = [_sent_as(task, wire_dtype) for task in tasks]
     else:
-        tasks = []
-        for number, group in enumerate(filled):
-            tasks += _placed_tasks(group, number, mesh_shape, placements, wire_dtype)
-        world_size = math.prod(mesh_shape)
-        model = _cost_model(filled)
+        tasks = [
+            task
+            for number, group in enumerate(filled)
+            for task in _placed_tasks(group, number, mesh_shape, placements, wire_dtype)
+        ]
+        world_size, model = math.prod(mesh_shape), None
     if not tasks:
         raise ValueError(
             "these groups hold no hidden matrix that ranks share; pass groups with 'algorithm': "
@@ -125,7 +121,7 @@ def plan_for(
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(NorMuon).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
+    if name in OPTION_NAMES and parameter.default is not inspect.Parameter.empty
 }
 
 
@@ -151,20 +147,24 @@ def _live_tasks(
     if process_group is None and not any(map(is_dtensor, tensors)):
         return [], 1, None
     # Only what ranks share needs torch.distributed.
-    from normuon.sharded_params import MatrixState, cost_model_for, sharded_params
+    from normuon.step.shared_params import shared_params
 
-    no_state: defaultdict[Tensor, MatrixState] = defaultdict(dict)
-    found = sharded_params(groups, no_state, process_group=process_group)
+    no_state: defaultdict[Tensor, State] = defaultdict(dict)
+    found = [
+        shared
+        for shared in shared_params(groups, no_state, process_group=process_group)
+        if shared.matrices
+    ]
     if len(found) > 1:
-        firsts = "; ".join(entries[0].label for entries in found)
+        firsts = "; ".join(shared.matrices[0].owner.label for shared in found)
         raise ValueError(
             f"the parameters live on {len(found)} different sets of ranks, each with a plan of its "
             f"own (the first of each: {firsts}); pass the groups of one set at a time"
         )
     if not found:
         return [], 1, None
-    tasks = [task for entry in found[0] for task in entry.tasks()]
-    return tasks, found[0][0].shards.layout.world_size, cost_model_for(found[0])
+    tasks = [task for matrix in found[0].matrices for task in matrix.tasks()]
+    return tasks, found[0].matrices[0].shards.layout.world_size, found[0].cost_model()
 
 
 def _placed_tasks(
@@ -172,7 +172,7 @@ def _placed_tasks(
     number: int,
     mesh_shape: Sequence[int],
     placements: Placements,
-    wire_dtype: str | None,
+    wire_dtype: torch.dtype | None,
 ) -> list[MatrixTask]:
     if group["algorithm"] == "adamw":
         return []
@@ -185,34 +185,19 @@ def _placed_tasks(
             layout = layout_from_placements(param.shape, mesh_shape=mesh_shape, placements=chosen)
         except ValueError as error:
             raise ValueError(f"{param_label(group, index)}: {error}") from None
+        # Given placements are of accelerators, which compute in bfloat16 what is not float64.
         computed = torch.float64 if param.dtype == torch.float64 else torch.bfloat16
-        sent = transport_dtype(group["ns_dtype"] or computed)
-        wire = getattr(torch, wire_dtype) if wire_dtype else sent
-        side = torch.promote_types(torch.promote_types(param.dtype, torch.float32), wire)
+        ns_dtype = group["ns_dtype"] or computed
         tasks += tasks_of_param(
             name,
             param.shape,
             view_of(group),
+            place=(number, index),
             layout=layout,
-            neuron_axis=options.neuron_axis,
-            normalizes_neurons=options.normalizes_neurons,
-            key=f"group {number}, {param.dtype}",
-            wire_dtype=dtype_name(wire),
-            neuron_dtype=dtype_name(side),
+            options=options,
+            param_dtype=param.dtype,
+            ns_dtype=ns_dtype,
+            device_type="cuda",
+            wire=wire_dtypes(wire_dtype or transport_dtype(ns_dtype), param.dtype),
         )
     return tasks
-
-
-def _sent_as(task: MatrixTask, wire_dtype: str) -> MatrixTask:
-    side = torch.promote_types(getattr(torch, task.neuron_dtype), getattr(torch, wire_dtype))
-    return replace(task, wire_dtype=wire_dtype, neuron_dtype=dtype_name(side))
-
-
-def _cost_model(groups: Sequence[Mapping[str, Any]]) -> CostModel:
-    """As `sharded_params.cost_model_for`, for accelerators whose dtype the groups leave open."""
-    found = [MatrixOptions.from_group(g) for g in groups if g["algorithm"] != "adamw"]
-    if not found:
-        return CostModel()
-    options = max(found, key=lambda options: len(options.coefficients))
-    flops = partial(options.flops, dtype=options.ns_dtype or torch.bfloat16, device_type="cuda")
-    return CostModel(flops=flops)

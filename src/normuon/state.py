@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from normuon.flattened import USE_FSDP2, check_not_flattened
-from normuon.matrix_tasks import second_moment_dims
-from normuon.matrix_view import MatrixView
-from normuon.options import STRUCTURE_KEYS, check_param, param_label
-from normuon.rule import NeuronAxis
+from normuon.matrix_view import DimOf, MatrixView
+from normuon.options import STRUCTURE_KEYS, UNSAVED_KEYS, check_param, param_label
+from normuon.step.normalizer import normalizer_of
+from normuon.step.pieces import MatrixParam, State
 
-State = dict[str, Tensor]
+_LINEAR = MatrixView.linear()
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -30,7 +30,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 def view_of(group: Mapping[str, Any]) -> MatrixView:
     """The group's view; without one, a matrix is its own."""
     view = group.get("view")
-    return view if view is not None else MatrixView.linear()
+    return view if view is not None else _LINEAR
 
 
 def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
@@ -56,20 +56,40 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
         view = view_of(group)
         dtype = group["momentum_dtype"] or param.dtype
         state = {"momentum_buffer": _zeros_over(param, range(param.ndim), dtype)}
-        if group["algorithm"] == "normuon":
-            state["second_momentum_buffer"] = _second_moment(param, view, group["neuron_axis"])
+        for name, dim_of in vector_dims_of(group, view, param).items():
+            state[name] = _vector(param, view, dim_of)
         num_matrices = sum(part.batch for part in view.parts(param.shape))
     if group["skip_nonfinite"]:
         state["skipped_steps"] = _replicated_counts(param, num_matrices)
     return {key: value.detach() for key, value in state.items()}
 
 
-def _second_moment(param: Tensor, view: MatrixView, neuron_axis: NeuronAxis) -> Tensor:
+def vector_dims_of(group: Mapping[str, Any], view: MatrixView, param: Tensor) -> dict[str, DimOf]:
+    """The vectors that a group's normalizer keeps for every matrix of a parameter."""
+    normalizer = normalizer_of(group)
+    names: dict[str, DimOf] = {}
+    for part in view.parts(param.shape):
+        for name in normalizer.state_dims(part.m, part.n):
+            names[name] = lambda m, n, name=name: normalizer.state_dims(m, n)[name]  # type: ignore[misc]
+    return names
+
+
+def matrix_param(label: str, param: Tensor, group: Mapping[str, Any], state: State) -> MatrixParam:
+    """A parameter of matrices and its state, as a step sees them."""
+    view = view_of(group)
+    dims = {
+        name: view.vector_dims(param.shape, dim_of)
+        for name, dim_of in vector_dims_of(group, view, param).items()
+    }
+    return MatrixParam(label, param, group, state, view, dims)
+
+
+def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:
     dtype = torch.promote_types(param.dtype, torch.float32)
-    dims = second_moment_dims(view, param.shape, neuron_axis)
+    dims = view.vector_dims(param.shape, dim_of)
     if dims is not None:
         return _zeros_over(param, dims, dtype)
-    shape = view.second_moment_shape(param.shape, neuron_axis=neuron_axis)
+    shape = view.vector_shape(param.shape, dim_of)
     return torch.zeros(shape, dtype=dtype, device=param.device)
 
 
@@ -118,11 +138,15 @@ def merged_groups(
                 f"{here} is {algorithm!r} in the checkpoint and {live['algorithm']!r} in this "
                 "optimizer"
             )
-        own = (*STRUCTURE_KEYS, "params", "param_names")
+        own = (*STRUCTURE_KEYS, *UNSAVED_KEYS, "params", "param_names")
         kept = {key: live[key] for key in own if key in live}
         options = {key: value for key, value in saved.items() if key not in own}
-        names = {"param_names": saved["param_names"]} if "param_names" in saved else {}
-        merged.append({**live, **deepcopy(options), **kept, **names})
+        # Saved names serve where there are no live ones, if they are of this group's parameters:
+        # a flattened checkpoint of several pipeline stages lists those of one stage.
+        names = saved.get("param_names")
+        if "param_names" not in live and names and len(names) == len(live["params"]):
+            kept["param_names"] = names
+        merged.append({**live, **deepcopy(options), **kept})
     return merged
 
 
@@ -152,25 +176,37 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
                 f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, and this "
                 f"parameter with its view needs {list(tensor.shape)}"
             )
-        _copy_(tensor, value)
+        _copy_(tensor, value, group, index, key)
     return {**{k: v for k, v in saved.items() if k not in state}, **state}
 
 
-def _copy_(tensor: Tensor, value: Tensor) -> None:
-    if is_dtensor(tensor):
-        from normuon.distributed.layout import copy_to_shards_
-
-        copy_to_shards_(tensor, value)
-    else:
+def _copy_(tensor: Tensor, value: Tensor, group: Mapping[str, Any], index: int, key: str) -> None:
+    """Fills a state, whose shape is that of the value, from a checkpoint's value."""
+    if not is_dtensor(tensor):
         tensor.copy_(value)
+        return
+    from torch.distributed.tensor import DTensor
+
+    from normuon.distributed.layout import copy_to_shards_
+
+    param = group["params"][index]
+    assert isinstance(tensor, DTensor)
+    assert isinstance(param, DTensor)
+    kept: Sequence[int] | None = range(param.ndim)
+    if key == "skipped_steps":
+        kept = ()
+    elif group["algorithm"] != "adamw" and key != "momentum_buffer":
+        view = view_of(group)
+        kept = view.vector_dims(param.shape, vector_dims_of(group, view, param)[key])
+    assert kept is not None, "a flat list is no DTensor"
+    copy_to_shards_(tensor, value, param=param, kept_dims=kept, label=param_label(group, index))
 
 
-def check_state_fits(group: Mapping[str, Any], index: int, state: State) -> None:
-    """Checks that a parameter's state still has its shapes: neither may change after construction.
+def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None:
+    """Checks that a parameter still has the shape for which its state was made.
 
     Raises:
-        ValueError: another parameter shape, ``neuron_axis`` or ``view`` than when the state was
-            made.
+        ValueError: another shape.
     """
     param = group["params"][index]
     key = "exp_avg" if group["algorithm"] == "adamw" else "momentum_buffer"
@@ -181,16 +217,26 @@ def check_state_fits(group: Mapping[str, Any], index: int, state: State) -> None
             f"{label}: it had shape {list(state[key].shape)} when the optimizer was built; build "
             "the optimizer after whatever reshapes the model"
         )
-    if group["algorithm"] != "normuon":
+
+
+def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) -> None:
+    """Checks that a group still has the ``neuron_axis`` and the view for which its state was made.
+
+    Raises:
+        ValueError: another one, with which the second moments would have other shapes.
+    """
+    if group["algorithm"] == "adamw":
         return
-    v, neuron_axis = state["second_momentum_buffer"], group["neuron_axis"]
-    needed = view_of(group).second_moment_shape(param.shape, neuron_axis=neuron_axis)
-    if v.shape != needed:
-        raise ValueError(
-            f"{param_label(group, index)}: its 'second_momentum_buffer' has shape "
-            f"{list(v.shape)}, and neuron_axis={neuron_axis!r} with its view needs "
-            f"{list(needed)}; these two options cannot change once the optimizer is built"
-        )
+    view = view_of(group)
+    for index, param in enumerate(group["params"]):
+        for name, dim_of in vector_dims_of(group, view, param).items():
+            shape, needed = states[param][name].shape, view.vector_shape(param.shape, dim_of)
+            if shape != needed:
+                raise ValueError(
+                    f"{param_label(group, index)}: its {name!r} has shape {list(shape)}, and "
+                    f"neuron_axis={group['neuron_axis']!r} with its view needs {list(needed)}; "
+                    "these two options cannot change once the optimizer is built"
+                )
 
 
 def adopt_params_(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -235,8 +281,15 @@ def _check_replacement(group: Mapping[str, Any], index: int) -> None:
     check_param(group, index)
 
 
-def follow_param_(state: State, param: Tensor) -> None:
-    """Moves a parameter's state to the device that the parameter has been moved to."""
+def follow_param_(state: State, param: Tensor) -> bool:
+    """Moves a parameter's state to the device that the parameter has been moved to.
+
+    Returns:
+        Whether anything was moved.
+    """
+    moved = False
     for key, value in state.items():
         if value.device != param.device:
             state[key] = value.to(param.device)
+            moved = True
+    return moved

@@ -7,6 +7,7 @@ equal bit by bit, so a checkpoint may be written on one layout and read on any o
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from normuon import NorMuon, param_groups
 from tests.distributed.parity import (
@@ -372,3 +374,120 @@ def ddp_case(rank, world_size):
 
 def test_any_ranks_state_dict_is_whole_under_ddp(ranks):
     assert ranks.run(ddp_case, 3) == [(True, [])] * 3
+
+
+def uneven_case(rank, world_size, mesh_shape, num_rows):
+    """FSDP2 over tensor parallelism on one dim that neither divides: who stores which rows is read
+    off the weights, which count them."""
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("data", "tensor"))
+    numbered = torch.arange(num_rows, dtype=torch.float32)[:, None] * torch.ones(1, 16)
+    model = nn.Sequential(nn.Linear(16, num_rows, bias=False))
+    model[0].weight = nn.Parameter(numbered.clone())
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()}, src_data_rank=None)
+    fully_shard(model, mesh=mesh["data"])
+    weight = model[0].weight
+    rows = weight.to_local()[:, 0].detach().long()
+    found = []
+    for algorithm in ("normuon", "adamw"):
+        alone = nn.Parameter(numbered.clone())
+        groups = [{"params": [("w", alone)], "algorithm": algorithm}]
+        one = NorMuon(groups, lr=0.0)
+        for step in range(3):
+            alone.grad = gradient(alone.shape, step, 0)
+            one.step()
+        many = NorMuon([{"params": [("w", weight)], "algorithm": algorithm}], lr=0.0)
+        many.load_state_dict(one.state_dict())
+        for key, value in one.state[alone].items():
+            if key != "step":
+                same = torch.equal(many.state[weight][key].to_local(), value[rows])
+                found += [] if same else [f"{algorithm} {key}"]
+        for step in range(3, 5):
+            alone.grad = gradient(alone.shape, step, 0)
+            local_grad = alone.grad[rows]
+            weight.grad = DTensor.from_local(
+                local_grad,
+                weight.device_mesh,
+                weight.placements,
+                run_check=False,
+                shape=weight.shape,
+                stride=weight.stride(),
+            )
+            one.step()
+            many.step()
+        for key, value in one.state[alone].items():
+            if key != "step":
+                local_value = many.state[weight][key].to_local()
+                if not torch.allclose(local_value, value[rows], rtol=1e-6, atol=1e-7):
+                    found.append(f"{algorithm} {key} after stepping")
+    return found
+
+
+@pytest.mark.parametrize(("mesh_shape", "num_rows"), [((4, 2), 17), ((3, 2), 13)], ids=str)
+def test_a_whole_state_dict_into_uneven_fsdp2_over_tp(ranks, mesh_shape, num_rows):
+    """torch cuts a whole tensor for `_StridedShard` in another order than `fully_shard` does, and
+    `copy_` once broadcast what it got into shards of other shapes."""
+    world_size = mesh_shape[0] * mesh_shape[1]
+    found = ranks.run(uneven_case, world_size, mesh_shape=mesh_shape, num_rows=num_rows)
+    assert found == [[]] * world_size
+
+
+def pickled_case(rank, world_size, how):
+    group = dist.group.WORLD
+    param = nn.Parameter(gradient((8, 6), 999, 0))
+    optimizer = NorMuon([param], lr=1e-2, process_group=group, balance="paper", bucket_bytes=4096)
+    param.grad = gradient((8, 6), 0, 0)
+    optimizer.step()
+    copied = (
+        copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    )
+    (copy_of_param,) = copied.param_groups[0]["params"]
+    copy_of_param.grad = gradient((8, 6), 1, 0)
+    message = ""
+    if how == "pickle":
+        try:
+            copied.step()
+        except RuntimeError as error:
+            message = str(error)
+        copied.process_group = group
+    copied.step()
+    param.grad = gradient((8, 6), 1, 0)
+    optimizer.step()
+    plans = [o._planned_steps()[0].plan for o in (optimizer, copied)]
+    return message, torch.equal(param, copy_of_param), plans[0].digest() == plans[1].digest()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_and_pickles_keep_what_can_be_kept(ranks, how):
+    """A process group cannot be pickled: the first step says that it is missing."""
+    for message, same, same_plan in ranks.run(pickled_case, 2, how=how):
+        assert ("set optimizer.process_group" in message) == (how == "pickle")
+        assert same
+        assert same_plan
+
+
+def staged_case(rank, world_size):
+    """A flattened checkpoint of two pipeline stages, each an optimizer of its own, into one."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model = nn.ModuleDict({"0": nn.Linear(6, 8, bias=False), "1": nn.Linear(8, 6, bias=False)})
+    saved = {}
+    for name in model:
+        stage = nn.ModuleDict({name: model[name]})
+        optimizer = NorMuon(param_groups(stage), lr=1e-2)
+        for number, param in enumerate(stage.parameters()):
+            param.grad = gradient(param.shape, int(name), number)
+        optimizer.step()
+        saved |= get_optimizer_state_dict(stage, optimizer, options=options)
+    whole_optimizer = NorMuon(param_groups(model), lr=1e-2)
+    set_optimizer_state_dict(model, whole_optimizer, saved, options=options)
+    names = whole_optimizer.param_groups[0]["param_names"]
+    for number, param in enumerate(model.parameters()):
+        param.grad = gradient(param.shape, 5, number)
+    whole_optimizer.step()
+    sizes = [len(str(value)) for key, value in saved.items() if key.endswith(".reasons")]
+    return names, sizes
+
+
+def test_a_flattened_checkpoint_of_two_stages_keeps_the_live_names(ranks):
+    """Every parameter's entry lists its own stage's names; once they took the place of the live
+    ones, which are more."""
+    assert ranks.run(staged_case, 1) == [(["0.weight", "1.weight"], [0, 0])]

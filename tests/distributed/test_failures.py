@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
-from normuon import sharded_step
+from normuon.step import sharded
 from tests.distributed.parity import differing, values
 from tests.distributed.test_checkpoints import (
     SAVED_AFTER,
@@ -54,7 +54,7 @@ def first_attempt(rank: int, folder: str) -> None:
     dcp.save(content(params, optimizer), checkpoint_id=f"{folder}/checkpoint")
     train(params, optimizer, [SAVED_AFTER])
     if rank == 1:
-        with mock.patch.object(sharded_step.ShardedStep, "compute", die):
+        with mock.patch.object(sharded.ShardedStep, "_compute", die):
             train(params, optimizer, [SAVED_AFTER + 1])
     started = time.monotonic()
     try:

@@ -6,6 +6,8 @@ A NaN in one rank's shard stops the whole matrix on every rank, where that was a
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,8 +63,10 @@ def set_gradients(params, mesh, placements, step, missing=()):
 
 
 def num_buckets(optimizer):
+    """Exchanges of a step; infinitely many where no rank has anything to send."""
     (sharded_step,) = optimizer._sharded_steps
-    return len(sharded_step.plan.buckets)
+    plan = sharded_step.plan
+    return math.inf if len(plan.alone) == len(plan.tasks) else len(plan.buckets)
 
 
 def missing_everywhere_case(rank, world_size, layout, options):
@@ -134,26 +138,6 @@ def test_a_gradient_that_some_ranks_lack_counts_as_zero_there(ranks, layout, opt
     """Equal to one process whose gradient holds zeros where those ranks' shards lie."""
     found = ranks.run(missing_on_some_case, 4, layout=layout, options=options)
     assert found == [[]] * 4
-
-
-def missing_on_a_replica_case(rank, world_size):
-    mesh = init_device_mesh("cpu", (world_size,))
-    params = distributed(SHAPES, mesh, [Replicate()])
-    optimizer = optimizer_of(params)
-    for step in range(3):
-        missing = MISSING if rank == step else ()
-        set_gradients(params, mesh, [Replicate()], step, missing=missing)
-        optimizer.step()
-    return [local(param).clone() for param in params]
-
-
-def test_replicas_whose_gradients_differ_in_presence_do_not_hang(ranks):
-    """Copies of a parameter owe each other equal gradients, and the step does not check it: a
-    matrix that every replica computes for itself moves where there is a gradient. Nothing waits
-    for the replica that has none, and no other parameter is touched by it."""
-    first, *others = ranks.run(missing_on_a_replica_case, 3)
-    for number in set(range(len(SHAPES))) - MISSING:
-        assert all(torch.equal(first[number], other[number]) for other in others)
 
 
 def nonfinite_case(rank, world_size, layout, value):

@@ -12,8 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
-from normuon import NorMuon, sharded_step
+from normuon import NorMuon
 from normuon.distributed import plan as plan_module
+from normuon.step import sharded
+from normuon.step.sharded import ShardedStep
 from tests.distributed.parity import (
     differing,
     distributed,
@@ -29,66 +31,85 @@ SHAPES = [(17, 5), (18, 40), (24, 24)]
 @contextmanager
 def scale_per_shard(rank):
     """Line 6 from this shard's elements alone, as public FSDP implementations have it."""
-    apply_piece = sharded_step.ShardedStep._apply_piece
+    apply = sharded.apply_
 
-    def wrong(self, route, elements, scale):
-        step, task = self._step_of(route.task), self.plan.tasks[route.task]
-        rows = sharded_step._along_neurons(step, task, route.region)
-        normalized = elements.view(route.region.shape) / (rows.sqrt() + step.options.eps)
-        own = 0.2 * normalized.numel() ** 0.5 / normalized.norm()
-        apply_piece(self, route, elements, own)
+    def wrong(batch, o_KRC, state, summary, **kwargs):
+        normalized = o_KRC / (state["second_momentum_buffer"].sqrt() + 1e-8)[:, :, None]
+        own_K = 0.2 * normalized[0].numel() ** 0.5 / normalized.norm(dim=(1, 2))
+        apply(batch, o_KRC, state, {"scale": own_K[:, None]}, **kwargs)
 
-    with mock.patch.object(sharded_step.ShardedStep, "_apply_piece", wrong):
+    with mock.patch.object(sharded, "apply_", wrong):
+        yield
+
+
+@contextmanager
+def copies_changed(transfer, end, kind, change):
+    """Some of a bucket's copies changed: elements (0) or vectors (1), of one end of a transfer."""
+    lay_out = ShardedStep.step_
+
+    def wrong(self):
+        plans = [getattr(getattr(b, transfer), end)[kind] for b in self.buckets]
+        kept = [plan._copies for plan in plans]
+        for plan in plans:
+            plan._copies = change(plan._copies)
+        try:
+            lay_out(self)
+        finally:
+            for plan, copies in zip(plans, kept, strict=True):
+                plan._copies = copies
+
+    with mock.patch.object(ShardedStep, "step_", wrong):
         yield
 
 
 @contextmanager
 def one_route_dropped(rank):
-    """The last piece that comes back to this rank is not applied."""
-    receive = sharded_step.ShardedStep._apply
-
-    def wrong(self, routes):
-        receive(self, routes[:-1] if rank == 1 else routes)
-
-    with mock.patch.object(sharded_step.ShardedStep, "_apply", wrong):
+    """The last pieces that come back to one rank are not taken out of the message."""
+    drop = (lambda copies: copies[:-1]) if rank == 1 else (lambda copies: copies)
+    with copies_changed("home", "out_of_message", 0, drop):
         yield
 
 
 @contextmanager
 def stale_second_moments(rank):
     """The owner uses the new v and sends the old one back."""
-    update = sharded_step.update_whole_matrices
+    update = sharded.orthogonalize_
 
-    def wrong(direction, v, **kwargs):
-        found = update(direction, v, **kwargs)
-        found.v_BV = v
+    def wrong(direction, state, **kwargs):
+        found = update(direction, state, **kwargs)
+        found.state = dict(state)
         return found
 
-    with mock.patch.object(sharded_step, "update_whole_matrices", wrong):
+    with mock.patch.object(sharded, "orthogonalize_", wrong):
         yield
 
 
 @contextmanager
-def transposed_neurons(rank):
-    """Statistics along the columns where the rows are the neurons."""
-    with mock.patch("normuon.rule.neuron_scale", lambda v, *, eps: torch.ones_like(v)):
+def no_neuron_scale(rank):
+    """Lines 4 and 5 left out."""
+    with mock.patch("normuon.step.rule.neuron_scale", lambda v, *, eps: torch.ones_like(v)):
         yield
 
 
 @contextmanager
 def no_gather(rank):
-    """Every owner works with what its buffers held before."""
-    with mock.patch.object(sharded_step.ShardedStep, "start_gather", _start_without_packing):
+    """Every owner works with what its message held before."""
+    with copies_changed("there", "into_message", 0, lambda copies: []):
         yield
 
 
-def _start_without_packing(self, bucket):
-    if self.gathers[bucket].exchange is not None:
-        for slots in self.gathers[bucket].exchange.outgoing.slots:
-            slots.scalars.fill_(sharded_step.GRADIENT)
-            slots.elements.zero_()
-            slots.neurons.zero_()
-        self.gathers[bucket].exchange.start()
+@contextmanager
+def no_second_moments_gathered(rank):
+    """Directions travel and v does not."""
+    with copies_changed("there", "into_message", 1, lambda copies: []):
+        yield
+
+
+@contextmanager
+def a_shard_kept_back(rank):
+    """What an owner stores itself does not get into the matrices that it owns."""
+    with copies_changed("there", "within", 0, lambda copies: []):
+        yield
 
 
 @contextmanager
@@ -100,8 +121,10 @@ FAULTS = {
     "a scale per shard": scale_per_shard,
     "a route dropped": one_route_dropped,
     "stale second moments": stale_second_moments,
-    "no neuron scale": transposed_neurons,
+    "no neuron scale": no_neuron_scale,
     "nothing packed": no_gather,
+    "v not packed": no_second_moments_gathered,
+    "a shard kept back": a_shard_kept_back,
     "nothing": nothing_wrong,
 }
 
@@ -158,4 +181,4 @@ def another_owner_case(rank, world_size):
 def test_an_owner_changed_on_one_rank_is_found_before_anything_is_sent(ranks):
     for message in ranks.run(another_owner_case, 3):
         assert "rank 0 and rank 1 built different optimizers" in message
-        assert "w1[0]: owners" in message
+        assert "w1[0] owners" in message

@@ -1,37 +1,29 @@
-"""FLOPs, bytes and seconds against hand-computed values."""
+"""Seconds, and the decision that depends on them, against hand-computed values."""
 
 from __future__ import annotations
 
 import pytest
 
-from normuon.distributed.cost import CostModel, format_bytes, newton_schulz_flops
+from normuon.distributed.cost import CostModel, format_bytes
 
 
-def test_newton_schulz_flops_by_hand():
-    # One step on [2, 3]: X X^T 2*2*2*3 = 24, A A 2*2*2*2 = 16, B X 24.
-    assert newton_schulz_flops(2, 3, num_steps=1) == 64
-    assert newton_schulz_flops(768, 768) == 5 * 6 * 768**3
+def test_seconds_by_hand():
+    model = CostModel(
+        flops_per_second=1e3,
+        bytes_per_second=100.0,
+        replica_bytes_per_second=10.0,
+        latency_seconds=0.5,
+    )
+    assert model.compute_seconds(2_000) == 2.0
+    assert model.send_seconds(300) == 3.5
+    assert model.send_seconds(300, num_messages=4) == 5.0
+    assert model.send_seconds_between_replicas(300) == 30.5
 
 
-def test_newton_schulz_flops_do_not_depend_on_orientation():
-    assert newton_schulz_flops(768, 3072) == newton_schulz_flops(3072, 768)
-
-
-def test_the_orthogonalisers_own_flops_are_used():
-    assert CostModel(flops=lambda m, n: m + n).matrix_flops(2, 3) == 5
-
-
-def test_a_flop_function_that_gives_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"flops\(2, 3\) = 0"):
-        CostModel(flops=lambda m, n: 0).matrix_flops(2, 3)
-
-
-def test_scratch_is_two_iterates_and_four_small_squares():
-    # [4, 8] in two bytes: 2 * 32 + 4 * 16 entries.
-    assert CostModel().scratch_bytes(4, 8) == 256
-    assert CostModel().scratch_bytes(8, 4, element_bytes=4) == 512
-    # Of a long matrix the float32 copy that is normalised weighs more: (4 + 2) * 1 * 100.
-    assert CostModel().scratch_bytes(1, 100) == 600
+def test_replicas_are_as_near_as_ranks_where_nothing_else_is_said():
+    model = CostModel(bytes_per_second=100.0, latency_seconds=0.0)
+    assert model.bytes_per_second_between_replicas == 100.0
+    assert model.send_seconds_between_replicas(300) == 3.0
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,8 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: param_groups(nn.Embedding(9, 4)),
         ValueError,
         "no parameter of this model is a hidden matrix, so NorMuon would be AdamW throughout; use "
-        "torch.optim.AdamW, or say which are with overrides=",
+        "torch.optim.AdamW, say which are with overrides=, or pass hidden_required=False for a "
+        "pipeline stage that has none",
     ),
     # Checkpoints.
     "a checkpoint of other groups": (

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from normuon.distributed.cost import newton_schulz_flops
 from normuon.orthogonalize import (
     Workspace,
     flops_per_matrix,
@@ -114,9 +113,16 @@ def test_the_flop_model_is_the_flop_count(method, shape, dtype):
     assert counter.get_total_flops() == 2 * expected
 
 
-def test_plain_flops_are_the_planners_default():
-    for m, n in [(16, 16), (16, 48), (768, 3072)]:
-        assert orthogonalize_flops(m, n, segments=[1] * 5) == newton_schulz_flops(m, n)
+def test_plain_flops_by_hand():
+    # One step on [2, 3]: X X^T 2*2*2*3 = 24, A A 2*2*2*2 = 16, B X 24.
+    assert orthogonalize_flops(2, 3, segments=[1]) == 64
+    assert orthogonalize_flops(768, 768, segments=[1] * 5) == 5 * 6 * 768**3
+
+
+def test_flops_do_not_depend_on_orientation():
+    for segments in ([1] * 5, [3, 2], [5]):
+        tall = orthogonalize_flops(3072, 768, segments=segments)
+        assert tall == orthogonalize_flops(768, 3072, segments=segments)
 
 
 @pytest.mark.parametrize("panels", [1, 4, 8])

@@ -27,19 +27,23 @@ ORDER = [
     "orthogonalize.kernels",
     "orthogonalize.backend",
     "orthogonalize",
-    "rule",
+    "step",
+    "step.rule",
     "matrix_view",
-    "matrix_tasks",
     "flattened",
     "learning_rate",
+    "step.normalizer",
     "options",
+    "step.pieces",
     "state",
-    "adamw",
-    "whole_matrix",
-    "matrix_step",
-    "sharded_params",
-    "sharded_step",
-    "sharded_adamw",
+    "step.order",
+    "step.adamw",
+    "step.local",
+    "step.matrix_tasks",
+    "step.shared_params",
+    "step.bucket",
+    "step.flags",
+    "step.sharded",
     "module_rules",
     "attention_heads",
     "convert",
@@ -56,10 +60,15 @@ def inner_name(path: Path) -> str:
     return module_name(path).removeprefix("normuon").removeprefix(".")
 
 
-SINGLE_DEVICE = [p for p in sorted(PACKAGE.rglob("*.py")) if "distributed" not in p.parts]
+OUTSIDE_DISTRIBUTED = [p for p in sorted(PACKAGE.rglob("*.py")) if "distributed" not in p.parts]
 
 
-@pytest.mark.parametrize("path", SINGLE_DEVICE, ids=inner_name)
+def test_every_place_in_the_order_is_taken():
+    assert {inner_name(path) for path in OUTSIDE_DISTRIBUTED} == set(ORDER)
+    assert {path.stem for path in DISTRIBUTED} == {*ORDER_IN_DISTRIBUTED, "__init__"}
+
+
+@pytest.mark.parametrize("path", OUTSIDE_DISTRIBUTED, ids=inner_name)
 def test_imports_point_down(path):
     name = inner_name(path)
     assert name in ORDER, f"{name} has no place in the order of the house"
@@ -74,10 +83,49 @@ def test_imports_point_down(path):
             assert inner in allowed, f"{name} imports {inner}, which stands above it"
 
 
-WITH_TORCH = ["agreement", "exchange", "layout"]
+ON_ONE_DEVICE = ["rule", "normalizer", "pieces", "order", "local", "adamw"]
+"""The files of `step` that know nothing of ranks."""
+
+
+@pytest.mark.parametrize("name", ON_ONE_DEVICE)
+def test_the_step_on_one_device_imports_nothing_that_knows_of_ranks(name):
+    inner = imports_of(PACKAGE / "step" / f"{name}.py")
+    assert not any(module.startswith("normuon.distributed") for module in inner)
+    others = {f"normuon.step.{other}" for other in ON_ONE_DEVICE}
+    assert {m for m in inner if m.startswith("normuon.step.")} <= others
+
+
+# Each file of `distributed` may import from it only what stands before it.
+ORDER_IN_DISTRIBUTED = [
+    "regions",
+    "task",
+    "tiling",
+    "mesh_layout",
+    "routes",
+    "balance",
+    "cost",
+    "assignment",
+    "buckets",
+    "plan",
+    "agreement",
+    "copies",
+    "exchange",
+    "layout",
+]
+
+WITH_TORCH = ["agreement", "copies", "exchange", "layout"]
 """The files of `distributed` that touch tensors; all others are pure Python."""
 
 DISTRIBUTED = sorted((PACKAGE / "distributed").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", ORDER_IN_DISTRIBUTED)
+def test_imports_point_down_in_distributed_too(name):
+    below = ORDER_IN_DISTRIBUTED[: ORDER_IN_DISTRIBUTED.index(name)]
+    for imported in imports_of(PACKAGE / "distributed" / f"{name}.py"):
+        if imported.startswith("normuon.distributed."):
+            inner = imported.removeprefix("normuon.distributed.")
+            assert inner in below, f"{name} imports {inner}, which stands above it"
 
 
 @pytest.mark.parametrize("path", DISTRIBUTED, ids=lambda path: path.stem)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from normuon.distributed.cost import newton_schulz_flops
 from normuon.orthogonalize import (
     multiplies_bfloat16_natively,
     newton_schulz,
@@ -15,6 +14,7 @@ from normuon.orthogonalize import (
     resolve_coefficients,
     resolve_ns_dtype,
 )
+from normuon.orthogonalize.flops import orthogonalize_flops
 from tests.reference import orthogonalize_by_svd
 from tests.spectra import spectrum_zoo
 
@@ -123,7 +123,7 @@ def test_the_flop_model_is_the_flop_count(m, n):
     x = torch.randn(3, m, n)
     with FlopCounterMode(display=False) as counter:
         newton_schulz(x, resolve_coefficients("jordan", 5))
-    assert counter.get_total_flops() == 3 * newton_schulz_flops(m, n, num_steps=5)
+    assert counter.get_total_flops() == 3 * orthogonalize_flops(m, n, segments=[1] * 5)
 
 
 def test_a_callable_orthogonaliser_gets_unit_matrices_and_keeps_its_buffer():

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from normuon import MatrixView, NorMuon
-from normuon.matrix_step import scratch_bytes
 from normuon.state import follow_param_
+from normuon.step.order import scratch_bytes
 
 FLOAT32 = {"ns_dtype": torch.float32}
 
@@ -226,6 +226,15 @@ def test_bfloat16_parameters_follow_their_float32_twins():
         results.append(param.detach().float())
     # Ten roundings to 8 bits of values up to ~4: each at most 2^-7, and they do not all agree.
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=10 * 2**-7)
+
+
+def test_bfloat16_weights_are_rounded_once_a_step():
+    """Decay and step are added in float32: one by one bfloat16 would round both away."""
+    param = nn.Parameter(torch.ones(1, 1, dtype=torch.bfloat16))
+    param.grad = torch.ones(1, 1, dtype=torch.bfloat16)
+    # A step of 0.2 lr = 0.0015 and a decay of lr wd = 0.0015; half of the spacing is 0.00195.
+    NorMuon([param], lr=0.0075, weight_decay=0.2).step()
+    assert param.item() == 1 - 2**-8
 
 
 def test_state_follows_a_parameter_that_is_moved():

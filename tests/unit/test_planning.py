@@ -11,9 +11,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import normuon
-from normuon.distributed.cost import CostModel
-from normuon.sharded_params import sharded_params
-from normuon.sharded_step import ShardedStep
+from normuon.step.sharded import ShardedStep
+from normuon.step.shared_params import shared_params
+from tests.planned import bytes_sent, every_route, plain_flops
 
 ROWS = [("shard", 0)]
 
@@ -32,10 +32,10 @@ def test_hand_checked_numbers_of_two_matrices_on_two_ranks():
     assert plan.flops_by_matrix == (2816, 2816)
     assert plan.flops_by_rank == (2816, 2816)
     assert plan.imbalance == 1.0
-    # 16 of 32 bfloat16 elements of each matrix travel there and back.
-    assert plan.bytes_least_total == 2 * 2 * 16 * 2
-    # With half of 8 + 4 float32 neurons each way, and a float32 flag there and scale back.
-    assert plan.bytes_sent_total == 128 + 2 * (4 + 2) * 4 + 2 * 2 * 4
+    # 16 of 32 bfloat16 elements of each matrix travel there and back: 2 * 16 * 2 bytes each way.
+    # With them half of 8 + 4 float32 second moments, and back a scale for each matrix.
+    assert bytes_sent(plan, "gather").total() == 64 + (4 + 2) * 4
+    assert bytes_sent(plan, "return").total() == 64 + (4 + 2) * 4 + 2 * 4
 
 
 def test_placements_may_depend_on_the_parameter():
@@ -50,7 +50,7 @@ def test_placements_may_depend_on_the_parameter():
     )
     assert seen == {"0.weight": (8, 4), "2.weight": (4, 8)}
     first, second = (task.layout for task in plan.tasks)
-    assert [layout.numel_on(0) for layout in (first, second)] == [32, 16]
+    assert [layout.local_shape(0) for layout in (first, second)] == [(8, 4), (4, 4)]
 
 
 def test_options_that_the_groups_set_are_heeded():
@@ -58,19 +58,29 @@ def test_options_that_the_groups_set_are_heeded():
     plan = normuon.plan_for(groups, mesh_shape=(2,), placements=ROWS)
     # One segment of two steps: 2 * 256 + 5 * 128.
     assert plan.flops_by_matrix == (1152, 1152)
-    assert {task.wire_dtype for task in plan.tasks} == {"float32"}
-    given = CostModel(flops=lambda m, n: m)
+    assert {task.wire_bytes for task in plan.tasks} == {4}
+    plan = normuon.plan_for(groups, mesh_shape=(2,), placements=ROWS, wire_dtype=torch.bfloat16)
+    assert plan.flops_by_matrix == (1152, 1152)
+    assert {task.wire_bytes for task in plan.tasks} == {2}
+    plain = [{**group, "orthogonalizer": "newton_schulz", "ns_steps": 5} for group in groups]
+    plan = normuon.plan_for(plain, mesh_shape=(2,), placements=ROWS)
+    assert plan.flops_by_matrix == (plain_flops(8, 4),) * 2
+
+
+def test_double_precision_travels_in_double_precision():
     plan = normuon.plan_for(
-        groups, mesh_shape=(2,), placements=ROWS, cost_model=given, wire_dtype="bfloat16"
+        normuon.param_groups(tiny_model().double()), mesh_shape=(2,), placements=ROWS
     )
-    assert plan.flops_by_matrix == (8, 4)
-    assert {task.wire_dtype for task in plan.tasks} == {"bfloat16"}
+    assert {(task.wire_bytes, task.side_bytes) for task in plan.tasks} == {(8, 8)}
 
 
 def test_muon_groups_send_no_second_moments():
     groups = normuon.param_groups(tiny_model(), overrides={"1.*": "adamw", "?.weight": "muon"})
     plan = normuon.plan_for(groups, mesh_shape=(2,), placements=ROWS)
-    assert plan.bytes_sent_total == plan.bytes_least_total + 2 * 2 * 4
+    assert bytes_sent(plan, "gather").total() == 64
+    assert bytes_sent(plan, "return").total() == 64
+    routes = every_route(plan, "gather") + every_route(plan, "return")
+    assert {route.entries for route in routes} == {()}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +89,11 @@ def test_muon_groups_send_no_second_moments():
         ({"mesh_shape": (2,)}, "belong together"),
         ({"mesh_shape": (2,), "placements": [("shard", 7)]}, r"0\.weight \[8, 4\].*2 dims"),
         ({"mesh_shape": (2,), "placements": ROWS, "balance": "best"}, "balance='best'"),
-        ({"mesh_shape": (2,), "placements": ROWS, "wire_dtype": "int8"}, "wire_dtype='int8'"),
+        ({"mesh_shape": (2,), "placements": ROWS, "bucket_bytes": 0}, "bucket_bytes=0"),
+        (
+            {"mesh_shape": (2,), "placements": ROWS, "wire_dtype": torch.int8},
+            "wire_dtype=torch.int8",
+        ),
         ({}, "no hidden matrix that ranks share"),
     ],
 )
@@ -105,23 +119,37 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
     optimizer = normuon.NorMuon(normuon.param_groups(model))
     plan = normuon.plan_for(optimizer.param_groups)
     # A fake group answers nothing, so there is nobody to agree with.
-    monkeypatch.setattr("normuon.sharded_step.check_agreement", lambda *args, **kwargs: None)
-    (entries,) = sharded_params(optimizer.param_groups, optimizer.state, process_group=None)
-    live = ShardedStep(entries, balance="flops", bucket_bytes=plan.bucket_bytes).plan
-    assert plan.first_difference(live) is None
+    monkeypatch.setattr("normuon.step.sharded.check_agreement", lambda *args, **kwargs: None)
+    (shared,) = shared_params(optimizer.param_groups, optimizer.state, process_group=None)
+    live = ShardedStep(shared, balance="flops", bucket_bytes=plan.bucket_bytes).plan
+    assert list(plan.lines()) == list(live.lines())
+    assert plan.digest() == live.digest()
     offline = normuon.plan_for(
         optimizer.param_groups,
         mesh_shape=(4,),
         placements=ROWS,
-        wire_dtype=plan.tasks[0].wire_dtype,
+        # On a CPU matrices travel in float32, and given placements are of accelerators.
+        wire_dtype=torch.float32,
     )
     assert offline.owners == live.owners
-    assert offline.bytes_sent_by_rank == live.bytes_sent_by_rank
+    assert offline.buckets == live.buckets
+    for direction in ("gather", "return"):
+        assert every_route(offline, direction) == every_route(live, direction)
+        assert bytes_sent(offline, direction) == bytes_sent(live, direction)
 
 
 def test_plain_parameters_take_the_process_group(four_fake_ranks):
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False))
     groups = normuon.param_groups(model)
     plan = normuon.plan_for(groups, process_group=dist.group.WORLD)
+    assert plan.world_size == 4
+    assert len(plan.tasks) == 2
+
+
+def test_a_groups_own_process_group_is_heeded(four_fake_ranks):
+    """As in the live step, where a group may say that other ranks hold its parameters alike."""
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False))
+    groups = normuon.param_groups(model)
+    plan = normuon.plan_for([{**group, "process_group": dist.group.WORLD} for group in groups])
     assert plan.world_size == 4
     assert len(plan.tasks) == 2

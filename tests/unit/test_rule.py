@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normuon import rule
+from normuon.step import rule
 from tests.spectra import spectrum_zoo
 
 
@@ -62,19 +62,79 @@ def test_bfloat16_statistics_are_accumulated_in_float32():
     assert mean_square.item() == pytest.approx(1.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("momentum_beta", [0.0, 0.3, 0.5, 0.95])
+def test_a_momentum_that_is_its_own_gradient_stays_as_it_is(momentum_beta):
+    """How a matrix that must not move is held among others that do: ``lerp(M, M)`` is M."""
+    momentum = torch.cat([torch.randn(100) * 10.0**e for e in (-30, -3, 0, 3, 30)])
+    before = momentum.clone()
+    rule.update_momenta_([momentum], [before.clone()], momentum_beta=momentum_beta)
+    assert torch.equal(momentum, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum_beta", [0.0, 0.3, 0.95])
+def test_looking_ahead_gives_the_same_bits_in_one_pass_and_in_two(momentum_beta, dtype):
+    """A whole matrix may be large where its shards are small, and both must give one result."""
+    momentum, grad = torch.randn(2, rule.LARGE_NUMEL, dtype=dtype)
+    before = momentum.clone(), grad.clone()
+    whole = torch.empty_like(grad)
+    rule.look_ahead_([whole], [momentum], [grad], momentum_beta=momentum_beta)
+    shards = torch.empty_like(grad)
+    parts = [list(tensor.chunk(4)) for tensor in (shards, momentum, grad)]
+    rule.look_ahead_(*parts, momentum_beta=momentum_beta)
+    assert torch.equal(whole, shards)
+    assert torch.equal(momentum, before[0])
+    assert torch.equal(grad, before[1])
+
+
+def test_looking_ahead_fills_directions_of_any_strides():
+    """Directions are views in the parameters' order, which a batch may hold transposed."""
+    momentum, grad = torch.randn(2, 256, 257)
+    batch = torch.empty(257, 256)
+    rule.look_ahead_([batch.t()], [momentum], [grad], momentum_beta=0.75)
+    torch.testing.assert_close(batch.t(), 0.75 * momentum + 0.25 * grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [1, 0.75, torch.tensor(0.75), torch.tensor([0.75])], ids=str)
+def test_line_seven_of_many_tensors_is_that_of_each(kept):
+    weights = [torch.randn(3, 4), torch.randn(5, 2)]
+    steps = [torch.randn(3, 4), torch.randn(5, 2)]
+    expected = [kept * w - s for w, s in zip(weights, steps, strict=True)]
+    rule.apply_steps_(weights, steps, kept=kept)
+    assert all(torch.equal(w, e) for w, e in zip(weights, expected, strict=True))
+
+
+def applied(weight, step, **options):
+    """Line 7 of weights in half precision: widened, decayed and moved, rounded once."""
+    wide = weight.to(step.dtype)
+    moved = rule.applied_step(wide, step, **{"cautious": False, "moves_B11": None, **options})
+    assert moved is wide
+    return moved.to(weight.dtype)
+
+
 def test_half_precision_weights_are_rounded_once():
     """A decay of 1e-4 and a step of the same size add up before bfloat16 rounds them away."""
     weight = torch.full((1, 1, 1), 1.0, dtype=torch.bfloat16)
     # Each alone is less than half of bfloat16's spacing below 1 (2^-8): rounded away one by one.
-    rule.apply_step_(weight, torch.full((1, 1, 1), 0.0015), decay=0.0015, cautious=False)
-    assert weight.item() == 1 - 2**-8
+    moved = applied(weight, torch.full((1, 1, 1), 0.0015), decay=0.0015)
+    assert moved.item() == 1 - 2**-8
 
 
 def test_cautious_decay_leaves_entries_that_grow():
     weight = torch.tensor([[[2.0, 2.0, -2.0, 0.0]]])
     step = torch.tensor([[[0.5, -0.5, -0.5, 0.5]]])
-    rule.apply_step_(weight, step, decay=0.25, cautious=True)
-    assert weight.flatten().tolist() == [1.0, 2.5, -1.0, -0.5]
+    moved = applied(weight, step, decay=0.25, cautious=True)
+    assert moved.flatten().tolist() == [1.0, 2.5, -1.0, -0.5]
+
+
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("decay", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_matrices_that_do_not_move_do_not_decay(decay, cautious):
+    weight = torch.tensor([[[2.0, -2.0]], [[2.0, -2.0]]])
+    step = torch.tensor([[[0.5, -0.5]], [[0.0, 0.0]]])
+    moves = torch.tensor([True, False])[:, None, None]
+    moved = applied(weight, step, decay=decay, cautious=cautious, moves_B11=moves)
+    assert moved.tolist() == [[[1.0, -1.0]], [[2.0, -2.0]]]
 
 
 def test_the_short_axis_is_columns_for_wide_matrices_only():

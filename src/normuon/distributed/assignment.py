@@ -1,22 +1,20 @@
-"""Chooses the owners of every matrix, and says in words why.
-
-Weighs replicas and locality; the balancing itself is `ownership`'s, the seconds are `cost`'s.
-"""
+"""Chooses the owners of every matrix, and says in words why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from normuon.distributed.cost import SCALAR_BYTES, CostModel, format_bytes
-from normuon.distributed.ownership import (
+from normuon.distributed.balance import (
     TOLERANCE,
     Job,
     balance_jobs,
     makespan_bound,
     round_robin,
 )
+from normuon.distributed.cost import CostModel, format_bytes
+from normuon.distributed.regions import ranks_in
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import tiling_of
 
@@ -32,12 +30,7 @@ class Assignment:
 
 
 def assign_owners(
-    tasks: Sequence[MatrixTask],
-    flops: Sequence[int],
-    *,
-    world_size: int,
-    cost_model: CostModel,
-    balance: Balance,
+    tasks: Sequence[MatrixTask], *, world_size: int, cost_model: CostModel, balance: Balance
 ) -> Assignment:
     """Give every matrix its owners.
 
@@ -52,7 +45,6 @@ def assign_owners(
 
     Args:
         tasks: the matrices.
-        flops: for each, its FLOPs.
         world_size: ranks of the group.
         cost_model: rates for the two decisions above.
         balance: which of the two.
@@ -60,17 +52,14 @@ def assign_owners(
     Returns:
         Owners and reasons, in the order of `tasks`.
     """
-    names = [(task.name, task.index) for task in tasks]
     if balance == "paper":
         sizes = [task.numel for task in tasks]
-        ranks = round_robin(sizes, world_size=world_size, names=names)
+        ranks = round_robin(sizes, world_size=world_size, names=[_name(task) for task in tasks])
         reason = "sorted by element count, round-robin"
         return Assignment(tuple((rank,) for rank in ranks), (reason,) * len(tasks))
-    drafts = [
-        _draft(task, cost, world_size, cost_model) for task, cost in zip(tasks, flops, strict=True)
-    ]
+    drafts = [_draft(task, world_size, cost_model) for task in tasks]
     jobs = [job for draft in drafts for job in draft.jobs]
-    base_load = sum(c for draft, c in zip(drafts, flops, strict=True) if draft.everywhere)
+    base_load = sum(draft.task.flops for draft in drafts if draft.everywhere)
     ranks, loads = balance_jobs(jobs, world_size=world_size, base_load=base_load)
     freed = _free_whole_matrices(drafts, jobs, ranks, loads, base_load, cost_model)
     moved = freed is not None
@@ -100,33 +89,35 @@ class _Draft:
     stays_local: bool = False
 
 
-def _draft(task: MatrixTask, cost: int, world_size: int, cost_model: CostModel) -> _Draft:
+def _name(task: MatrixTask) -> tuple[Any, ...]:
+    """Orders matrices alike on every rank, those of one batch and parameter one after another."""
+    return (*task.batch_key, task.param, task.index)
+
+
+def _draft(task: MatrixTask, world_size: int, cost_model: CostModel) -> _Draft:
     tiling = tiling_of(task)
     replicas = task.layout.full_replicas
-    job = Job(cost, (task.name, task.index), None, tiling.ranks_by_numel)
+    job = Job(task.flops, _name(task), None, tiling.ranks_by_numel)
     if world_size == 1:
         return _Draft(task, (job,), "one rank: nothing to send")
-    is_whole = len(tiling.whole_ranks) == len(tiling.pieces_by_rank)
-    local = is_whole and len(tiling.whole_ranks) < world_size
+    is_whole = tiling.is_stored_whole
     per_replica, reason = False, ""
     if len(replicas) > 1:
         per_replica, reason = cost_model.once_per_replica(
-            cost,
-            gather_bytes=0 if is_whole else task.numel * task.wire_bytes,
-            return_bytes=task.numel * task.wire_bytes
-            + task.num_neurons * task.neuron_bytes
-            + SCALAR_BYTES,
+            task.flops,
+            gather_bytes=0 if is_whole else task.matrix_bytes,
+            return_bytes=task.matrix_bytes + task.vector_bytes(task.returned_dims),
             num_replicas=len(replicas),
         )
     if per_replica and is_whole:
-        by_replica = sorted(tiling.whole_ranks, key=task.layout.replica_of)
+        by_replica = sorted(tiling.whole_ranks, key=lambda rank: task.layout.replicas[rank])
         if len(by_replica) == world_size:
             return _Draft(task, (), reason, everywhere=tuple(by_replica))
         return _Draft(task, tuple(replace(job, candidates=(r,)) for r in by_replica), reason)
     if per_replica:
-        groups = [task.layout.ranks_of_replica(replica) for replica in replicas]
+        groups = [ranks_in(task.layout.replica_masks[replica]) for replica in replicas]
         return _Draft(task, tuple(replace(job, candidates=group) for group in groups), reason)
-    if local:
+    if is_whole and len(tiling.whole_ranks) < world_size:
         reason = reason or "stored whole on one rank: nothing to send"
         return _Draft(
             task, (replace(job, candidates=tiling.whole_ranks),), reason, stays_local=True
@@ -161,7 +152,7 @@ def _free_whole_matrices(
         whole_ranks = tiling_of(draft.task).whole_ranks
         if draft.stays_local and new_rank not in whole_ranks:
             for rank in (old_rank, new_rank):  # There, and back.
-                extra_bytes[rank] += 2 * draft.task.numel * draft.task.wire_bytes
+                extra_bytes[rank] += 2 * draft.task.matrix_bytes
     saved = cost_model.compute_seconds(max(loads) - max(free_loads))
     return free_ranks if saved > cost_model.send_seconds(max(extra_bytes)) else None
 
@@ -169,6 +160,6 @@ def _free_whole_matrices(
 def _reason(draft: _Draft, owners: tuple[int, ...], moved: bool) -> str:
     whole_ranks = tiling_of(draft.task).whole_ranks
     if moved and draft.stays_local and owners[0] not in whole_ranks:
-        size = format_bytes(draft.task.numel * draft.task.wire_bytes)
+        size = format_bytes(draft.task.matrix_bytes)
         return f"stored whole on one rank, but moving {size} there and back evens out the work"
     return draft.reason

@@ -1,43 +1,30 @@
-"""The only issuer of collectives: packed all-to-alls with exact split sizes.
-
-One message carries, for each peer, the matrix entries of every route to it and then their neurons'
-second moments and scalars. What the entries mean is the caller's business; when the messages are
-started and awaited is `pipeline`'s.
-"""
+"""The only issuer of collectives during a step: packed all-to-alls with exact split sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normuon.distributed.plan import Plan
-from normuon.distributed.routes import Direction, Route
-
-
-@dataclass(slots=True)
-class Slots:
-    """Where one route's data lies in a message: views that stay valid for the plan's life.
-
-    Args:
-        elements: flat, in the wire dtype; matrix entries in the region's row-major order.
-        neurons: flat, in the side dtype; empty when another route carries them.
-        scalars: flat, in the side dtype; 0 or 1 entries.
-    """
-
-    elements: Tensor
-    neurons: Tensor
-    scalars: Tensor
+from normuon.distributed.copies import Copy, CopyPlan, contiguous
+from normuon.distributed.plan import Direction, Plan
+from normuon.distributed.routes import Route
 
 
 class Message:
-    """One side of an all-to-all: a byte buffer, cut by peer, and the slots of its routes.
+    """One side of an all-to-all: a byte buffer, cut by peer, and where each route's data lies.
 
-    A peer's part holds all matrix entries first, which keeps them aligned, then the side data.
-    Side data is written and read in a staging tensor, since it may lie at any even byte.
+    A peer's part holds all matrix elements first, which keeps them aligned, then the entries of
+    vectors. Those are written and read in a staging tensor, since they may lie at any even byte.
+
+    Attributes:
+        elements: the whole buffer in the wire dtype, flat.
+        entries: the staging tensor of vectors, flat, in the side dtype.
+        element_offsets: for each route, where its elements begin in ``elements``.
+        entry_offsets: for each route and vector, where its entries begin in ``entries``.
+        split_bytes: what each peer's part takes.
     """
 
     def __init__(
@@ -57,186 +44,157 @@ class Message:
             peers: each route's other end.
             world_size: ranks of the group.
             storage: bytes, at least `message_bytes` of them.
-            wire_dtype: of matrix entries.
-            side_dtype: of second moments and scalars, at least as wide.
+            wire_dtype: of matrix elements.
+            side_dtype: of vectors, at least as wide.
         """
-        elements = [0] * world_size
-        side = [0] * world_size
-        for route, peer in zip(routes, peers, strict=True):
-            elements[peer] += route.num_elements
-            side[peer] += route.num_neurons + route.num_scalars
-        wire_size, side_size = wire_dtype.itemsize, side_dtype.itemsize
-        self.split_bytes = [
-            e * wire_size + s * side_size for e, s in zip(elements, side, strict=True)
-        ]
-        self.bytes = storage[: sum(self.split_bytes)]
-        self.side = torch.empty(sum(side), dtype=side_dtype, device=storage.device)
-        self.slots: list[Slots] = []
-        self._side_parts: list[tuple[Tensor, Tensor]] = []
-        side_bytes = self.side.view(torch.uint8)
-        start = side_start = position = 0
+        self.element_offsets: list[int] = []
+        self.entry_offsets: list[tuple[int, ...]] = []
+        self.split_bytes = [0] * world_size
+        wire, side = wire_dtype.itemsize, side_dtype.itemsize
+        staged: list[Copy] = []
+        end = num_entries = position = 0
         for peer in range(world_size):
-            end = start + elements[peer] * wire_size
-            entries = self.bytes[start:end].view(wire_dtype)
-            taken, side_taken = 0, side_start
+            start, first_entry = end, num_entries
             while position < len(routes) and peers[position] == peer:
                 route = routes[position]
-                middle = side_taken + route.num_neurons
-                last = middle + route.num_scalars
-                self.slots.append(
-                    Slots(
-                        entries[taken : taken + route.num_elements],
-                        self.side[side_taken:middle],
-                        self.side[middle:last],
-                    )
-                )
-                taken += route.num_elements
-                side_taken = last
+                self.element_offsets.append(end // wire)
+                end += route.numel * wire
+                offsets = []
+                for count in route.entries:
+                    offsets.append(num_entries)
+                    num_entries += count
+                self.entry_offsets.append(tuple(offsets))
                 position += 1
-            stop = end + side[peer] * side_size
-            if stop > end:
-                staged = side_bytes[side_start * side_size : side_taken * side_size]
-                self._side_parts.append((self.bytes[end:stop], staged))
-            start, side_start = stop, side_taken
+            num_bytes = (num_entries - first_entry) * side
+            if num_bytes:
+                inside = contiguous(first_entry * side, (num_bytes,))
+                staged.append(Copy(0, inside, 0, contiguous(end, (num_bytes,))))
+            end += num_bytes
+            self.split_bytes[peer] = end - start
+        self.bytes = storage[:end]
+        self.elements = self.bytes.view(wire_dtype)
+        self.entries = torch.empty(num_entries, dtype=side_dtype, device=storage.device)
+        self._entry_bytes = self.entries.view(torch.uint8)
+        self._stage = CopyPlan(staged)
+        self._unstage = CopyPlan(Copy(0, copy.put, 0, copy.taken) for copy in staged)
 
-    def stage_side_(self) -> None:
-        """Copies the side data into the message, before it is sent."""
-        for packed, staged in self._side_parts:
-            packed.copy_(staged)
+    def stage_entries_(self) -> None:
+        """Copies the vectors into the message, before it is sent."""
+        self._stage.run_([self._entry_bytes], [self.bytes])
 
-    def unstage_side_(self) -> None:
-        """Copies the side data out of the message, after it has arrived."""
-        for packed, staged in self._side_parts:
-            staged.copy_(packed)
+    def unstage_entries_(self) -> None:
+        """Copies the vectors out of the message, after it has arrived."""
+        self._unstage.run_([self.bytes], [self._entry_bytes])
 
 
-def message_bytes(routes: Sequence[Route], *, wire_size: int, side_size: int) -> int:
+def message_bytes(routes: Sequence[Route], *, wire_bytes: int, side_bytes: int) -> int:
     """Bytes of a message of these routes."""
-    return sum(
-        route.num_elements * wire_size + (route.num_neurons + route.num_scalars) * side_size
-        for route in routes
-    )
+    return sum(route.numel * wire_bytes + sum(route.entries) * side_bytes for route in routes)
 
 
 class Exchange:
-    """One packed all-to-all: what this rank sends, and what it receives."""
+    """One direction of one bucket on this rank.
 
-    def __init__(self, group: dist.ProcessGroup, outgoing: Message, incoming: Message) -> None:
-        self.group = group
-        self.outgoing = outgoing
-        self.incoming = incoming
+    Attributes:
+        outgoing: the routes to other ranks, in the order of the message.
+        incoming: the routes from other ranks, in the order of the message.
+        local: what this rank sends to itself: copies, no messages.
+        sent: the message to fill in.
+        received: the message to read.
+    """
+
+    def __init__(
+        self, plan: Plan, bucket: int, direction: Direction, *, group: dist.ProcessGroup
+    ) -> None:
+        rank = dist.get_rank(group)
+        sends = plan.sends(rank, bucket, direction)
+        self.outgoing = [route for route in sends if not route.is_local]
+        self.local = [route for route in sends if route.is_local]
+        receives = plan.receives(rank, bucket, direction)
+        self.incoming = [route for route in receives if not route.is_local]
+        self.is_needed = direction == "return" or plan.gathers(bucket)
+        self._group = group
         self._work: dist.Work | None = None
+        self.sent: Message
+        self.received: Message
 
     def start(self) -> None:
         """Sends, without waiting. Every rank of the group calls it, with nothing to send too."""
-        self.outgoing.stage_side_()
+        if not self.is_needed:
+            return
+        self.sent.stage_entries_()
         self._work = dist.all_to_all_single(
-            self.incoming.bytes,
-            self.outgoing.bytes,
-            self.incoming.split_bytes,
-            self.outgoing.split_bytes,
-            group=self.group,
+            self.received.bytes,
+            self.sent.bytes,
+            self.received.split_bytes,
+            self.sent.split_bytes,
+            group=self._group,
             async_op=True,
         )
 
     def finish(self) -> None:
         """Waits for the data: the host on CPU, the current stream on an accelerator."""
+        if not self.is_needed:
+            return
         assert self._work is not None
         self._work.wait()
         self._work = None
-        self.incoming.unstage_side_()
+        self.received.unstage_entries_()
 
 
-@dataclass(slots=True)
-class BucketRoutes:
-    """One direction of one bucket on this rank: its routes, where their data lies, the exchange.
-
-    Args:
-        outgoing: what this rank sends to others, with the slots to fill.
-        incoming: what it receives, with the slots to read.
-        local: what it sends to itself: copies, no messages.
-        exchange: None when no rank of the group sends anything.
-    """
-
-    outgoing: list[tuple[Route, Slots]]
-    incoming: list[tuple[Route, Slots]]
-    local: list[Route]
-    exchange: Exchange | None
-
-
-def bucket_routes(
+def exchanges(
     plan: Plan,
+    direction: Direction,
     *,
     group: dist.ProcessGroup,
-    direction: Direction,
     device: torch.device,
+    dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
     num_slots: int,
-) -> list[BucketRoutes]:
+) -> list[Exchange]:
     """Lays out every bucket's messages of one direction, once for the plan's life.
 
-    Buffers are shared by buckets that are never in flight together: ``num_slots`` of each kind,
-    each as large as its largest bucket.
+    Buffers are shared by buckets that are never in flight together.
 
     Args:
         plan: equal on all ranks of the group.
+        direction: "gather" to owners or "return" from them.
         group: the ranks that exchange.
-        direction: ``"gather"`` to owners or ``"return"`` from them.
         device: of the buffers.
+        dtypes: of matrices and of vectors on the wire, by bucket.
         num_slots: how many buckets of this direction may be in flight at once.
     """
-    rank = dist.get_rank(group)
-    sends, receives, dtypes = [], [], []
-    for index, bucket in enumerate(plan.buckets):
-        sends.append(plan.sends(rank, index, direction=direction))
-        receives.append(plan.receives(rank, index, direction=direction))
-        dtypes.append((getattr(torch, bucket.wire_dtype), getattr(torch, bucket.neuron_dtype)))
-    out_storage = _storages(sends, dtypes, num_slots, device)
-    in_storage = _storages(receives, dtypes, num_slots, device)
-    found = []
-    for index, bucket in enumerate(plan.buckets):
-        outgoing = [route for route in sends[index] if not route.is_local]
-        incoming = [route for route in receives[index] if not route.is_local]
-        exchange, out_slots, in_slots = None, [], []
-        busiest = bucket.gather_bytes if direction == "gather" else bucket.return_bytes
-        if busiest:
-            wire_dtype, side_dtype = dtypes[index]
-            ends = (
-                (outgoing, [route.destination for route in outgoing], out_storage),
-                (incoming, [route.source for route in incoming], in_storage),
+    found = [Exchange(plan, n, direction, group=group) for n in range(len(plan.buckets))]
+    sizes = [
+        [
+            message_bytes(routes, wire_bytes=wire.itemsize, side_bytes=side.itemsize)
+            for routes in (exchange.outgoing, exchange.incoming)
+        ]
+        for exchange, (wire, side) in zip(found, dtypes, strict=True)
+    ]
+    storages = [
+        [
+            torch.empty(
+                max((size[end] for size in sizes[slot::num_slots]), default=0),
+                dtype=torch.uint8,
+                device=device,
             )
-            messages = [
-                Message(
-                    routes,
-                    peers,
-                    world_size=plan.world_size,
-                    storage=storage[index % num_slots],
-                    wire_dtype=wire_dtype,
-                    side_dtype=side_dtype,
-                )
-                for routes, peers, storage in ends
-            ]
-            exchange = Exchange(group, *messages)
-            out_slots, in_slots = messages[0].slots, messages[1].slots
-        found.append(
-            BucketRoutes(
-                list(zip(outgoing, out_slots, strict=True)),
-                list(zip(incoming, in_slots, strict=True)),
-                [route for route in sends[index] if route.is_local],
-                exchange,
+            for slot in range(num_slots)
+        ]
+        for end in range(2)
+    ]
+    for number, (exchange, (wire, side)) in enumerate(zip(found, dtypes, strict=True)):
+        exchange.sent, exchange.received = (
+            Message(
+                routes,
+                peers,
+                world_size=plan.world_size,
+                storage=storage[number % num_slots],
+                wire_dtype=wire,
+                side_dtype=side,
+            )
+            for routes, peers, storage in (
+                (exchange.outgoing, [r.destination for r in exchange.outgoing], storages[0]),
+                (exchange.incoming, [r.source for r in exchange.incoming], storages[1]),
             )
         )
     return found
-
-
-def _storages(
-    routes: Sequence[Sequence[Route]],
-    dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
-    num_slots: int,
-    device: torch.device,
-) -> list[Tensor]:
-    sizes = [0] * num_slots
-    for index, (bucket, (wire, side)) in enumerate(zip(routes, dtypes, strict=True)):
-        sent = [route for route in bucket if not route.is_local]
-        needed = message_bytes(sent, wire_size=wire.itemsize, side_size=side.itemsize)
-        sizes[index % num_slots] = max(sizes[index % num_slots], needed)
-    return [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]

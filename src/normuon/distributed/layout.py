@@ -1,13 +1,9 @@
-"""The only reader of DTensor placements: which rank of which process group stores what.
-
-Turns a sharded parameter into the planner's `ShardLayout`, and derives how its second moments are
-placed. Who owns what is `plan`'s decision.
-"""
+"""The only reader of DTensor placements: which rank of which process group stores what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -15,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as TorchPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from normuon.distributed.mesh_layout import Placement, StridedOrder, layout_from_placements
-from normuon.distributed.region import Region, ShardLayout
+from normuon.distributed.regions import ShardLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +30,6 @@ class Shards:
 
     group: dist.ProcessGroup
     layout: ShardLayout
-
-    @property
-    def rank(self) -> int:
-        """This process's rank in the group."""
-        return dist.get_rank(self.group)
-
-    def local_slices(self, region: Region) -> tuple[slice, ...]:
-        """Where a piece of the parameter lies in this rank's local tensor.
-
-        Args:
-            region: in global coordinates, inside one of the regions this rank stores.
-        """
-        return local_slices(self.layout, self.rank, region)
-
-
-@lru_cache(maxsize=65536)
-def local_slices(layout: ShardLayout, rank: int, region: Region) -> tuple[slice, ...]:
-    """The index of a region in the local tensor of a rank that stores it.
-
-    Example:
-        >>> layout = layout_from_placements((6, 4), mesh_shape=(2,), placements=[("shard", 0)])
-        >>> local_slices(layout, 1, Region((4, 0), (2, 4)))
-        (slice(1, 3, None), slice(0, 4, None))
-    """
-    for stored, local in zip(layout.regions_by_rank[rank], layout.local_regions(rank), strict=True):
-        if stored.contains(region):
-            inside = region.relative_to(stored)
-            starts = [a + b for a, b in zip(local.offsets, inside.offsets, strict=True)]
-            return tuple(slice(s, s + n) for s, n in zip(starts, region.shape, strict=True))
-    raise AssertionError(f"rank {rank} does not store {region}")
 
 
 def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | None) -> Shards:
@@ -90,7 +56,7 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
     group = group_of_mesh(mesh)
     for order in ("fsdp2", "dtensor"):
         layout = _layout_in_group(param.shape, mesh, placements, order, group)
-        if _stored_shape(layout, dist.get_rank(group), param) == tuple(param.to_local().shape):
+        if _explains(layout, dist.get_rank(group), param):
             return Shards(group, layout)
     raise ValueError(
         f"{label}: its local tensor is {list(param.to_local().shape)}, which {param.placements} on "
@@ -98,23 +64,30 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
     )
 
 
-def misplaced_gradient(param: Tensor) -> str | None:
-    """What is wrong with where a sharded parameter's gradient lies, and the mend; None if nothing.
+def placed_gradient(param: Tensor, *, label: str) -> Tensor | None:
+    """This rank's part of a parameter's gradient, placed as the parameter is; None without one.
 
-    A gradient must be placed as its parameter is: not a plain tensor, and not Partial.
+    A gradient that lies otherwise, such as the `Partial` one of a norm under sequence parallelism,
+    is redistributed into a copy: then all ranks of the mesh must call this.
+
+    Raises:
+        ValueError: a plain gradient of a DTensor, of which nothing says how it lies.
     """
     grad = param.grad
-    if grad is None or not isinstance(param, DTensor):
+    if grad is None:
         return None
-    if isinstance(grad, DTensor) and (
-        grad.placements == param.placements and grad.device_mesh == param.device_mesh
-    ):
-        return None
-    placed = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
-    return (
-        f"its gradient is {placed} and the parameter {param.placements}; redistribute the gradient "
-        "before the step: param.grad = param.grad.redistribute(placements=...)"
-    )
+    if not isinstance(param, DTensor):
+        return grad.to_local() if isinstance(grad, DTensor) else grad
+    if not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh:
+        placed = "a plain tensor" if not isinstance(grad, DTensor) else f"on {grad.device_mesh}"
+        raise ValueError(
+            f"{label}: its gradient is {placed} and the parameter {param.placements} on "
+            f"{param.device_mesh}; redistribute the gradient before the step: "
+            "param.grad = DTensor.from_local(...)"
+        )
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
 
 
 def read_placement(placement: TorchPlacement, *, label: str, param: DTensor) -> Placement:
@@ -157,20 +130,18 @@ def _layout_in_group(
 
 @lru_cache(maxsize=256)
 def _permuted(layout: ShardLayout, positions: tuple[int, ...]) -> ShardLayout:
-    return replace(
-        layout,
-        regions_by_rank=tuple(layout.regions_by_rank[p] for p in positions),
-        replica_of_rank=tuple(layout.replicas[p] for p in positions),
+    return ShardLayout(
+        layout.global_shape,
+        tuple(layout.intervals_by_rank[p] for p in positions),
+        tuple(layout.replicas[p] for p in positions),
     )
 
 
-def _stored_shape(layout: ShardLayout, rank: int, param: DTensor) -> tuple[int, ...]:
-    regions = layout.local_regions(rank)
-    if not regions:
-        # An empty shard keeps its other dims: torch says which of them is 0.
-        local = tuple(param.to_local().shape)
-        return local if 0 in local else (-1,)
-    return tuple(max(ends) for ends in zip(*(region.ends for region in regions), strict=True))
+def _explains(layout: ShardLayout, rank: int, param: DTensor) -> bool:
+    """Whether a layout gives this rank what it stores."""
+    found, stored = layout.local_shape(rank), tuple(param.to_local().shape)
+    # Which dim of an empty shard is 0 is torch's to say.
+    return found == stored or (0 in found and 0 in stored)
 
 
 # By the world they are part of, so that none outlives `destroy_process_group`.
@@ -240,17 +211,67 @@ def replicated_like(tensor: Tensor, param: Tensor) -> DTensor:
     return DTensor.from_local(tensor, param.device_mesh, placements, run_check=False)
 
 
-def copy_to_shards_(target: Tensor, value: Tensor) -> None:
-    """Fills a DTensor from another, however placed, or from a plain tensor that is whole."""
-    assert isinstance(target, DTensor)
-    mesh, placements = target.device_mesh, target.placements
-    if not isinstance(value, DTensor):
-        # Every rank holds the whole value and cuts its own part: nothing is sent.
-        value = value.to(target.device)
-        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    elif value.placements != placements or value.device_mesh != mesh:
-        value = value.redistribute(mesh, placements)
-    target.to_local().copy_(value.to_local())
+def copy_to_shards_(
+    target: DTensor, value: Tensor, *, param: DTensor, kept_dims: Sequence[int], label: str
+) -> None:
+    """Fills a parameter's state from another DTensor, or from a plain tensor that is whole.
+
+    Args:
+        target: the state, written to.
+        value: its whole values, however placed.
+        param: the parameter. FSDP2 over tensor parallelism cuts uneven sizes in another order than
+            DTensor's metadata says; the parameter's layout is what it really stores, and its state
+            lies alike.
+        kept_dims: the parameter's dims that the state has, in order.
+        label: the parameter's name and shape, the start of messages.
+
+    Raises:
+        ValueError: the state's placement does not follow the parameter's.
+    """
+    local = target.to_local()
+    if isinstance(value, DTensor):
+        if value.placements == target.placements and value.device_mesh == target.device_mesh:
+            _copy_exactly_(local, value.to_local(), label)
+            return
+        value = value.full_tensor()
+    shards = shards_of(param, label=label, process_group=None)
+    stored = shards.layout.intervals_by_rank[dist.get_rank(shards.group)]
+    for dim, param_dim in enumerate(kept_dims):
+        parts = [value.narrow(dim, start, stop - start) for start, stop in stored[param_dim]]
+        value = torch.cat(parts, dim) if parts else value.narrow(dim, 0, 0)
+    _copy_exactly_(local, value, label)
+
+
+def _copy_exactly_(local: Tensor, value: Tensor, label: str) -> None:
+    if not local.numel() and not value.numel():
+        return  # Which dim of an empty shard is 0 is torch's to say.
+    if local.shape != value.shape:
+        raise ValueError(
+            f"{label}: this rank stores {list(local.shape)} of a state, and its layout gives it "
+            f"{list(value.shape)}; load the state with torch.distributed.checkpoint"
+        )
+    local.copy_(value)
+
+
+def place_among_copies(param: Tensor) -> tuple[int, int] | None:
+    """How many different shards of a parameter have copies, and which of them this rank holds.
+
+    Returns:
+        None where every rank's shard is the only one of its kind.
+    """
+    if not isinstance(param, DTensor):
+        return (1, 0)
+    num_shards, own = 1, 0
+    has_copies = False
+    coordinate = param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for axis, placement in enumerate(param.placements):
+        size = param.device_mesh.size(axis)
+        if isinstance(placement, Replicate):
+            has_copies |= size > 1
+        else:
+            num_shards, own = num_shards * size, own * size + coordinate[axis]
+    return (num_shards, own) if has_copies else None
 
 
 def axes_with_idle_ranks(

@@ -1,8 +1,4 @@
-"""Turns a mesh shape and placements, given as plain tuples, into a `ShardLayout`.
-
-Reads no DTensor: the caller spells each placement as `("replicate",)`, `("shard", dim)` or
-`("strided_shard", dim, split_factor)`, so that a plan can be drawn up without any process.
-"""
+"""A mesh shape and placements, given as plain tuples, as a `ShardLayout`."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal, TypeAlias
 
-from normuon.distributed.region import Region, ShardLayout
+from normuon.distributed.regions import Interval, ShardLayout
 
 Placement: TypeAlias = (
     tuple[Literal["replicate"]]
@@ -19,7 +15,7 @@ Placement: TypeAlias = (
     | tuple[Literal["strided_shard"], int, int]
 )
 StridedOrder: TypeAlias = Literal["fsdp2", "dtensor"]
-Intervals: TypeAlias = tuple[tuple[int, int], ...]
+Intervals: TypeAlias = tuple[Interval, ...]
 
 
 def layout_from_placements(
@@ -54,8 +50,8 @@ def layout_from_placements(
 
     Example:
         >>> layout = layout_from_placements((5, 2), mesh_shape=(4,), placements=[("shard", 0)])
-        >>> [layout.numel_on(rank) for rank in range(4)]
-        [4, 4, 2, 0]
+        >>> [layout.local_shape(rank) for rank in range(4)]
+        [(2, 2), (2, 2), (1, 2), (0, 2)]
         >>> hsdp = [("replicate",), ("shard", 0)]
         >>> layout_from_placements((4, 2), mesh_shape=(2, 2), placements=hsdp).replicas
         (0, 0, 1, 1)
@@ -102,25 +98,21 @@ def _layout(
         _cuts_of_dim(dim, mesh_shape, placements, strided_order) for dim in range(len(shape))
     ]
     replica_axes = [axis for axis, placement in enumerate(placements) if len(placement) == 1]
-    regions_by_rank: list[tuple[Region, ...]] = []
-    replica_of_rank: list[int] = []
-    known: dict[tuple[Intervals, ...], tuple[Region, ...]] = {}
+    # Equal tuples are one object: a thousand ranks along a replicated dim share theirs.
+    known: dict[Intervals, Intervals] = {}
+    intervals_by_rank = []
+    replicas = []
     for coordinate in product(*map(range, mesh_shape)):
-        intervals_by_dim = tuple(
+        stored = (
             _stored_intervals(size, cuts_by_dim[dim], mesh_shape, coordinate)
             for dim, size in enumerate(shape)
         )
-        if intervals_by_dim not in known:
-            known[intervals_by_dim] = tuple(
-                Region(tuple(a for a, _ in box), tuple(b - a for a, b in box))
-                for box in product(*intervals_by_dim)
-            )
-        regions_by_rank.append(known[intervals_by_dim])
+        intervals_by_rank.append(tuple(known.setdefault(found, found) for found in stored))
         replica = 0
         for axis in replica_axes:
             replica = replica * mesh_shape[axis] + coordinate[axis]
-        replica_of_rank.append(replica)
-    return ShardLayout(shape, tuple(regions_by_rank), tuple(replica_of_rank))
+        replicas.append(replica)
+    return ShardLayout(shape, tuple(intervals_by_rank), tuple(replicas))
 
 
 def _cuts_of_dim(

@@ -1,43 +1,110 @@
-"""How a layout cuts one matrix into pieces, and which rank sends each piece to an owner.
+"""How a layout cuts one matrix into pieces, and what of the matrix each rank sends and receives.
 
-Knows nothing of other matrices, FLOPs or buckets. Tilings are kept with their layout, so matrices
-of the same shape and placement share one, and nothing here grows with the number of matrices.
+Matrices of one shape that a layout cuts alike share one tiling, so that nothing here grows with the
+number of matrices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import NamedTuple
 
-from normuon.distributed.cost import SCALAR_BYTES
-from normuon.distributed.region import Piece, ShardLayout
-from normuon.distributed.task import MatrixTask
+from normuon.distributed.regions import Region, ShardLayout, ranks_in
+from normuon.distributed.task import Dims, MatrixTask
 
 
-@dataclass(frozen=True, slots=True)
-class GatherBytes:
-    """What the ranks of one replica would send to an owner that stores nothing itself."""
+class Piece(NamedTuple):
+    """A rectangle of a matrix, counted from its corner, and the ranks that hold a copy of it."""
+
+    region: Region
+    ranks: tuple[int, ...]
+    mask: int
+
+
+class Spans(NamedTuple):
+    """What of a vector the pieces of a matrix cover.
+
+    Pieces that differ in other dims only cover the same span, whose entries must travel once.
+
+    Args:
+        of_piece: for each piece, its span.
+        sizes: entries of each span.
+        first_piece: of each span.
+    """
+
+    of_piece: tuple[int, ...]
+    sizes: tuple[int, ...]
+    first_piece: tuple[int, ...]
+
+
+class PeerBytes(NamedTuple):
+    """Bytes by rank, their sum, and the largest of them."""
 
     by_rank: dict[int, int]
     total: int
+    largest: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class MatrixTiling:
-    """The pieces of one matrix, by index and by rank.
-
-    A *span* is the set of neurons that a piece covers. Pieces that split columns cover the same
-    span, of which v's entries must travel once.
-    """
+    """The pieces of one matrix, by index and by rank."""
 
     layout: ShardLayout
+    numel: int
     pieces: tuple[Piece, ...]
-    span_of_piece: tuple[int, ...]
-    neurons_of_span: tuple[int, ...]
-    pieces_by_rank: dict[int, tuple[int, ...]]
-    numel_by_rank: dict[int, int]
-    ranks_by_numel: tuple[int, ...]
-    whole_ranks: tuple[int, ...]
-    first_piece_of_span: tuple[int, ...]
+
+    @cached_property
+    def pieces_by_rank(self) -> dict[int, tuple[int, ...]]:
+        """For each rank that stores some of the matrix, its pieces; ranks ascend."""
+        found: dict[int, list[int]] = {}
+        for index, piece in enumerate(self.pieces):
+            for rank in piece.ranks:
+                found.setdefault(rank, []).append(index)
+        return {rank: tuple(found[rank]) for rank in sorted(found)}
+
+    @cached_property
+    def numel_by_rank(self) -> dict[int, int]:
+        """How many elements of the matrix each rank stores; ranks that store none are absent."""
+        return {
+            rank: sum(self.pieces[index].region.numel for index in indices)
+            for rank, indices in self.pieces_by_rank.items()
+        }
+
+    @cached_property
+    def ranks_by_numel(self) -> tuple[int, ...]:
+        """The storing ranks, those that store most first."""
+        numel = self.numel_by_rank
+        return tuple(sorted(numel, key=lambda rank: (-numel[rank], rank)))
+
+    @cached_property
+    def whole_ranks(self) -> tuple[int, ...]:
+        """The ranks that store all of the matrix."""
+        return tuple(r for r, numel in self.numel_by_rank.items() if numel == self.numel)
+
+    @property
+    def is_stored_whole(self) -> bool:
+        """Whether every rank that stores some of the matrix stores all of it."""
+        return len(self.whole_ranks) == len(self.pieces_by_rank)
+
+    def owner_for(self, owners: tuple[int, ...], rank: int) -> int:
+        """The owner that serves `rank`: the only one, or the one of the rank's replica.
+
+        Args:
+            owners: one rank, or one rank per full replica in ascending replica order.
+            rank: any rank of the group.
+        """
+        if len(owners) == 1:
+            return owners[0]
+        replicas = self.layout.full_replicas
+        replica = self.layout.replicas[rank]
+        return owners[replicas.index(replica)] if replica in replicas else owners[0]
+
+    def needs_no_message(self, owners: tuple[int, ...]) -> bool:
+        """Whether every rank that stores the matrix stores it whole and computes it itself."""
+        return self.is_stored_whole and set(owners) == set(self.whole_ranks)
 
     def sources(self, replica: int) -> tuple[int, ...]:
         """For each piece, the rank that sends it to an owner in `replica` that does not store it.
@@ -45,134 +112,124 @@ class MatrixTiling:
         That is the holder in the owner's own replica, so that replicas send once and from nearby;
         the lowest holder when the replica stores no copy.
         """
-        return self.layout.remember(("sources", self, replica), lambda: self._sources(replica))
 
-    def _sources(self, replica: int) -> tuple[int, ...]:
-        replicas = self.layout.replicas
-        return tuple(
-            next((rank for rank in piece.ranks if replicas[rank] == replica), piece.ranks[0])
-            for piece in self.pieces
-        )
+        def compute() -> tuple[int, ...]:
+            inside = self.layout.replica_masks[replica]
+            return tuple(ranks_in(piece.mask & inside or piece.mask)[0] for piece in self.pieces)
+
+        return self.layout.remember(("sources", self, replica), compute)
 
     def source(self, piece: int, owner: int) -> int:
         """The rank that sends `piece` to `owner`: the owner itself when it stores the piece."""
-        if piece in self.pieces_by_rank.get(owner, ()):
+        if self.pieces[piece].mask >> owner & 1:
             return owner
-        return self.sources(self.layout.replica_of(owner))[piece]
+        return self.sources(self.layout.replicas[owner])[piece]
 
-    def carriers(self, owner: int) -> dict[int, int]:
-        """For each span, the piece that carries v's entries to `owner`.
+    def spans(self, dims: Dims) -> Spans:
+        """The spans of a vector that lies along `dims`."""
+
+        def compute() -> Spans:
+            ids: dict[Region, int] = {}
+            first, of_piece = [], []
+            for index, piece in enumerate(self.pieces):
+                span = piece.region.along(dims)
+                if span not in ids:
+                    ids[span] = len(ids)
+                    first.append(index)
+                of_piece.append(ids[span])
+            return Spans(tuple(of_piece), tuple(span.numel for span in ids), tuple(first))
+
+        return self.layout.remember(("spans", self, dims), compute)
+
+    def carriers(self, dims: Dims, owner: int) -> dict[int, int]:
+        """For each span of a vector, the piece that carries its entries to `owner`.
 
         A piece that the owner stores itself, if there is one: then they do not travel at all.
         """
-        carrier_of = dict(enumerate(self.first_piece_of_span))
+        spans = self.spans(dims)
+        found = dict(enumerate(spans.first_piece))
         for piece in reversed(self.pieces_by_rank.get(owner, ())):
-            carrier_of[self.span_of_piece[piece]] = piece
-        return carrier_of
+            found[spans.of_piece[piece]] = piece
+        return found
 
-    def spans_on(self, rank: int) -> dict[int, int]:
+    def first_pieces(self, dims: Dims, rank: int) -> dict[int, int]:
         """The spans that `rank` stores, each with the first of its pieces, in piece order."""
-        spans: dict[int, int] = {}
+        spans = self.spans(dims)
+        found: dict[int, int] = {}
         for piece in self.pieces_by_rank.get(rank, ()):
-            spans.setdefault(self.span_of_piece[piece], piece)
-        return spans
+            found.setdefault(spans.of_piece[piece], piece)
+        return found
 
-    def gather_bytes(self, replica: int, *, wire_bytes: int, neuron_bytes: int) -> GatherBytes:
+    def gather_bytes(self, task: MatrixTask, replica: int) -> PeerBytes:
         """Bytes by source when the owner is in `replica` and stores nothing itself."""
 
-        def compute() -> GatherBytes:
+        def compute() -> PeerBytes:
             by_rank: dict[int, int] = {}
-            carriers = set(self.first_piece_of_span)
-            for index, source in enumerate(self.sources(replica)):
-                num_bytes = self.pieces[index].region.numel * wire_bytes + SCALAR_BYTES
-                if index in carriers:
-                    num_bytes += self.neurons_of_span[self.span_of_piece[index]] * neuron_bytes
-                by_rank[source] = by_rank.get(source, 0) + num_bytes
-            return GatherBytes(by_rank, sum(by_rank.values()))
+            sources = self.sources(replica)
+            for piece, source in zip(self.pieces, sources, strict=True):
+                by_rank[source] = by_rank.get(source, 0) + piece.region.numel * task.wire_bytes
+            for dims in task.state_dims:
+                spans = self.spans(dims)
+                for size, piece_index in zip(spans.sizes, spans.first_piece, strict=True):
+                    by_rank[sources[piece_index]] += size * task.side_bytes
+            return PeerBytes(by_rank, sum(by_rank.values()), max(by_rank.values()))
 
-        key = ("gather_bytes", self, replica, wire_bytes, neuron_bytes)
+        key = ("gather", self, replica, task.state_dims, task.wire_bytes, task.side_bytes)
         return self.layout.remember(key, compute)
 
-    def gather_corrections(
-        self, owner: int, *, wire_bytes: int, neuron_bytes: int
-    ) -> dict[int, int]:
+    def gather_corrections(self, task: MatrixTask, owner: int) -> dict[int, int]:
         """What to add to `gather_bytes(...).by_rank` because `owner` stores some pieces itself."""
-        replica = self.layout.replica_of(owner)
-        sources = self.sources(replica)
-        corrections: dict[int, int] = {}
-        spans: set[int] = set()
-        for piece in self.pieces_by_rank.get(owner, ()):
-            source, span = sources[piece], self.span_of_piece[piece]
-            saved = self.pieces[piece].region.numel * wire_bytes + SCALAR_BYTES
-            corrections[source] = corrections.get(source, 0) - saved
-            if span not in spans:
-                spans.add(span)
-                carrier = sources[self.first_piece_of_span[span]]
-                saved = self.neurons_of_span[span] * neuron_bytes
-                corrections[carrier] = corrections.get(carrier, 0) - saved
-        return corrections
+        sources = self.sources(self.layout.replicas[owner])
+        found: dict[int, int] = {}
+        for index in self.pieces_by_rank.get(owner, ()):
+            saved = self.pieces[index].region.numel * task.wire_bytes
+            found[sources[index]] = found.get(sources[index], 0) - saved
+        for dims in task.state_dims:
+            spans = self.spans(dims)
+            for span in self.first_pieces(dims, owner):
+                carrier = sources[spans.first_piece[span]]
+                saved = spans.sizes[span] * task.side_bytes
+                found[carrier] = found.get(carrier, 0) - saved
+        return found
 
-    def return_bytes(self, *, wire_bytes: int, neuron_bytes: int) -> GatherBytes:
-        """Bytes that each storing rank receives: its region of O, its rows of v and one scale."""
+    def return_bytes(self, task: MatrixTask) -> PeerBytes:
+        """Bytes that each storing rank receives: its region of O, and its part of each vector."""
 
-        def compute() -> GatherBytes:
-            by_rank = {
-                rank: numel * wire_bytes
-                + sum(self.neurons_of_span[span] for span in self.spans_on(rank)) * neuron_bytes
-                + SCALAR_BYTES
-                for rank, numel in self.numel_by_rank.items()
-            }
-            return GatherBytes(by_rank, sum(by_rank.values()))
+        def compute() -> PeerBytes:
+            by_rank = {rank: n * task.wire_bytes for rank, n in self.numel_by_rank.items()}
+            for dims in task.returned_dims:
+                sizes = self.spans(dims).sizes
+                for rank in by_rank:
+                    entries = sum(sizes[span] for span in self.first_pieces(dims, rank))
+                    by_rank[rank] += entries * task.side_bytes
+            return PeerBytes(by_rank, sum(by_rank.values()), max(by_rank.values()))
 
-        key = ("return_bytes", self, wire_bytes, neuron_bytes)
+        key = ("return", self, task.returned_dims, task.wire_bytes, task.side_bytes)
         return self.layout.remember(key, compute)
 
 
 def tiling_of(task: MatrixTask) -> MatrixTiling:
-    """The tiling of a task's matrix; the same object for equal regions of the same layout.
+    """The tiling of a task's matrix; the same object for matrices that a layout cuts alike."""
+    layout, region = task.layout, task.region
 
-    Raises:
-        ValueError: the layout does not store every element exactly once, or pieces cover
-            overlapping but different sets of neurons, which no mesh of shards does.
-    """
-    key = ("tiling", task.region, task.neuron_dims)
-    return task.layout.remember(key, lambda: _make_tiling(task))
-
-
-def _make_tiling(task: MatrixTask) -> MatrixTiling:
-    layout = task.layout
-    layout.validate(task.name)
-    pieces = layout.pieces(task.region)
-    span_ids: dict[object, int] = {}
-    neurons: list[int] = []
-    first_piece: list[int] = []
-    span_of_piece: list[int] = []
-    by_rank: dict[int, list[int]] = {}
-    numel_by_rank: dict[int, int] = {}
-    for index, piece in enumerate(pieces):
-        span = piece.region.along(task.neuron_dims)
-        if span not in span_ids:
-            span_ids[span] = len(span_ids)
-            neurons.append(span.numel if task.neuron_dims else 0)
-            first_piece.append(index)
-        span_of_piece.append(span_ids[span])
-        for rank in piece.ranks:
-            by_rank.setdefault(rank, []).append(index)
-            numel_by_rank[rank] = numel_by_rank.get(rank, 0) + piece.region.numel
-    if sum(neurons) != task.num_neurons:
-        raise ValueError(
-            f"{task.label} {list(layout.global_shape)}: the stored regions cover overlapping but "
-            f"different neurons along dims {task.neuron_dims}; pass a layout that cuts these dims "
-            f"at the same places on every rank"
+    def find() -> MatrixTiling:
+        cuts = tuple(
+            layout.segments(dim, offset, offset + size)
+            for dim, (offset, size) in enumerate(zip(*region, strict=True))
         )
-    return MatrixTiling(
-        layout=layout,
-        pieces=pieces,
-        span_of_piece=tuple(span_of_piece),
-        neurons_of_span=tuple(neurons),
-        pieces_by_rank={rank: tuple(by_rank[rank]) for rank in sorted(by_rank)},
-        numel_by_rank={rank: numel_by_rank[rank] for rank in sorted(by_rank)},
-        ranks_by_numel=tuple(sorted(by_rank, key=lambda rank: (-numel_by_rank[rank], rank))),
-        whole_ranks=tuple(r for r in sorted(by_rank) if numel_by_rank[r] == task.numel),
-        first_piece_of_span=tuple(first_piece),
-    )
+        return layout.remember(("cuts", cuts), lambda: _make_tiling(layout, region, cuts))
+
+    return layout.remember(("tiling", region), find)
+
+
+def _make_tiling(layout: ShardLayout, region: Region, cuts: tuple) -> MatrixTiling:  # type: ignore[type-arg]
+    pieces = []
+    for box in product(*cuts):
+        mask = -1
+        for segment in box:
+            mask &= segment.ranks
+        offsets = tuple(segment.start for segment in box)
+        shape = tuple(segment.stop - segment.start for segment in box)
+        assert mask > 0, "a mesh of shards stores every element"
+        pieces.append(Piece(Region(offsets, shape), ranks_in(mask), mask))
+    return MatrixTiling(layout, prod(region.shape), tuple(pieces))

@@ -62,7 +62,9 @@ def build_optimizers(
 
     def normuon_for_next_part(_: Iterable[Tensor], **kwargs: Any) -> NorMuon:
         # The container hands over bare parameters; which is which, only the module can tell.
-        return NorMuon(param_groups(next(parts), overrides=overrides), **kwargs)
+        # A pipeline stage may hold the embedding or the head alone.
+        groups = param_groups(next(parts), overrides=overrides, hidden_required=False)
+        return NorMuon(groups, **kwargs)
 
     config = {
         "lr": optimizer_config.lr,

@@ -124,10 +124,12 @@ def _iterate_whole_(
 ) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     square = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
-    spare = workspace.empty("iterate", x.shape, like=x)
+    spare = workspace.empty("iterate", x.shape, dtype=x.dtype, device=x.device)
     # Segments of one step each, plain Newton-Schulz, need R and Z alone.
     needed = SQUARES if max(segments) > 1 else SQUARES[:2]
-    squares = {name: workspace.empty(name, square, like=x) for name in needed}
+    squares = {
+        name: workspace.empty(name, square, dtype=x.dtype, device=x.device) for name in needed
+    }
     wide, spare = (x.mT, spare.mT) if tall else (x, spare)
     for steps in _cut(coefficients, segments):
         _segment(wide, steps, out=spare, squares=squares, panels=panels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normuon.orthogonalize.workspace import Workspace
+from normuon.orthogonalize.workspace import Workspace, is_aligned
 
 
 def normalize_frobenius(
@@ -28,7 +28,8 @@ def normalize_frobenius(
         equilibrate: even its rows and columns first, by `equilibrate_`.
         workspace: scratch kept between calls; None for none.
         out: contiguous memory of the shape to divide in, ``x_BMN`` itself perhaps; used if its
-            dtype is that of the statistics, ``dtype`` or float32, whichever is wider.
+            dtype is that of the statistics, ``dtype`` or float32, whichever is wider, and on a CPU
+            if matrices begin at multiples of 64 bytes: by where they begin, products round.
 
     Returns:
         A contiguous ``[B, M, N]`` tensor, of ``out``'s or of the workspace's memory and valid until
@@ -48,17 +49,22 @@ def normalize_frobenius(
         if equilibrate:
             equilibrate_(scaled_BMN)
         return scaled_BMN.div_(_frobenius_norm(scaled_BMN)).to(dtype)
-    if out is not None and out.dtype == stats_dtype:
+    if (
+        out is not None
+        and out.dtype == stats_dtype
+        and (out.device.type != "cpu" or is_aligned(out))
+    ):
         scaled_BMN = out
     else:
-        scaled_BMN = workspace.empty("scaled", x_BMN.shape, like=x_BMN, dtype=stats_dtype)
+        scaled_BMN = workspace.empty("scaled", x_BMN.shape, dtype=stats_dtype, device=x_BMN.device)
     torch.div(x_BMN, scale_B11, out=scaled_BMN)
     if equilibrate:
         equilibrate_(scaled_BMN)
     scaled_BMN.div_(_frobenius_norm(scaled_BMN))
     if dtype == stats_dtype:
         return scaled_BMN
-    return workspace.empty("rounded", x_BMN.shape, like=x_BMN, dtype=dtype).copy_(scaled_BMN)
+    rounded = workspace.empty("rounded", x_BMN.shape, dtype=dtype, device=x_BMN.device)
+    return rounded.copy_(scaled_BMN)
 
 
 def equilibrate_(x_BMN: Tensor) -> Tensor:
@@ -105,4 +111,4 @@ def _frobenius_norm(x_BMN: Tensor) -> Tensor:
 
 
 def _one_where_zero(x: Tensor) -> Tensor:
-    return torch.where(x == 0, torch.ones_like(x), x)
+    return x + (x == 0)

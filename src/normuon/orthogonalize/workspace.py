@@ -8,6 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ALIGNMENT = 64
+"""Bytes: of torch's own allocations on a CPU, and no less than any vector register."""
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether every matrix of a batch begins at a multiple of `ALIGNMENT`.
+
+    Example:
+        >>> is_aligned(torch.empty(2, 4, 4)), is_aligned(torch.empty(2, 3, 3))
+        (True, False)
+    """
+    starts = (x.storage_offset(), *x.stride()[:-2])
+    return all(start * x.element_size() % ALIGNMENT == 0 for start in starts)
+
 
 class Workspace:
     """Memory by name, grown to the largest tensor ever asked for under it.
@@ -18,9 +32,9 @@ class Workspace:
 
     Example:
         >>> workspace = Workspace()
-        >>> x = torch.ones(2, 3)
-        >>> first = workspace.empty("copy", (2, 3), like=x)
-        >>> again = workspace.empty("copy", (3, 2), like=x)
+        >>> kind = dict(dtype=torch.float32, device=torch.device("cpu"))
+        >>> first = workspace.empty("copy", (2, 3), **kind)
+        >>> again = workspace.empty("copy", (3, 2), **kind)
         >>> first.data_ptr() == again.data_ptr(), workspace.num_bytes
         (True, 24)
     """
@@ -29,19 +43,18 @@ class Workspace:
         self._storage: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def empty(
-        self, name: str, shape: Sequence[int], *, like: Tensor, dtype: torch.dtype | None = None
+        self, name: str, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """An uninitialised contiguous tensor, valid until the next call with the same name.
 
         Args:
             name: of the memory.
             shape: of the tensor.
-            like: a tensor on the device, and of the dtype unless that is given.
-            dtype: of the tensor, in place of ``like``'s.
+            dtype: of the tensor.
+            device: of the tensor.
         """
-        dtype = dtype or like.dtype
-        if like.device.type != "cpu" or torch.compiler.is_compiling():
-            return torch.empty(shape, dtype=dtype, device=like.device)
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.empty(shape, dtype=dtype, device=device)
         num_elements = math.prod(shape)
         kept = self._storage.get((name, dtype))
         if kept is None or kept.numel() < num_elements:

@@ -5,25 +5,27 @@ The plan itself is the library's; the page and the text are `page.py`'s and `tex
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normuon import MatrixView, plan_for
-from normuon.distributed.alternatives import Figures, compute_everywhere, pad_to_world_size
 from normuon.distributed.assignment import Balance
+from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.mesh_layout import Placement, layout_from_placements
-from normuon.distributed.ownership import makespan_bound, packing_bound
 from normuon.distributed.plan import Plan, make_plan
-from normuon.distributed.plan_report import owners_in_words
-from normuon.distributed.region import ShardLayout
-from normuon.matrix_tasks import second_moment_dims
+from normuon.distributed.regions import ShardLayout
 from normuon_lab.errors import InputError
+from normuon_lab.plan.alternatives import Figures, compute_everywhere, pad_to_world_size
+from normuon_lab.plan.bounds import packing_bound
+from normuon_lab.plan.figures import PlanFigures, figures_of, owners_in_words
 from normuon_lab.plan.mesh import Mesh, placements_in_words
 from normuon_lab.plan.model_matrices import ModelParam, ModelShapes
 
@@ -53,13 +55,16 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model with its plan and the paper's."""
+    """A model with its plan and the paper's, and what both add up to."""
 
     model: ModelShapes
     request: PlanRequest
     plan: Plan
-    round_robin: Plan
+    figures: PlanFigures
     plan_seconds: float
+    round_robin: Plan
+    round_robin_figures: PlanFigures
+    round_robin_seconds: float
 
 
 def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
@@ -81,9 +86,10 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
         cost_model=request.cost_model,
         balance=request.balance,
         bucket_bytes=request.bucket_bytes,
-        wire_dtype=request.wire_dtype,
+        wire_dtype=getattr(torch, request.wire_dtype),
     )
     seconds = time.perf_counter() - started
+    started = time.perf_counter()
     round_robin = make_plan(
         plan.tasks,
         world_size=plan.world_size,
@@ -91,7 +97,17 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
         balance="paper",
         bucket_bytes=plan.bucket_bytes,
     )
-    return PlannedModel(model, request, plan, round_robin, seconds)
+    round_robin_seconds = time.perf_counter() - started
+    return PlannedModel(
+        model,
+        request,
+        plan,
+        figures_of(plan),
+        seconds,
+        round_robin,
+        figures_of(round_robin),
+        round_robin_seconds,
+    )
 
 
 def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tuple[Placement, ...]]:
@@ -103,7 +119,7 @@ def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tup
 def plan_contents(planned: PlannedModel) -> dict[str, Any]:
     """What `--json` prints; docs/lab/plan-schema.md says what each value is."""
     model, plan, request = planned.model, planned.plan, planned.request
-    costs = plan.flops_by_matrix
+    figures, costs = planned.figures, plan.flops_by_matrix
     once = makespan_bound(costs, world_size=plan.world_size)
     packing = packing_bound(costs, world_size=plan.world_size)
     return {
@@ -132,19 +148,19 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
         "digest": plan.digest(),
         "makespan_bound": once,
         "packing_bound": packing,
-        **_scheme(plan, once, packing, planned.plan_seconds),
+        **_scheme(plan, figures, once, packing, planned.plan_seconds),
         "alternatives": _alternatives(planned, once, packing),
-        "traffic": traffic(model, request.mesh, plan),
-        "memory": memory(model, request.mesh, plan),
+        "traffic": traffic(model, request.mesh, plan, figures),
+        "memory": memory(model, request.mesh, figures),
         "kinds": _kinds(planned),
         "buckets": [
             {
-                "num_matrices": len(bucket.tasks),
+                "num_matrices": bucket.num_matrices,
                 "compute_seconds": plan.cost_model.compute_seconds(bucket.flops),
                 "gather_seconds": _exchange_seconds(plan, bucket.gather_bytes),
                 "return_seconds": _exchange_seconds(plan, bucket.return_bytes),
             }
-            for bucket in plan.buckets
+            for bucket in figures.buckets
         ],
         "matrices": [
             {
@@ -159,7 +175,9 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
     }
 
 
-def _scheme(plan: Plan, once: int, packing: int, plan_seconds: float) -> dict[str, Any]:
+def _scheme(
+    plan: Plan, figures: PlanFigures, once: int, packing: int, plan_seconds: float
+) -> dict[str, Any]:
     """The values that every way of distributing has, of one that is a plan."""
     busiest = max(plan.flops_by_rank)
     return {
@@ -168,23 +186,31 @@ def _scheme(plan: Plan, once: int, packing: int, plan_seconds: float) -> dict[st
         "flops_by_matrix": plan.flops_by_matrix,
         "imbalance": busiest / once,
         "packing_imbalance": busiest / packing,
-        "bytes_sent_total": plan.bytes_sent_total,
-        "bytes_least_total": plan.bytes_least_total,
-        "bytes_sent_by_rank": plan.bytes_sent_by_rank,
-        "bytes_sent_busiest": max(plan.bytes_sent_by_rank),
-        "scratch_bytes_max": plan.scratch_bytes_max,
+        "bytes_sent_total": figures.bytes_sent_total,
+        "bytes_least_total": figures.bytes_least_total,
+        "bytes_sent_by_rank": figures.bytes_sent_by_rank,
+        "bytes_sent_busiest": max(figures.bytes_sent_by_rank),
+        "scratch_bytes_max": figures.scratch_bytes_max,
         "num_buckets": len(plan.buckets),
-        "predicted_step_seconds": plan.predicted_step_seconds,
+        "predicted_step_seconds": figures.predicted_step_seconds,
         "plan_seconds": plan_seconds,
     }
 
 
 def _alternatives(planned: PlannedModel, once: int, packing: int) -> dict[str, dict[str, Any]]:
-    paper = planned.round_robin
-    found = {"round_robin": _scheme(paper, once, packing, paper.plan_seconds)}
+    least = planned.figures.bytes_least_total
+    found = {
+        "round_robin": _scheme(
+            planned.round_robin,
+            planned.round_robin_figures,
+            once,
+            packing,
+            planned.round_robin_seconds,
+        )
+    }
     found["round_robin"]["description"] = "sorted by element count, dealt round-robin (the paper)"
     # One yardstick for all: what the plan's owners must send.
-    found["round_robin"]["bytes_least_total"] = planned.plan.bytes_least_total
+    found["round_robin"]["bytes_least_total"] = least
     counts: tuple[tuple[str, str, Callable[[Plan, int], Figures]], ...] = (
         ("replicate", "every rank gathers and computes every matrix", compute_everywhere),
         ("padding", "same-shape groups padded to the number of ranks", pad_to_world_size),
@@ -199,7 +225,7 @@ def _alternatives(planned: PlannedModel, once: int, packing: int) -> dict[str, d
             "imbalance": figures.imbalance,
             "packing_imbalance": figures.flops_busiest / packing,
             "bytes_sent_total": figures.bytes_sent_total,
-            "bytes_least_total": planned.plan.bytes_least_total,
+            "bytes_least_total": least,
             "bytes_sent_busiest": -(-figures.bytes_sent_total // planned.plan.world_size),
             "scratch_bytes_max": figures.scratch_bytes_max,
             "predicted_step_seconds": figures.predicted_step_seconds,
@@ -213,7 +239,7 @@ def _exchange_seconds(plan: Plan, num_bytes: int) -> float:
     return plan.cost_model.send_seconds(num_bytes) if num_bytes else 0.0
 
 
-def traffic(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
+def traffic(model: ModelShapes, mesh: Mesh, plan: Plan, figures: PlanFigures) -> dict[str, Any]:
     """A step's bytes beside those of data-parallel training with AdamW, counted in two ways.
 
     On the wire: float32 weights gathered for forward and for backward and float32 gradients
@@ -245,13 +271,13 @@ def traffic(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
 
     return {
         "adamw_bytes_sent_total": on_the_wire,
-        "normuon_bytes_sent_total": on_the_wire + plan.bytes_sent_total,
-        "increase_percent": 100 * plan.bytes_sent_total / on_the_wire if on_the_wire else None,
+        "normuon_bytes_sent_total": on_the_wire + figures.bytes_sent_total,
+        "increase_percent": 100 * figures.bytes_sent_total / on_the_wire if on_the_wire else None,
         "paper_accounting": {"float32_weights": paper(4), "bfloat16_weights": paper(2)},
     }
 
 
-def memory(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
+def memory(model: ModelShapes, mesh: Mesh, figures: PlanFigures) -> dict[str, Any]:
     """Optimizer state of the fullest rank in float32, beside AdamW's, and scratch of a step.
 
     Hidden matrices keep the momentum and one number per neuron (m n + m), the rest AdamW's two
@@ -263,7 +289,7 @@ def memory(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
     state, adamw = [0] * mesh.world_size, [0] * mesh.world_size
     for (layout, dims), count in kinds.items():
         for rank in range(mesh.world_size):
-            numel = layout.numel_on(rank)
+            numel = math.prod(layout.local_shape(rank))
             own = 2 * numel if dims is None else numel + _num_neurons(layout, rank, dims)
             state[rank] += FLOAT32_BYTES * count * own
             adamw[rank] += FLOAT32_BYTES * count * 2 * numel
@@ -272,7 +298,7 @@ def memory(model: ModelShapes, mesh: Mesh, plan: Plan) -> dict[str, Any]:
         "state_bytes_total": sum(state),
         "adamw_state_bytes_max": max(adamw),
         "adamw_state_bytes_total": sum(adamw),
-        "scratch_bytes_max": plan.scratch_bytes_max,
+        "scratch_bytes_max": figures.scratch_bytes_max,
     }
 
 
@@ -285,13 +311,12 @@ def _layout(param: ModelParam, mesh: Mesh) -> ShardLayout:
 
 
 def _neuron_dims(view: MatrixView | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    return None if view is None else second_moment_dims(view, shape, "row")
+    return None if view is None else view.vector_dims(shape, lambda m, n: -2)
 
 
 def _num_neurons(layout: ShardLayout, rank: int, dims: Iterable[int]) -> int:
-    regions = layout.regions_by_rank[rank]
-    spans = {region.along(tuple(dims)) for region in regions if not region.is_empty}
-    return sum(span.numel for span in spans)
+    shape = layout.local_shape(rank)
+    return math.prod(shape[dim] for dim in dims)
 
 
 def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:

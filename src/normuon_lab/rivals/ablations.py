@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normuon import rule
 from normuon.orthogonalize import orthogonalize, resolve_coefficients, resolve_ns_dtype
+from normuon.step import rule
 from normuon_lab.rivals.matrix_rival import MatrixRival, Memory, advanced_momentum_, with_adamw_rms
 
 EPS = 1e-8

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normuon import MatrixView, rule
+from normuon import MatrixView
+from normuon.step import rule
 
 Memory = dict[str, Tensor]
 """What a rival remembers of one block of a parameter, besides its momentum."""
@@ -90,8 +91,11 @@ class MatrixRival(Optimizer):
 
 def advanced_momentum_(grad_BMN: Tensor, momentum_BMN: Tensor, momentum_beta: float) -> Tensor:
     """Algorithm 1's line 2, on the momentum, and the look ahead that all Muon-like arms take."""
-    rule.update_momentum_(momentum_BMN, grad_BMN, momentum_beta=momentum_beta)
-    return rule.nesterov_direction(momentum_BMN, grad_BMN, momentum_beta=momentum_beta)
+    seen_BMN = grad_BMN.to(momentum_BMN.dtype)
+    rule.update_momenta_([momentum_BMN], [seen_BMN], momentum_beta=momentum_beta)
+    direction_BMN = torch.empty_like(momentum_BMN)
+    rule.look_ahead_([direction_BMN], [momentum_BMN], [seen_BMN], momentum_beta=momentum_beta)
+    return direction_BMN
 
 
 def with_adamw_rms(direction_BMN: Tensor) -> Tensor:

@@ -1,16 +1,12 @@
-"""Balances matrices over ranks: longest-processing-time, its refinement, and a bound to measure by.
-
-Sees only jobs (a cost, the ranks allowed, the ranks preferred). `plan` makes jobs from layouts;
-`buckets` orders what was assigned.
-"""
+"""Balances jobs over ranks: longest processing time, its refinement, and a bound to measure by."""
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 TOLERANCE = 1.01
 """The busiest rank may exceed the makespan bound by this factor before MULTIFIT is tried too."""
@@ -22,14 +18,15 @@ class Job:
 
     Args:
         cost: FLOPs.
-        name: breaks ties, so that every rank decides alike.
+        name: breaks ties, so that every rank decides alike; jobs whose names follow one another
+            go to one rank together where their costs are equal.
         candidates: the ranks that may take it, ascending; None for every rank.
         preferred: ranks that store some of the matrix, most first: among equally loaded candidates
             the first of these wins, then the lowest rank.
     """
 
     cost: int
-    name: tuple[str, int]
+    name: tuple[Any, ...]
     candidates: tuple[int, ...] | None = None
     preferred: tuple[int, ...] = ()
 
@@ -63,78 +60,6 @@ def makespan_bound(costs: Sequence[int], *, world_size: int) -> int:
     return bound
 
 
-def packing_bound(costs: Sequence[int], *, world_size: int) -> int:
-    """A tighter bound than `makespan_bound`: the least capacity that passes a bin-packing test.
-
-    A makespan is a sum of costs, so a multiple of their greatest common divisor. Capacity C needs,
-    for any a <= C / 2, a bin for each cost above C - a, a bin for each other cost above C / 2, and
-    bins for what of the costs in [a, C / 2] does not fit beside the latter: more than W bins means
-    that C is impossible (Martello and Toth's L2). When W costs exceed C / 2, each bin has one, and
-    the rest is tested again with what the smallest of them leaves. For Llama-3-70B and for Mixtral
-    8x7B on 256 ranks `makespan_bound` leaves it open whether 17% and 9% are lost; this bound shows
-    that nothing is.
-
-    Args:
-        costs: positive costs in any order.
-        world_size: W.
-
-    Returns:
-        The bound, at least `makespan_bound`; 0 without jobs.
-
-    Example:
-        >>> costs = [16] * 4 + [6] * 4
-        >>> makespan_bound(costs, world_size=5), packing_bound(costs, world_size=5)
-        (18, 22)
-    """
-    if not costs:
-        return 0
-    unit = math.gcd(*costs)
-    numbers: dict[int, int] = {}
-    for cost in costs:
-        numbers[cost // unit] = numbers.get(cost // unit, 0) + 1
-    kinds = sorted(numbers.items())
-    low = -(-makespan_bound(costs, world_size=world_size) // unit)
-    # Each failed test proves `low`; `high` only guides the search, the test being no monotone one.
-    high = low + max(numbers)
-    while low < high:
-        capacity = (low + high) // 2
-        if not _may_fit(kinds, capacity, world_size):
-            low = capacity + 1
-        else:
-            high = capacity
-    return low * unit
-
-
-def _may_fit(kinds: list[tuple[int, int]], capacity: int, num_bins: int) -> bool:
-    """Whether nothing proves that (cost, number) pairs sorted by cost cannot fit.
-
-    Where there are as many costs above C / 2 as bins, each bin has one of them, and the rest must
-    fit into what the smallest of them leaves.
-    """
-    while kinds:
-        if kinds[-1][0] > capacity or _bins_needed(kinds, capacity) > num_bins:
-            return False
-        large = [kind for kind in kinds if 2 * kind[0] > capacity]
-        if sum(number for _, number in large) < num_bins:
-            return True
-        capacity -= large[0][0]
-        kinds = kinds[: -len(large)]
-    return True
-
-
-def _bins_needed(kinds: list[tuple[int, int]], capacity: int) -> int:
-    """The L2 bound on bins of `capacity` for (cost, number) pairs sorted by cost."""
-    bins = 0
-    for threshold in [0, *(cost for cost, _ in kinds if 2 * cost <= capacity)]:
-        alone = sum(number for cost, number in kinds if cost > capacity - threshold)
-        large = [kind for kind in kinds if capacity < 2 * kind[0] <= 2 * (capacity - threshold)]
-        room = sum(number * (capacity - cost) for cost, number in large)
-        small = sum(n * cost for cost, n in kinds if threshold <= cost and 2 * cost <= capacity)
-        shared = sum(number for _, number in large) + max(0, -(-(small - room) // capacity))
-        bins = max(bins, alone + shared)
-    return bins
-
-
 def balance_jobs(
     jobs: Sequence[Job], *, world_size: int, base_load: int = 0
 ) -> tuple[list[int], list[int]]:
@@ -154,16 +79,13 @@ def balance_jobs(
         ([0, 0, 1, 1, 1], [9, 9])
     """
     ranks, loads = longest_processing_time(jobs, world_size=world_size)
-    costs = [job.cost for job in jobs]
-    bound = makespan_bound(costs, world_size=world_size)
-    if base_load + max(loads) <= TOLERANCE * (base_load + bound):
-        return ranks, loads
-    bound = packing_bound(costs, world_size=world_size)
-    packed = multifit(jobs, ranks, world_size=world_size, upper=max(loads), lower=bound)
-    if packed is not None:
-        ranks = packed
-        loads = loads_of(jobs, ranks, world_size=world_size)
-    return ranks, loads
+    bound = makespan_bound([job.cost for job in jobs], world_size=world_size)
+    if base_load + max(loads) > TOLERANCE * (base_load + bound):
+        packed = multifit(jobs, ranks, world_size=world_size, upper=max(loads), lower=bound)
+        if packed is not None:
+            ranks = packed
+            loads = loads_of(jobs, ranks, world_size=world_size)
+    return _put_neighbours_together(jobs, ranks, world_size), loads
 
 
 def loads_of(jobs: Sequence[Job], ranks: Sequence[int], *, world_size: int) -> list[int]:
@@ -293,6 +215,24 @@ def _first_fit(costs: list[int], counts: list[int], room: list[int]) -> list[lis
     return None if any(left) else packed
 
 
+def _put_neighbours_together(
+    jobs: Sequence[Job], ranks: Sequence[int], world_size: int
+) -> list[int]:
+    """The same loads, with jobs of one cost dealt out in their order.
+
+    What a rank takes of a parameter's equal matrices is then one stretch, and one view.
+    """
+    free: dict[int, list[int]] = {}
+    for index in sorted(range(len(jobs)), key=lambda i: jobs[i].name):
+        if jobs[index].candidates is None:
+            free.setdefault(jobs[index].cost, []).append(index)
+    packed = [[0] * len(free) for _ in range(world_size)]
+    for kind, indices in enumerate(free.values()):
+        for index in indices:
+            packed[ranks[index]][kind] += 1
+    return _deal(jobs, ranks, packed, list(free.values()))
+
+
 def _deal(
     jobs: Sequence[Job], ranks: Sequence[int], packed: list[list[int]], by_kind: list[list[int]]
 ) -> list[int]:
@@ -300,18 +240,25 @@ def _deal(
     dealt = list(ranks)
     for kind, indices in enumerate(by_kind):
         open_slots = [taken[kind] for taken in packed]
-        lowest = 0
+        in_order = tuple(range(len(packed)))
+        # Slots only close, so for each order of preference the search goes on where it stopped.
+        reached: dict[int, int] = {}
         for index in indices:
-            while not open_slots[lowest]:
-                lowest += 1
-            rank = next((r for r in jobs[index].preferred if open_slots[r]), lowest)
+            for order in (jobs[index].preferred, in_order):
+                place = reached.get(id(order), 0)
+                while place < len(order) and not open_slots[order[place]]:
+                    place += 1
+                reached[id(order)] = place
+                if place < len(order):
+                    break
+            rank = order[place]
             dealt[index] = rank
             open_slots[rank] -= 1
     return dealt
 
 
 def round_robin(
-    num_elements: Sequence[int], *, world_size: int, names: Sequence[tuple[str, int]]
+    num_elements: Sequence[int], *, world_size: int, names: Sequence[tuple[Any, ...]]
 ) -> list[int]:
     """The paper's ownership (Algorithm 2): sort by element count, deal to ranks in turn.
 

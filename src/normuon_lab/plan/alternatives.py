@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normuon.distributed.accounting import scratch_bytes
-from normuon.distributed.plan import Plan, make_plan
+from normuon.distributed.plan import Plan
 from normuon.distributed.tiling import tiling_of
+from normuon_lab.plan.figures import owner_bytes, pipeline_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,45 +45,6 @@ class Figures:
         return max(self.flops_by_rank)
 
 
-def alternatives(plan: Plan) -> tuple[Figures, ...]:
-    """The plan's figures, then those of the other ways.
-
-    Args:
-        plan: what to compare; its matrices, world size and cost model are used throughout.
-
-    Returns:
-        Figures of the plan, the paper's round-robin, every rank computing everything, and
-        same-shape groups padded to the world size.
-    """
-    paper = make_plan(
-        plan.tasks,
-        world_size=plan.world_size,
-        cost_model=plan.cost_model,
-        balance="paper",
-        bucket_bytes=plan.bucket_bytes,
-    )
-    once = paper.makespan_bound  # The paper's plan computes every matrix exactly once.
-    return (
-        _figures_of(plan, f"plan (balance={plan.balance})", once),
-        _figures_of(paper, "sorted by elements, round-robin", once),
-        compute_everywhere(plan, once),
-        pad_to_world_size(plan, once),
-    )
-
-
-def _figures_of(plan: Plan, name: str, once: int) -> Figures:
-    busiest = max(plan.flops_by_rank)
-    return Figures(
-        name=name,
-        num_orthogonalisations=sum(map(len, plan.owners)),
-        flops_by_rank=plan.flops_by_rank,
-        imbalance=busiest / once if once else 1.0,
-        bytes_sent_total=plan.bytes_sent_total,
-        scratch_bytes_max=plan.scratch_bytes_max,
-        predicted_step_seconds=plan.predicted_step_seconds,
-    )
-
-
 def compute_everywhere(plan: Plan, once: int) -> Figures:
     """Every rank gathers every matrix and orthogonalises it itself, one matrix at a time.
 
@@ -91,19 +52,17 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
         plan: whose matrices to count.
         once: the makespan bound of computing each matrix once.
     """
-    flops = sum(plan.flops_by_matrix)
+    flops = sum(task.flops for task in plan.tasks)
     bytes_sent = 0
     scratch = 0
     stages = []
-    for index, task in enumerate(plan.tasks):
+    for task in plan.tasks:
         stored = tiling_of(task).numel_by_rank
         bytes_sent += (plan.world_size * task.numel - sum(stored.values())) * task.wire_bytes
         least_stored = min(stored.values()) if len(stored) == plan.world_size else 0
         received = (task.numel - least_stored) * task.wire_bytes
-        stages.append((received, plan.flops_by_matrix[index], 0))
-        owners = [(0,)] * len(plan.tasks)
-        alone = scratch_bytes(plan.tasks, owners, [index], plan.cost_model, plan.world_size)
-        scratch = max(scratch, alone)
+        stages.append((received, task.flops, 0))
+        scratch = max(scratch, owner_bytes([task], [(0,)], [0]))
     return Figures(
         name="every rank computes everything",
         num_orthogonalisations=plan.world_size * len(plan.tasks),
@@ -111,7 +70,7 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
         imbalance=flops / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
-        predicted_step_seconds=plan.cost_model.pipeline_seconds(stages),
+        predicted_step_seconds=pipeline_seconds(plan.cost_model, stages),
     )
 
 
@@ -137,7 +96,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
     for indices in groups.values():
         task = plan.tasks[indices[0]]
         tiling = tiling_of(task)
-        flops = plan.flops_by_matrix[indices[0]]
+        flops = task.flops
         if tiling.whole_ranks and len(tiling.whole_ranks) < plan.world_size:
             for rank in tiling.whole_ranks:
                 loads[rank] += flops * len(indices)
@@ -155,9 +114,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             each = (group_size - 1) * shard
             stages += [(each * (ways - 1), flops, each)] * num_groups
             loads = [load + flops * num_groups for load in loads]
-        owners = [(0,)] * len(plan.tasks)
-        alone = scratch_bytes(plan.tasks, owners, indices[:1], plan.cost_model, plan.world_size)
-        scratch = max(scratch, alone)
+        scratch = max(scratch, owner_bytes([task], [(0,)], [0]))
     return Figures(
         name="same-shape groups padded to the world size",
         num_orthogonalisations=count,
@@ -165,5 +122,5 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
         imbalance=max(loads) / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
-        predicted_step_seconds=plan.cost_model.pipeline_seconds(stages),
+        predicted_step_seconds=pipeline_seconds(plan.cost_model, stages),
     )

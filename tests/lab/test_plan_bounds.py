@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 
-from normuon.distributed.ownership import makespan_bound, packing_bound
+from normuon.distributed.balance import makespan_bound
+from normuon_lab.plan.bounds import packing_bound
 
 
 def best_makespan(costs: list[int], world_size: int) -> int:

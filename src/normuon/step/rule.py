@@ -2,8 +2,7 @@
 
 Shapes: B matrices of M rows and N columns; V is the neuron axis, M when rows are neurons and N when
 columns are. ``o_BMN`` is a batch of orthogonalised directions and ``v_BV`` their second moments.
-Functions whose name ends in ``_`` write to their first argument. Line 3 is in `orthogonalize/`;
-the order of the calls, and what is stored where, is `matrix_step.py`'s.
+Functions whose name ends in ``_`` write to their first argument.
 """
 
 from __future__ import annotations
@@ -25,6 +24,10 @@ ADAMW_RMS = 0.2
 """RMS of a typical AdamW step divided by its learning rate (Alg. 1, line 6; Moonlight)."""
 
 
+LARGE_NUMEL = 2**16
+"""Elements from which a pass over a tensor takes a CPU longer than a call does."""
+
+
 def neuron_dim(m: int, n: int, neuron_axis: NeuronAxis) -> int:
     """The dim of ``[B, M, N]`` that counts neurons: -2 for rows, -1 for columns.
 
@@ -38,45 +41,56 @@ def neuron_dim(m: int, n: int, neuron_axis: NeuronAxis) -> int:
     return -1 if neuron_axis == "short" and m < n else -2
 
 
-def update_momentum_(momentum: Tensor, grad: Tensor, *, momentum_beta: float) -> None:
-    """Line 2: ``M_t = b1 M_{t-1} + (1 - b1) G_t``, in the momentum's dtype.
-
-    Example:
-        >>> m = torch.zeros(2)
-        >>> update_momentum_(m, torch.ones(2), momentum_beta=0.75)
-        >>> m
-        tensor([0.2500, 0.2500])
-    """
-    momentum.lerp_(grad.to(momentum.dtype), 1 - momentum_beta)  # Alg. 1, line 2
-
-
 def update_momenta_(
     momenta: Sequence[Tensor], grads: Sequence[Tensor], *, momentum_beta: float
 ) -> None:
-    """`update_momentum_` for many tensors in few launches."""
-    seen = [grad.to(momentum.dtype) for momentum, grad in zip(momenta, grads, strict=True)]
-    torch._foreach_lerp_(list(momenta), seen, 1 - momentum_beta)  # Alg. 1, line 2
+    """Line 2: ``M_t = b1 M_{t-1} + (1 - b1) G_t``, for many tensors in one operation.
+
+    Args:
+        momenta: written to.
+        grads: one each, in the momentum's dtype.
+        momentum_beta: b1.
+
+    Example:
+        >>> m = torch.zeros(2)
+        >>> update_momenta_([m], [torch.ones(2)], momentum_beta=0.75)
+        >>> m
+        tensor([0.2500, 0.2500])
+    """
+    torch._foreach_lerp_(list(momenta), list(grads), 1 - momentum_beta)  # Alg. 1, line 2
 
 
-def nesterov_direction(
-    momentum: Tensor, grad: Tensor, *, momentum_beta: float, out: Tensor | None = None
-) -> Tensor:
+def look_ahead_(
+    directions: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    momentum_beta: float,
+) -> None:
     """What line 3 orthogonalises when Nesterov is on: ``b1 M_t + (1 - b1) G_t``.
 
     Differs: Algorithm 1 orthogonalises M_t itself; the authors' released code and torch.optim.Muon
     look one step ahead, and so does this library by default.
 
-    Returns:
-        ``out``, or a new tensor in the momentum's dtype; neither argument is written to.
+    Args:
+        directions: written to; in the momentum's dtype.
+        momenta: M_t, one each.
+        grads: G_t, one each, in the momentum's dtype.
+        momentum_beta: b1.
 
     Example:
-        >>> nesterov_direction(torch.zeros(2), torch.ones(2), momentum_beta=0.75)
+        >>> d = torch.empty(2)
+        >>> look_ahead_([d], [torch.zeros(2)], [torch.ones(2)], momentum_beta=0.75)
+        >>> d
         tensor([0.2500, 0.2500])
     """
-    seen = grad.to(momentum.dtype)
-    if out is None:
-        return torch.lerp(seen, momentum, momentum_beta)
-    return torch.lerp(seen, momentum, momentum_beta, out=out)
+    if momenta[0].device.type == "cpu" and momenta[0].numel() >= LARGE_NUMEL:
+        # One pass over memory instead of two, which a CPU feels more than a call for each tensor.
+        for direction, momentum, grad in zip(directions, momenta, grads, strict=True):
+            torch.lerp(grad, momentum, momentum_beta, out=direction)
+        return
+    torch._foreach_copy_(list(directions), list(grads))
+    torch._foreach_lerp_(list(directions), list(momenta), momentum_beta)
 
 
 def mean_square_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
@@ -125,23 +139,8 @@ def neuron_scale(v_BV: Tensor, *, eps: float) -> Tensor:
         tensor([[0.5000, 0.0000]])
     """
     denominator_BV = v_BV.sqrt() + eps
-    return torch.where(denominator_BV == 0, 0.0, 1 / denominator_BV)  # Alg. 1, line 5
-
-
-def neuron_factor(v: Tensor, scale: Tensor, *, lr: float | Tensor, eps: float) -> Tensor:
-    """Lines 5 and 6: what each neuron's entries of O are multiplied by to give the step.
-
-    Args:
-        v: new second moments, of any of a matrix's neurons.
-        scale: `step_scale` of the matrices they belong to, broadcastable to v.
-        lr: learning rate.
-        eps: as in `neuron_scale`.
-
-    Example:
-        >>> neuron_factor(torch.tensor([4.0]), torch.tensor([3.0]), lr=0.5, eps=0.0)
-        tensor([0.7500])
-    """
-    return neuron_scale(v, eps=eps) * scale * lr
+    never_moved_BV = denominator_BV == 0
+    return denominator_BV.reciprocal_().masked_fill_(never_moved_BV, 0.0)  # Alg. 1, line 5
 
 
 def step_scale(
@@ -183,7 +182,7 @@ def step_scale(
         target_B: Tensor | float = ADAMW_RMS * math.sqrt(m * n)  # Alg. 1, line 6
     else:
         target_B = (mean_square_BV.sum(-1) * entries).sqrt() * math.sqrt(max(1.0, m / n))
-    return torch.where(normalized_norm_B == 0, 0.0, target_B / normalized_norm_B)
+    return (target_B / normalized_norm_B).masked_fill_(normalized_norm_B == 0, 0.0)
 
 
 def muon_step_scale(*, m: int, n: int, adjust_lr_fn: AdjustLrFn) -> float:
@@ -200,67 +199,67 @@ def muon_step_scale(*, m: int, n: int, adjust_lr_fn: AdjustLrFn) -> float:
     return math.sqrt(max(1.0, m / n))
 
 
-def apply_step_(
+def apply_steps_(
+    params: Sequence[Tensor], steps: Sequence[Tensor], *, kept: float | Tensor
+) -> None:
+    """Line 7: ``W_t = kept W_{t-1} - step``, for many tensors in two operations.
+
+    Args:
+        params: the weights, written to.
+        steps: ``eta' Oh``, one each, of the same shape and dtype.
+        kept: ``1 - lr * weight_decay``.
+
+    Example:
+        >>> w = torch.tensor([1.0, -1.0])
+        >>> apply_steps_([w], [torch.tensor([0.5, 0.5])], kept=0.9)
+        >>> w
+        tensor([ 0.4000, -1.4000])
+    """
+    if isinstance(kept, Tensor):
+        torch._foreach_mul_(list(params), kept.reshape(()))  # All that it takes of tensors.
+    elif kept != 1:
+        torch._foreach_mul_(list(params), kept)
+    torch._foreach_sub_(list(params), list(steps))  # Alg. 1, line 7
+
+
+def applied_step(
     param_BMN: Tensor,
     step_BMN: Tensor,
     *,
     decay: float | Tensor,
     cautious: bool,
-    moves: Tensor | None = None,
-) -> None:
-    """Line 7: ``W_t = W_{t-1} - decay W_{t-1} - step``.
+    moves_B11: Tensor | None,
+) -> Tensor:
+    """Line 7 in the step's dtype, for weights that are rounded afterwards or stepped in part.
 
     Half-precision weights are decayed and moved in the step's float32 and rounded once; two
     roundings in bfloat16 would swallow a decay of 1e-4 altogether.
 
     Args:
-        param_BMN: the weights, written to; any shape that `step_BMN` has too.
-        step_BMN: ``eta' Oh``, in at least float32.
+        param_BMN: the weights, in the step's dtype; written to.
+        step_BMN: ``eta' Oh``, in at least float32; zero where nothing moves.
         decay: ``lr * weight_decay``.
         cautious: decay only entries whose step moves them towards zero (``step * W >= 0``; cautious
             weight decay, arXiv 2510.12402).
-        moves: booleans, broadcastable; where False nothing decays (the step there must be zero).
+        moves_B11: booleans; where False nothing decays. None decays everywhere.
+
+    Returns:
+        ``param_BMN``.
 
     Example:
         >>> w = torch.tensor([[[1.0, -1.0]]])
-        >>> apply_step_(w, torch.tensor([[[0.5, 0.5]]]), decay=0.1, cautious=True)
-        >>> w
+        >>> step = torch.tensor([[[0.5, 0.5]]])
+        >>> applied_step(w, step, decay=0.1, cautious=True, moves_B11=None)
         tensor([[[ 0.4000, -1.5000]]])
     """
-    exact = param_BMN.dtype == step_BMN.dtype
-    work_BMN = param_BMN if exact else param_BMN.to(step_BMN.dtype)
     if cautious:
-        shrinks_BMN = work_BMN * step_BMN >= 0
-        if moves is not None:
-            shrinks_BMN &= moves
-        work_BMN.sub_(work_BMN * shrinks_BMN * decay)
-    elif moves is None:
-        work_BMN.mul_(1 - decay)
+        shrinks_BMN = param_BMN * step_BMN >= 0
+        if moves_B11 is not None:
+            shrinks_BMN &= moves_B11
+        param_BMN.sub_(param_BMN * shrinks_BMN * decay)
+    elif moves_B11 is None:
+        param_BMN.mul_(1 - decay)
     else:
-        kept = torch.as_tensor(1 - decay, dtype=step_BMN.dtype, device=step_BMN.device)
-        work_BMN.mul_(torch.where(moves, kept, 1.0))
-    work_BMN.sub_(step_BMN)  # Alg. 1, line 7
-    if not exact:
-        param_BMN.copy_(work_BMN)
-
-
-def apply_steps_(
-    params: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    decay: float | Tensor,
-    cautious: bool,
-    moves: Sequence[Tensor] | None = None,
-) -> None:
-    """`apply_step_` for many tensors, in few launches where nothing is masked or rounded."""
-    exact = all(param.dtype == step.dtype for param, step in zip(params, steps, strict=True))
-    if exact and not cautious and moves is None:
-        kept = 1 - decay
-        if isinstance(kept, Tensor):
-            kept = kept.reshape(())  # All that the multi-tensor product takes.
-        torch._foreach_mul_(list(params), kept)
-        torch._foreach_sub_(list(params), list(steps))  # Alg. 1, line 7
-        return
-    each: Sequence[Tensor | None] = moves or [None] * len(params)
-    for param, step, moved in zip(params, steps, each, strict=True):
-        apply_step_(param, step, decay=decay, cautious=cautious, moves=moved)
+        one = torch.ones((), dtype=step_BMN.dtype, device=step_BMN.device)
+        param_BMN.mul_(torch.where(moves_B11, one - decay, one))
+    return param_BMN.sub_(step_BMN)  # Alg. 1, line 7

@@ -1,18 +1,16 @@
-"""The AdamW half: torch's own fused or multi-tensor kernels over this optimizer's state.
-
-Nothing of AdamW is implemented here; this file only hands tensors to torch.
-"""
+"""The AdamW half: tensors handed to torch's own fused or multi-tensor kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from normuon.state import State
+from normuon.step.order import GRADIENT, NONFINITE
+from normuon.step.pieces import State, local_tensor
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
@@ -34,9 +32,69 @@ def step_adamw_(
         return
     for param, grad, state in zip(params, grads, states, strict=True):
         # torch's kernels skip all of a call's parameters or none, so each goes on its own.
-        nonfinite = ~torch.isfinite(torch.linalg.vector_norm(grad, ord=float("inf")))
+        nonfinite = ~is_finite(grad)
         state["skipped_steps"].add_(nonfinite)
         adamw_([param], [grad], [state], group, found_inf=nonfinite.to(torch.float32))
+
+
+def is_finite(grad: Tensor) -> Tensor:
+    """A boolean: whether a gradient is finite throughout; an empty one is.
+
+    By the largest and the smallest value: on a CPU the infinity norm takes twenty times as long.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0, float("inf")]))
+        tensor(False)
+    """
+    if not grad.numel():
+        return torch.ones((), dtype=torch.bool, device=grad.device)
+    return torch.isfinite(grad.amax()) & torch.isfinite(grad.amin())
+
+
+class SharedVector(Protocol):
+    """A parameter that several ranks share, as `step_shared_adamw_` needs it."""
+
+    place: tuple[int, int]
+    param: Tensor
+    group: Mapping[str, Any]
+    state: State
+    grad: Tensor | None
+
+
+def step_shared_adamw_(vectors: Sequence[SharedVector], flag_of: Callable[[int], Tensor]) -> None:
+    """One AdamW step for parameters that several ranks share, those without gradients included.
+
+    Args:
+        vectors: the parameters.
+        flag_of: by place in `vectors`, what the ranks say of its gradient: see `flags`.
+    """
+    certain: dict[int, list[SharedVector]] = {}
+    for number, vector in enumerate(vectors):
+        if vector.grad is not None and not vector.group["skip_nonfinite"]:
+            # Its own gradient says that the step takes place.
+            certain.setdefault(vector.place[0], []).append(vector)
+            continue
+        flag = flag_of(number)
+        if "skipped_steps" in vector.state:
+            local_tensor(vector.state["skipped_steps"]).add_(flag == NONFINITE)
+        found_inf = (flag != GRADIENT).to(torch.float32)
+        _step_shared([vector], found_inf=found_inf)
+    for alike in certain.values():
+        _step_shared(alike)
+
+
+def _step_shared(vectors: Sequence[SharedVector], *, found_inf: Tensor | None = None) -> None:
+    params = [local_tensor(vector.param) for vector in vectors]
+    adamw_(
+        params,
+        [
+            torch.zeros_like(param) if vector.grad is None else vector.grad
+            for param, vector in zip(params, vectors, strict=True)
+        ],
+        [{key: local_tensor(t) for key, t in vector.state.items()} for vector in vectors],
+        vectors[0].group,
+        found_inf=found_inf,
+    )
 
 
 def adamw_(

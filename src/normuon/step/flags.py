@@ -1,0 +1,160 @@
+"""What the ranks that share parameters say of their gradients, in one small all-reduce."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from normuon.distributed.agreement import check_agreement
+from normuon.distributed.layout import place_among_copies
+from normuon.step.adamw import is_finite
+from normuon.step.order import GRADIENT, NONFINITE, finite_pieces
+from normuon.step.pieces import PieceBatch
+from normuon.step.shared_params import SharedMatrix, SharedParams, SharedVector
+
+
+class GradientFlags:
+    """One number per matrix and per `adamw` parameter: the largest that any copy or shard says.
+
+    0: no gradient anywhere; 1: some rank has one; 2: some rank's is not finite, where the group
+    skips those. A shard or copy without a gradient counts as zero where others have one.
+
+    Every rank issues the same all-reduce at every step, whatever it holds. On a CPU, where reading
+    is free, two mistakes are found with it: copies of which some have a gradient and some have
+    none, and options that have become different between ranks.
+    """
+
+    def __init__(self, shared: SharedParams, num_matrices: Sequence[int]) -> None:
+        """Numbers the flags.
+
+        Args:
+            shared: the parameters.
+            num_matrices: of each parameter of matrices.
+        """
+        self._shared = shared
+        self._params: list[SharedMatrix | SharedVector] = [*shared.matrices, *shared.vectors]
+        self._num_flags = [*num_matrices, *(1 for _ in shared.vectors)]
+        self._first: list[int] = []
+        size = 0
+        for number in self._num_flags:
+            self._first.append(size)
+            size += number
+        self._numbers = {id(matrix.owner): n for n, matrix in enumerate(shared.matrices)}
+        self._size = size
+        self._is_host = shared.device.type == "cpu"
+        # On a CPU, for each shard that has copies, one flag that a copy has a gradient and one that
+        # a copy lacks it; then two for the options.
+        self._copies: dict[int, int] = {}
+        self._param_of_shard: list[int] = []
+        for number, param in enumerate(self._params if self._is_host else ()):
+            place = place_among_copies(param.tensor)
+            if place is not None:
+                num_shards, own = place
+                self._copies[number] = size + 2 * (len(self._param_of_shard) + own)
+                self._param_of_shard += [number] * num_shards
+        device = shared.device
+        total = size + 2 * len(self._param_of_shard) + 2 * self._is_host
+        self._flags = torch.zeros(total, device=device)
+        self._said = torch.zeros(total, device=device)
+        self._present: tuple[bool, ...] | None = None
+        self._stored: list[list[int]] = [[] for _ in num_matrices]
+        self._options = ""
+
+    def index_of(self, batch: PieceBatch) -> Tensor:
+        """``[K]``: the flags of a batch's matrices, which this rank stores pieces of."""
+        found = []
+        for owner, index in batch.places():
+            number = self._numbers[id(owner)]
+            self._stored[number].append(self._first[number] + index)
+            found.append(self._stored[number][-1])
+        return torch.tensor(found, device=self._flags.device)
+
+    def index_of_tasks(self, tasks: Sequence[tuple[SharedMatrix, int]]) -> Tensor:
+        """The flags of matrices, each given by its parameter and its place there."""
+        found = [self._first[self._numbers[id(m.owner)]] + index for m, index in tasks]
+        return torch.tensor(found, device=self._flags.device)
+
+    def agree_(self, batches: Sequence[tuple[PieceBatch, Tensor]]) -> None:
+        """Takes the maximum over all ranks; nothing has moved yet.
+
+        Args:
+            batches: all pieces that this rank stores, with the flags of their matrices.
+
+        Raises:
+            ValueError: on a CPU: copies that disagree, or ranks whose options have become
+                different; on every rank.
+        """
+        self._say_presence()
+        self._flags.copy_(self._said)
+        for batch, index in batches:
+            grads = [run.owner.grad for run in batch.runs]
+            if batch.first.group["skip_nonfinite"] and any(grad is not None for grad in grads):
+                said = torch.where(finite_pieces(batch), 0.0, NONFINITE)
+                self._flags.index_reduce_(0, index, said, "amax")
+        for number, vector in enumerate(self._shared.vectors):
+            if vector.group["skip_nonfinite"] and vector.grad is not None:
+                at = self.of_vector(number)
+                at.copy_(torch.where(is_finite(vector.grad), at, NONFINITE))
+        if self._is_host:
+            self._say_options()
+        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._shared.group)
+        if self._is_host:
+            self._check_what_ranks_said()
+
+    def _say_presence(self) -> None:
+        present = tuple(param.local_grad is not None for param in self._params)
+        if present == self._present:
+            return
+        said = [0.0] * len(self._said)
+        for number, has_grad in enumerate(present):
+            is_matrix = number < len(self._stored)
+            stored = self._stored[number] if is_matrix else [self._first[number]]
+            for position in stored if has_grad else ():
+                said[position] = GRADIENT
+            if number in self._copies:
+                said[self._copies[number] + (not has_grad)] = 1.0
+        self._said.copy_(torch.tensor(said))
+        self._present = present
+
+    def _say_options(self) -> None:
+        """A number for the options, and its negative: their maxima add up to 0 if all are equal."""
+        text = "\n".join(self._shared.option_lines())
+        if text != self._options:
+            digest = hashlib.sha256(text.encode()).digest()
+            number = float(int.from_bytes(digest[:2], "big"))  # Exact in float32.
+            self._said[-2:] = torch.tensor([number, -number])
+            self._options = text
+        self._flags[-2:] = self._said[-2:]
+
+    def _check_what_ranks_said(self) -> None:
+        if self._flags[-2:].sum() != 0:
+            lines = self._shared.option_lines()
+            check_agreement(self._shared.group, lines, device=self._shared.device)
+        pairs = self._flags[self._size : -2].view(-1, 2)
+        if pairs.amin(1).any() if len(pairs) else False:
+            wrong = {
+                self._params[number].label
+                for number, pair in zip(self._param_of_shard, pairs, strict=True)
+                if pair.all()
+            }
+            raise ValueError(
+                f"{', '.join(sorted(wrong))}: some of the ranks that hold copies have a gradient "
+                "and others have none; give copies equal gradients, as DDP and HSDP do"
+            )
+
+    def moves(self, index: Tensor) -> Tensor:
+        """Booleans: which of some matrices are stepped."""
+        return self._flags[index] == GRADIENT
+
+    def skips(self, number: int) -> Tensor:
+        """Booleans: which matrices of a parameter are skipped, their gradient not being finite."""
+        first = self._first[number]
+        return self._flags[first : first + self._num_flags[number]] == NONFINITE
+
+    def of_vector(self, number: int) -> Tensor:
+        """The flag of an `adamw` parameter."""
+        return self._flags[self._first[len(self._shared.matrices) + number]]

@@ -1,0 +1,284 @@
+"""What a plan adds up to: bytes by rank, FLOPs, memory and predicted time, bucket by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from normuon.distributed.cost import CostModel
+from normuon.distributed.plan import Plan
+from normuon.distributed.task import MatrixTask
+from normuon.distributed.tiling import PeerBytes, tiling_of
+from normuon.step.order import matrices_per_batch, scratch_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes on the wire by rank; local copies are not counted.
+
+    Attributes:
+        gather_sent: by the ranks that store, to owners.
+        gather_received: by owners.
+        return_sent: by owners.
+        return_received: by the ranks that store.
+        least: what any scheme with these owners must send: every stored region that is not on its
+            owner, there and back, without vectors.
+    """
+
+    gather_sent: list[int]
+    gather_received: list[int]
+    return_sent: list[int]
+    return_received: list[int]
+    least: int
+
+    @property
+    def gather_busiest(self) -> int:
+        """What the busiest rank sends or receives on the way to owners."""
+        return max(*self.gather_sent, *self.gather_received)
+
+    @property
+    def return_busiest(self) -> int:
+        """What the busiest rank sends or receives on the way back."""
+        return max(*self.return_sent, *self.return_received)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketFigures:
+    """One exchange and what is computed with it.
+
+    Attributes:
+        num_matrices: how many.
+        flops: of the busiest owner.
+        gather_bytes: what the busiest rank sends or receives on the way to owners.
+        return_bytes: what the busiest rank sends or receives on the way back.
+        scratch_bytes: whole matrices and scratch of a batch on the fullest owner.
+    """
+
+    num_matrices: int
+    flops: int
+    gather_bytes: int
+    return_bytes: int
+    scratch_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFigures:
+    """A plan's sums.
+
+    Attributes:
+        bytes_sent_by_rank: on the wire, there and back.
+        bytes_received_by_rank: on the wire, there and back.
+        bytes_least_total: see `Traffic`.
+        buckets: in their order; first, without any exchange, the matrices that need none.
+        cost_model: rates.
+    """
+
+    bytes_sent_by_rank: tuple[int, ...]
+    bytes_received_by_rank: tuple[int, ...]
+    bytes_least_total: int
+    buckets: tuple[BucketFigures, ...]
+    cost_model: CostModel
+
+    @property
+    def bytes_sent_total(self) -> int:
+        """Bytes that all ranks together send in one step."""
+        return sum(self.bytes_sent_by_rank)
+
+    @property
+    def scratch_bytes_max(self) -> int:
+        """Whole matrices and scratch of one bucket on the fullest owner."""
+        return max((bucket.scratch_bytes for bucket in self.buckets), default=0)
+
+    @property
+    def predicted_step_seconds(self) -> float:
+        """Seconds of one step, gathers and returns overlapped with the neighbours' compute."""
+        stages = [(b.gather_bytes, b.flops, b.return_bytes) for b in self.buckets]
+        return pipeline_seconds(self.cost_model, stages)
+
+
+def figures_of(plan: Plan) -> PlanFigures:
+    """Sums up a plan."""
+    sent, received, least = [0] * plan.world_size, [0] * plan.world_size, 0
+    buckets = []
+    for indices in filter(None, (plan.alone, *plan.buckets)):
+        traffic = count_traffic(plan, indices)
+        for sums, parts in (
+            (sent, (traffic.gather_sent, traffic.return_sent)),
+            (received, (traffic.gather_received, traffic.return_received)),
+        ):
+            sums[:] = map(sum, zip(sums, *parts, strict=True))
+        least += traffic.least
+        buckets.append(
+            BucketFigures(
+                num_matrices=len(indices),
+                flops=busiest_flops(plan, indices),
+                gather_bytes=traffic.gather_busiest,
+                return_bytes=traffic.return_busiest,
+                scratch_bytes=owner_bytes(plan.tasks, plan.owners, indices),
+            )
+        )
+    return PlanFigures(tuple(sent), tuple(received), least, tuple(buckets), plan.cost_model)
+
+
+def pipeline_seconds(model: CostModel, stages: Sequence[tuple[int, int, int]]) -> float:
+    """Seconds of a sequence of exchanges, each overlapped with its neighbours' compute.
+
+    gather_0 + sum_k max(compute_k, gather_{k+1} + return_{k-1}) + return_last.
+
+    Args:
+        model: rates.
+        stages: for each, the busiest rank's bytes to gather, FLOPs, and bytes to return.
+
+    Example:
+        >>> model = CostModel(flops_per_second=1.0, bytes_per_second=1.0, latency_seconds=0.0)
+        >>> pipeline_seconds(model, [(2, 5, 3), (4, 6, 1)])
+        14.0
+    """
+    gathers = [model.send_seconds(gathered) * (gathered > 0) for gathered, _, _ in stages]
+    returns = [model.send_seconds(returned) * (returned > 0) for _, _, returned in stages]
+    total = sum(gathers[:1]) + sum(returns[-1:])
+    for k, (_, flops, _) in enumerate(stages):
+        exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
+        total += max(model.compute_seconds(flops), exchanges)
+    return total
+
+
+def busiest_flops(plan: Plan, indices: Iterable[int]) -> int:
+    """FLOPs of the busiest rank for some matrices."""
+    everywhere = 0
+    loads: dict[int, int] = {}
+    for index in indices:
+        if len(plan.owners[index]) == plan.world_size:
+            everywhere += plan.tasks[index].flops
+            continue
+        for owner in plan.owners[index]:
+            loads[owner] = loads.get(owner, 0) + plan.tasks[index].flops
+    return everywhere + max(loads.values(), default=0)
+
+
+def owner_bytes(
+    tasks: Sequence[MatrixTask], owners: Sequence[Sequence[int]], indices: Iterable[int]
+) -> int:
+    """Bytes on the fullest owner: its whole matrices, and scratch for the batch that needs most.
+
+    Batches run one after another. Scratch and batches are the step's own, on an accelerator with
+    the default bound; weights are taken to be float32, or float64 where matrices travel in it.
+    """
+    whole: dict[int, int] = {}
+    batches: dict[tuple[int, object], tuple[int, MatrixTask]] = {}
+    for index in indices:
+        task = tasks[index]
+        for rank in owners[index]:
+            whole[rank] = whole.get(rank, 0) + task.matrix_bytes
+            number, _ = batches.get((rank, task.batch_key), (0, task))
+            batches[rank, task.batch_key] = (number + 1, task)
+    scratch = dict.fromkeys(whole, 0)
+    for (rank, _), (number, task) in batches.items():
+        scratch[rank] = max(scratch[rank], _batch_scratch_bytes(task, number))
+    return max((whole[rank] + scratch[rank] for rank in whole), default=0)
+
+
+def _batch_scratch_bytes(task: MatrixTask, number: int) -> int:
+    ns_dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[task.wire_bytes]
+    param_dtype = torch.promote_types(ns_dtype, torch.float32)
+    limit = matrices_per_batch(
+        task.rows,
+        task.cols,
+        ns_dtype=ns_dtype,
+        param_dtype=param_dtype,
+        device_type="cuda",
+        max_scratch_bytes=None,
+    )
+    each = scratch_bytes(task.rows, task.cols, ns_dtype=ns_dtype, param_dtype=param_dtype)
+    return min(limit, number) * each
+
+
+def count_traffic(plan: Plan, indices: Iterable[int]) -> Traffic:
+    """The traffic of some of a plan's matrices, counted without listing routes.
+
+    Matrices that a layout cuts alike move the same bytes but for what their owners store
+    themselves, so the work is per tiling and per owner, never per matrix and rank.
+    """
+    counter = _Counter(plan.world_size)
+    for index in indices:
+        task, owners = plan.tasks[index], plan.owners[index]
+        if tiling_of(task).needs_no_message(owners):
+            continue
+        for owner in owners:
+            counter.add_gather(task, owner)
+        counter.add_return(task, owners)
+    return counter.finish()
+
+
+class _Counter:
+    """Sums vectors of bytes by rank: whole vectors once at the end, corrections as they come."""
+
+    def __init__(self, world_size: int) -> None:
+        self.gather_sent = [0] * world_size
+        self.gather_received = [0] * world_size
+        self.return_sent = [0] * world_size
+        self.return_received = [0] * world_size
+        self.least = 0
+        self.gather_tables: dict[int, tuple[PeerBytes, int]] = {}
+        self.return_tables: dict[int, tuple[PeerBytes, int]] = {}
+
+    def add_gather(self, task: MatrixTask, owner: int) -> None:
+        """Counts what travels to one owner."""
+        tiling = tiling_of(task)
+        table = tiling.gather_bytes(task, tiling.layout.replicas[owner])
+        count = self.gather_tables.get(id(table), (table, 0))[1]
+        self.gather_tables[id(table)] = (table, count + 1)
+        received = table.total
+        for rank, correction in tiling.gather_corrections(task, owner).items():
+            self.gather_sent[rank] += correction
+            received += correction
+        self.gather_received[owner] += received
+        self.least += (task.numel - tiling.numel_by_rank.get(owner, 0)) * task.wire_bytes
+
+    def add_return(self, task: MatrixTask, owners: tuple[int, ...]) -> None:
+        """Counts what comes back from the owners of a matrix."""
+        tiling = tiling_of(task)
+        table = tiling.return_bytes(task)
+        if len(owners) == 1:
+            owner = owners[0]
+            own = table.by_rank.get(owner, 0)
+            count = self.return_tables.get(id(table), (table, 0))[1]
+            self.return_tables[id(table)] = (table, count + 1)
+            self.return_received[owner] -= own
+            self.return_sent[owner] += table.total - own
+        else:
+            for rank, num_bytes in table.by_rank.items():
+                owner = tiling.owner_for(owners, rank)
+                if owner != rank:
+                    self.return_sent[owner] += num_bytes
+                    self.return_received[rank] += num_bytes
+        stored = sum(tiling.numel_by_rank.values())
+        at_owners = sum(tiling.numel_by_rank.get(owner, 0) for owner in owners)
+        self.least += (stored - at_owners) * task.wire_bytes
+
+    def finish(self) -> Traffic:
+        """The sums."""
+        for sums, tables in (
+            (self.gather_sent, self.gather_tables),
+            (self.return_received, self.return_tables),
+        ):
+            for table, count in tables.values():
+                for rank, num_bytes in table.by_rank.items():
+                    sums[rank] += count * num_bytes
+        return Traffic(
+            self.gather_sent,
+            self.gather_received,
+            self.return_sent,
+            self.return_received,
+            self.least,
+        )
+
+
+def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:
+    """One rank, "everywhere", or one rank per replica."""
+    owners = plan.owners[task]
+    if len(owners) == 1:
+        return owners[0]
+    return "everywhere" if len(owners) == plan.world_size else list(owners)
