@@ -16,6 +16,7 @@ from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon.flattened import check_not_flattened
 from normuon.learning_rate import warn_if_muon_sized
 from normuon.options import (
+    OPTIONS,
     STRUCTURE_KEYS,
     UNSAVED_KEYS,
     MatrixOptions,
@@ -162,30 +163,8 @@ class NorMuon(Optimizer):
         balance: Balance = "flops",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "algorithm": "normuon",
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "beta2": beta2,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "ns_steps": ns_steps,
-            "eps": eps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "neuron_axis": neuron_axis,
-            "orthogonalizer": orthogonalizer,
-            "ns_backend": ns_backend,
-            "ns_dtype": ns_dtype,
-            "momentum_dtype": momentum_dtype,
-            "equilibrate": equilibrate,
-            "cautious_weight_decay": cautious_weight_decay,
-            "skip_nonfinite": skip_nonfinite,
-            "maximize": maximize,
-            "betas": betas,
-            "adamw_eps": adamw_eps,
-            "max_scratch_bytes": max_scratch_bytes,
-        }
+        given = {"algorithm": "normuon", **locals()}
+        defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         check_options(defaults)
         check_sharing(balance, bucket_bytes)
         check_params(params)
@@ -263,9 +242,6 @@ class NorMuon(Optimizer):
         self._local_matrices: dict[int, LocalMatrices] = {}
         self._structures: dict[int, object] = {}
 
-    def _is_shared(self, param: Tensor, group: dict[str, Any]) -> bool:
-        return is_dtensor(param) or group.get("process_group", self._process_group) is not None
-
     def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool]:
         """The places of a group's parameters that are stepped on this rank alone, and whether it
         has any that ranks share.
@@ -278,25 +254,28 @@ class NorMuon(Optimizer):
             check_vectors_fit(group, self.state)
             if not torch.compiler.is_compiling():  # A traced step that leaves a trace is retraced.
                 self._structures[number] = structure
+        counts_skipped, own_group = group["skip_nonfinite"], group.get("process_group", ...)
+        shares_plain = (self._process_group if own_group is ... else own_group) is not None
         for index, param in enumerate(group["params"]):
-            is_shared = self._is_shared(param, group)
+            state = self.state[param]
+            is_shared = shares_plain or is_dtensor(param)
             shares |= is_shared
-            if group["skip_nonfinite"] and "skipped_steps" not in self.state[param]:
-                counts = initial_state(param, group)["skipped_steps"]
-                self.state[param]["skipped_steps"] = counts
-            if param.grad is None or not param.numel():
+            if counts_skipped and "skipped_steps" not in state:
+                state["skipped_steps"] = initial_state(param, group)["skipped_steps"]
+            grad = param.grad
+            if grad is None or not param.numel():
                 check_not_flattened(param_label(group, index), param)
                 continue
             if not is_shared:
                 alone.append(index)
-            if param.grad.layout != torch.strided:
+            if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
                     "embedding with sparse=False"
                 )
-            if follow_param_(self.state[param], param):
+            if follow_param_(state, param):
                 self._forget_layouts()
-            check_param_fits(group, index, self.state[param])
+            check_param_fits(group, index, state)
         return alone, shares
 
     def _step_alone(self, number: int, places: list[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -30,17 +30,10 @@ from normuon.step.rule import ADJUST_LR_FNS, NEURON_AXES
 Algorithm = Literal["normuon", "muon", "adamw"]
 ALGORITHMS: tuple[Algorithm, ...] = ("normuon", "muon", "adamw")
 
-OPTION_NAMES = frozenset(
-    (
-        *("algorithm", "lr", "weight_decay", "momentum", "beta2", "nesterov", "ns_coefficients"),
-        *("ns_steps", "eps", "adjust_lr_fn", "neuron_axis", "orthogonalizer", "ns_dtype"),
-        *("ns_backend", "momentum_dtype", "equilibrate", "cautious_weight_decay", "skip_nonfinite"),
-        *("maximize", "betas", "adamw_eps", "max_scratch_bytes", "view"),
-    )
-)
-"""Everything a group may set."""
+Check = Callable[[str, object], None]
+"""Takes an option's name and value; raises ValueError if the value is not allowed."""
 
-GROUP_KEYS = frozenset({"params", "param_names", "reasons", "initial_lr", "process_group"})
+GROUP_KEYS = frozenset({"params", "param_names", "reasons", "initial_lr"})
 """What a group carries besides."""
 
 MISSPELT = 0.85
@@ -128,53 +121,127 @@ class MatrixOptions:
         )
 
 
+def _number(low: float, below: float = math.inf) -> Check:
+    """A number, at least ``low`` and below another; a one-element tensor is not read."""
+
+    def check(name: str, value: object) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return  # Reading it would wait for the device.
+        if not number or not low <= value < below:  # type: ignore[operator]
+            top = "finite" if below == math.inf else f"below {below:g}"
+            raise ValueError(f"{name}={value!r} must be a number, at least {low:g} and {top}")
+
+    return check
+
+
+def _choice(known: Sequence[object], other: str = "") -> Check:
+    """One of some values."""
+
+    def check(name: str, value: object) -> None:
+        if value not in known:
+            choices = ", ".join(repr(k) for k in known) + (f" or {other}" if other else "")
+            raise ValueError(f"{name}={value!r} is not known; choose from {choices}")
+
+    return check
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _lr(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, and it has {value.numel()}")
+    _number(0.0)(name, value)
+
+
+def _switch(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def _steps(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 100:
+        raise ValueError(f"{name}={value!r} must be a whole number from 1 to 99")
+
+
+def _betas(name: str, value: object) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name}={value!r} must be two numbers, AdamW's (beta1, beta2)")
+    for index, beta in enumerate(value):
+        _number(0.0, 1.0)(f"{name}[{index}]", beta)
+
+
+def _orthogonalizer(name: str, value: object) -> None:
+    if not callable(value):
+        _choice(("auto", *METHODS), "a callable")(name, value)
+
+
+def _backend(name: str, value: object) -> None:
+    _choice(BACKENDS)(name, value)
+    check_backend(value)  # type: ignore[arg-type]
+
+
+def _process_group(name: str, value: object) -> None:
+    if not hasattr(value, "rank"):
+        raise ValueError(
+            f"{name}={value!r} must be a torch.distributed.ProcessGroup, or None for parameters "
+            "of which this rank alone has a copy"
+        )
+
+
+def _view(name: str, value: object) -> None:
+    if not isinstance(value, MatrixView):
+        raise ValueError(f"{name}={value!r} must be a normuon.MatrixView")
+
+
+_dtype = _or_none(_choice(NS_DTYPES, "None"))
+
+OPTIONS: Mapping[str, Check] = {
+    "algorithm": _choice(ALGORITHMS),
+    "lr": _lr,
+    "weight_decay": _number(0.0),
+    "momentum": _number(0.0, 1.0),
+    "beta2": _number(0.0, 1.0),
+    "nesterov": _switch,
+    "ns_steps": _steps,
+    "ns_coefficients": lambda name, value: None,  # With `ns_steps`: `check_options`.
+    "eps": _number(0.0),
+    "adjust_lr_fn": _choice(ADJUST_LR_FNS),
+    "neuron_axis": _choice(NEURON_AXES),
+    "orthogonalizer": _orthogonalizer,
+    "ns_backend": _backend,
+    "ns_dtype": _dtype,
+    "momentum_dtype": _dtype,
+    "equilibrate": _switch,
+    "cautious_weight_decay": _switch,
+    "skip_nonfinite": _switch,
+    "maximize": _switch,
+    "betas": _betas,
+    "adamw_eps": _number(0.0),
+    "max_scratch_bytes": _or_none(_number(1)),
+}
+"""Everything that a group may set and the constructor has a default for, with its check."""
+
+GROUP_OPTIONS: Mapping[str, Check] = {
+    "view": _or_none(_view),
+    "process_group": _or_none(_process_group),
+}
+"""What only a group may set."""
+
+
 def check_options(group: Mapping[str, Any]) -> None:
     """Checks every option of a group whose defaults are filled in.
 
     Raises:
         ValueError: names the option, its value and what is allowed.
     """
-    _check_choice("algorithm", group["algorithm"], ALGORITHMS)
-    _check_lr(group["lr"])
-    _check_number("weight_decay", group["weight_decay"], low=0.0)
-    _check_number("momentum", group["momentum"], low=0.0, below=1.0)
-    _check_number("beta2", group["beta2"], low=0.0, below=1.0)
-    _check_number("eps", group["eps"], low=0.0)
-    _check_number("adamw_eps", group["adamw_eps"], low=0.0)
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r} must be two numbers, AdamW's (beta1, beta2)")
-    for index, beta in enumerate(betas):
-        _check_number(f"betas[{index}]", beta, low=0.0, below=1.0)
-    ns_steps = group["ns_steps"]
-    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 1 <= ns_steps < 100:
-        raise ValueError(f"ns_steps={ns_steps!r} must be a whole number from 1 to 99")
-    resolve_coefficients(group["ns_coefficients"], ns_steps)
-    _check_choice("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
-    _check_choice("neuron_axis", group["neuron_axis"], NEURON_AXES)
-    orthogonalizer = group["orthogonalizer"]
-    if not callable(orthogonalizer):
-        _check_choice("orthogonalizer", orthogonalizer, ("auto", *METHODS), "a callable")
-    _check_choice("ns_backend", group["ns_backend"], BACKENDS)
-    check_backend(group["ns_backend"])
-    for name in ("ns_dtype", "momentum_dtype"):
-        if group[name] is not None:
-            _check_choice(name, group[name], NS_DTYPES, "None")
-    switches = ("nesterov", "equilibrate", "skip_nonfinite", "maximize", "cautious_weight_decay")
-    for name in switches:
-        if not isinstance(group[name], bool):
-            raise ValueError(f"{name}={group[name]!r} must be True or False")
-    if group["max_scratch_bytes"] is not None:
-        _check_number("max_scratch_bytes", group["max_scratch_bytes"], low=1)
-    process_group = group.get("process_group")
-    if process_group is not None and not hasattr(process_group, "rank"):
-        raise ValueError(
-            f"process_group={process_group!r} must be a torch.distributed.ProcessGroup, or None "
-            "for parameters of which this rank alone has a copy"
-        )
-    view = group.get("view")
-    if view is not None and not isinstance(view, MatrixView):
-        raise ValueError(f"view={view!r} must be a normuon.MatrixView")
+    for name, check in OPTIONS.items():
+        check(name, group[name])
+    for name, check in GROUP_OPTIONS.items():
+        check(name, group.get(name))
+    resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
 
 
 def check_params(params: object) -> None:
@@ -236,40 +303,17 @@ def check_sharing(balance: str, bucket_bytes: int) -> None:
     Raises:
         ValueError: names the option, its value and what is allowed.
     """
-    _check_choice("balance", balance, ("flops", "paper"))
-    _check_number("bucket_bytes", bucket_bytes, low=1)
+    _choice(("flops", "paper"))("balance", balance)
+    _number(1)("bucket_bytes", bucket_bytes)
 
 
 def _check_spelling(group: Mapping[str, Any]) -> None:
     """torch lets a group carry any key, so a slip of the pen would silently keep the default."""
-    for key in sorted(group.keys() - OPTION_NAMES - GROUP_KEYS):
-        close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=MISSPELT)
+    options = {*OPTIONS, *GROUP_OPTIONS}
+    for key in sorted(group.keys() - options - GROUP_KEYS):
+        close = get_close_matches(key, options, n=1, cutoff=MISSPELT)
         if close:
             raise ValueError(f"{key!r} is not an option of a group; did you mean {close[0]!r}?")
-
-
-def _check_lr(lr: object) -> None:
-    if isinstance(lr, Tensor):
-        # Its value is not read: that would wait for the device.
-        if lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, and it has {lr.numel()}")
-        return
-    _check_number("lr", lr, low=0.0)
-
-
-def _check_number(name: str, value: object, *, low: float, below: float = math.inf) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return
-    if not number or not low <= value < below:  # type: ignore[operator]
-        top = "finite" if below == math.inf else f"below {below:g}"
-        raise ValueError(f"{name}={value!r} must be a number, at least {low:g} and {top}")
-
-
-def _check_choice(name: str, value: object, known: tuple[object, ...], other: str = "") -> None:
-    if value not in known:
-        choices = ", ".join(repr(k) for k in known) + (f" or {other}" if other else "")
-        raise ValueError(f"{name}={value!r} is not known; choose from {choices}")
 
 
 def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> None:

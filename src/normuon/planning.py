@@ -18,7 +18,7 @@ from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
 from normuon.optimizer import NorMuon
 from normuon.options import (
-    OPTION_NAMES,
+    OPTIONS,
     MatrixOptions,
     check_matrix_param,
     check_options,
@@ -121,7 +121,7 @@ def plan_for(
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(NorMuon).parameters.items()
-    if name in OPTION_NAMES and parameter.default is not inspect.Parameter.empty
+    if name in OPTIONS and parameter.default is not inspect.Parameter.empty
 }
 
 
@@ -144,7 +144,8 @@ def _live_tasks(
 ) -> tuple[list[MatrixTask], int, CostModel | None]:
     """Tasks, world size and cost model of the live step, which has one plan per set of ranks."""
     tensors = [param for group in groups for param in group["params"]]
-    if process_group is None and not any(map(is_dtensor, tensors)):
+    given = [group.get("process_group", process_group) for group in groups]
+    if not any(given) and not any(map(is_dtensor, tensors)):
         return [], 1, None
     # Only what ranks share needs torch.distributed.
     from normuon.step.shared_params import shared_params

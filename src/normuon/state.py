@@ -229,6 +229,8 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
         return
     view = view_of(group)
     for index, param in enumerate(group["params"]):
+        if states[param]["momentum_buffer"].shape != param.shape:
+            continue  # `check_param_fits` says so.
         for name, dim_of in vector_dims_of(group, view, param).items():
             shape, needed = states[param][name].shape, view.vector_shape(param.shape, dim_of)
             if shape != needed:
@@ -287,9 +289,9 @@ def follow_param_(state: State, param: Tensor) -> bool:
     Returns:
         Whether anything was moved.
     """
-    moved = False
+    device, moved = param.device, False
     for key, value in state.items():
-        if value.device != param.device:
-            state[key] = value.to(param.device)
+        if value.device != device:
+            state[key] = value.to(device)
             moved = True
     return moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -96,13 +98,17 @@ def equilibrate_(x_BMN: Tensor) -> Tensor:
 def largest_magnitude(x_BMN: Tensor) -> Tensor:
     """``[B, 1, 1]``: each matrix's largest absolute value; NaN where it holds one.
 
-    By the largest and the smallest value: on a CPU the infinity norm takes twenty times as long.
+    By the infinity norm, or on a CPU, where that takes twenty times as long, by the largest and the
+    smallest value.
 
     Example:
         >>> largest_magnitude(torch.tensor([[[1.0, -3.0], [2.0, 0.0]]]))
         tensor([[[3.]]])
     """
     whole = (-2, -1)
+    if x_BMN.device.type != "cpu":
+        norm: Tensor = torch.linalg.vector_norm(x_BMN, ord=math.inf, dim=whole, keepdim=True)
+        return norm
     return torch.maximum(x_BMN.amax(whole, keepdim=True), -x_BMN.amin(whole, keepdim=True))
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.task import MatrixTask
-from normuon.options import OPTION_NAMES, MatrixOptions, param_label, planned_name
+from normuon.options import OPTIONS, MatrixOptions, param_label, planned_name
 from normuon.orthogonalize import resolve_ns_dtype
 from normuon.state import matrix_param
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
@@ -195,7 +195,7 @@ def _checksum(param: Tensor) -> Tensor:
 def options_text(group: Mapping[str, Any]) -> str:
     """A group's options in words that are equal on all ranks that have the same."""
     shown = {}
-    for name in sorted(OPTION_NAMES & group.keys() - {"max_scratch_bytes"}):
+    for name in sorted(OPTIONS.keys() - {"max_scratch_bytes"}):
         value = group[name]
         if isinstance(value, Tensor):
             value = "a tensor"  # Reading it would wait for the device.
