@@ -1,7 +1,4 @@
-"""Which parameters are stacks of attention heads, and how large a head is: told by their module.
-
-`groups.py` turns the answer into views that give every head its own orthogonalised matrix.
-"""
+"""Which parameters are stacks of attention heads, and how large a head is: told by their module."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The state of another optimizer as NorMuon's, so that a run can switch in its middle.
 
-Knows the state_dicts of torch.optim.AdamW, torch.optim.Muon and the authors' released NorMuon. What
-NorMuon's own state holds is `state.py`'s; loading it is the optimizer's.
+Known are the state_dicts of torch.optim.AdamW, torch.optim.Muon and the authors' released NorMuon.
 """
 
 from __future__ import annotations

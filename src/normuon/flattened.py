@@ -1,7 +1,7 @@
 """Parameters whose matrices a framework has flattened away, told by the marks it leaves on them.
 
 A flat piece cannot be orthogonalised, and no group or view can bring the matrix back, so these are
-refused wherever they turn up. What ordinary parameters must be is `options.py`'s.
+refused wherever they turn up.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A model's param groups: which parameter takes which algorithm, and a table that says why.
-
-What a parameter is comes from `module_rules.py`, which ones are attention heads from
-`attention_heads.py`; what the groups' options mean, from `options.py`.
-"""
+"""A model's param groups: which parameter takes which algorithm, and a table that says why."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Learning rates of other optimizers in this one's terms, and a warning for the known mistake.
-
-The options themselves are `options.py`'s; the scalings that the arithmetic rests on, `rule.py`'s.
-"""
+"""Learning rates of other optimizers in this one's terms, and a warning for the known mistake."""
 
 from __future__ import annotations
 

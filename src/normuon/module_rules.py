@@ -1,7 +1,7 @@
 """What each parameter of a model is, told by the module that owns it: matrix, embedding, head, ...
 
 Module types decide; names only where a type cannot tell (which Linear is the output head); a shape
-never does on its own. `groups.py` turns the verdicts into param groups.
+never does on its own.
 """
 
 from __future__ import annotations

@@ -181,4 +181,4 @@ def another_owner_case(rank, world_size):
 def test_an_owner_changed_on_one_rank_is_found_before_anything_is_sent(ranks):
     for message in ranks.run(another_owner_case, 3):
         assert "rank 0 and rank 1 built different optimizers" in message
-        assert "w1[0] owners" in message
+        assert "w1[0]: owners" in message

@@ -136,16 +136,23 @@ def test_every_second_bucket_uses_the_same_memory(rank_one_of_four):
     assert len({place for of_kind in places for place in of_kind}) == 8
 
 
-def test_memory_is_that_of_the_largest_bucket_of_its_turn(rank_one_of_four):
-    shapes = [(16, 16)] * 4 + [(8, 8)] * 4 + [(4, 4)] * 4
+@pytest.mark.parametrize("direction", ["gather", "return"])
+@pytest.mark.parametrize("end", ["sent", "received"])
+def test_memory_is_that_of_the_largest_bucket_of_its_turn(rank_one_of_four, end, direction):
+    """What a rank sends and what it receives differ, and so do the buckets."""
+    shapes = [(16, 16)] * 4 + [(8, 8)] * 6 + [(4, 4)] * 5
     tasks = [matrix(f"w{i:02}", shape, (4,), SHARD_ROWS) for i, shape in enumerate(shapes)]
     plan = make_plan(tasks, world_size=4, bucket_bytes=1)
-    found = laid_out_exchanges(plan, "gather", rank_one_of_four)
-    sizes = [exchange.sent.bytes.numel() for exchange in found]
+    found = laid_out_exchanges(plan, direction, rank_one_of_four)
+    messages = [getattr(exchange, end) for exchange in found]
+    sizes = [message.bytes.numel() for message in messages]
+    assert sizes == [sum(message.split_bytes) for message in messages]
     assert len(set(sizes)) > 1
-    for number, exchange in enumerate(found):
-        expected = max(sizes[number % 2 :: 2])
-        assert exchange.sent.bytes.untyped_storage().nbytes() == expected
+    assert sizes != [
+        (exchange.received if end == "sent" else exchange.sent).bytes.numel() for exchange in found
+    ]
+    for number, message in enumerate(messages):
+        assert message.bytes.untyped_storage().nbytes() == max(sizes[number % 2 :: 2])
 
 
 def test_an_exchange_splits_routes_into_messages_and_copies(rank_one_of_four):

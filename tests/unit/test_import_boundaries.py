@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +166,10 @@ def test_importing_the_library_loads_no_optional_package():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=inner_name)
+def test_a_header_says_what_its_own_file_does(path):
+    """What other files do, the imports say; a sentence about them goes stale unseen."""
+    header = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert not re.findall(r"`[a-z_/]+\.py`", header)

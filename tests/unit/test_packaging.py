@@ -44,7 +44,7 @@ def test_the_public_names_are_these():
             "cautious_weight_decay skip_nonfinite maximize betas adamw_eps max_scratch_bytes "
             "process_group balance bucket_bytes",
         ),
-        (normuon.param_groups, "model", "overrides hidden other split_heads"),
+        (normuon.param_groups, "model", "overrides hidden other split_heads hidden_required"),
         (normuon.describe_groups, "groups", ""),
         (normuon.convert_state, "sources", "to params quiet"),
         (normuon.suggest_lr, "lr", "coming_from to"),

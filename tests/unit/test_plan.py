@@ -465,7 +465,7 @@ class TestIdentity:
         first, second = self.plan_with_owners(0, 1), self.plan_with_owners(0, 0)
         assert first.digest() != second.digest()
         assert self.difference(first, second) == (
-            "'b[0] owners: (1,)' on rank 0, 'b[0] owners: (0,)' on rank 1"
+            "'b[0]: owners: (1,)' on rank 0, 'b[0]: owners: (0,)' on rank 1"
         )
 
     def test_another_shard_is_named_with_its_rank(self):
@@ -475,14 +475,30 @@ class TestIdentity:
         others = [replace(task, layout=uneven) for task in tasks]
         plans = [make_plan(t, world_size=2) for t in (tasks, others)]
         assert self.difference(*plans) == (
-            "'  rank 0 stores (((0, 2),), ((0, 8),)) of replica 0' on rank 0, "
-            "'  rank 0 stores (((0, 3),), ((0, 8),)) of replica 0' on rank 1"
+            "'a[0]: stored on rank 0: (((0, 2),), ((0, 8),)) of replica 0' on rank 0, "
+            "'a[0]: stored on rank 0: (((0, 3),), ((0, 8),)) of replica 0' on rank 1"
         )
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"key": "other"},
+            {"flops": 7},
+            {"layout": layout_from_placements((4, 8), mesh_shape=(2,), placements=[("shard", 1)])},
+        ],
+        ids=lambda changed: next(iter(changed)),
+    )
+    def test_a_matrix_of_which_anything_differs_is_named(self, changed):
+        first, second = self.tasks()
+        others = [first, replace(second, **changed)]
+        plans = [make_plan(t, world_size=2) for t in (self.tasks(), others)]
+        assert "b[0]" in self.difference(*plans)
 
     def test_a_missing_matrix_is_named(self):
         plan, shorter = (make_plan(t, world_size=2) for t in (self.tasks(), self.tasks()[:1]))
         assert self.difference(plan, shorter) == (
-            "'b[0] owners: (1,)' on rank 0, 'bucket 0: (0,)' on rank 1"
+            "'b[0]: 4 x 8 at ((0, 0), (4, 8)) in layout 0, , 3200 FLOPs, vectors ((0,),) ((),), 2 "
+            "and 4 bytes' on rank 0, 'a[0]: owners: (0,)' on rank 1"
         )
 
     def test_another_order_of_buckets_is_named(self):

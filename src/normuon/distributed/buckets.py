@@ -113,8 +113,8 @@ def _packed_back(task: MatrixTask, owners: tuple[int, ...]) -> tuple[int, int]:
 class _Fill:
     """What the ranks pack in one direction of the bucket being filled, never too low.
 
-    What ranks hold besides what they own is counted as if one rank held the most of each matrix.
-    With shards of equal size, which FSDP2's are, that is exact.
+    What ranks hold besides what they own is counted as if one rank held the most of each matrix:
+    exact for shards of equal size, and a little too much otherwise.
     """
 
     def __init__(self) -> None:

@@ -122,19 +122,19 @@ class Plan:
         for task in self.tasks:
             if task.layout not in places:
                 places[task.layout] = len(places)
-                yield f"layout {places[task.layout]}: {task.layout.global_shape}"
+                yield f"{task.label}: in layout {places[task.layout]} of {task.layout.global_shape}"
                 for rank, intervals in enumerate(task.layout.intervals_by_rank):
                     replica = task.layout.replicas[rank]
-                    yield f"  rank {rank} stores {intervals} of replica {replica}"
-        for task, owners in zip(self.tasks, self.owners, strict=True):
-            everywhere = len(owners) == self.world_size > 1
-            yield f"{task.label} owners: {'all' if everywhere else owners}"
+                    yield f"{task.label}: stored on rank {rank}: {intervals} of replica {replica}"
             yield (
-                f"  {task.rows} x {task.cols} at {tuple(task.region)} in layout "
+                f"{task.label}: {task.rows} x {task.cols} at {tuple(task.region)} in layout "
                 f"{places[task.layout]}, {task.key}, {task.flops} FLOPs, vectors "
                 f"{task.state_dims} {task.summary_dims}, {task.wire_bytes} and {task.side_bytes} "
                 "bytes"
             )
+        for task, owners in zip(self.tasks, self.owners, strict=True):
+            everywhere = len(owners) == self.world_size > 1
+            yield f"{task.label}: owners: {'all' if everywhere else owners}"
         for number, bucket in enumerate(self.buckets):
             yield f"bucket {number}: {bucket}"
 

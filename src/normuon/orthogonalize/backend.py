@@ -1,8 +1,4 @@
-"""The one place that chooses how a batch of matrices is orthogonalised, and by which backend.
-
-The polynomial is `iteration.py`'s, its cut into segments `segments.py`'s, the dtype
-`precision.py`'s; the optimizer only asks for `orthogonalize`.
-"""
+"""The one place that chooses how a batch of matrices is orthogonalised, and by which backend."""
 
 from __future__ import annotations
 

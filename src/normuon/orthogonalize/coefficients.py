@@ -1,7 +1,7 @@
 """The polynomial coefficients of the Newton-Schulz iteration, each table with its source.
 
 A step maps every singular value s of a matrix with ||X||_2 <= 1 to ``a s + b s^3 + c s^5``; a table
-says which ``(a, b, c)`` each step takes. How the polynomial is evaluated is `newton_schulz.py`'s.
+says which ``(a, b, c)`` each step takes.
 """
 
 from __future__ import annotations

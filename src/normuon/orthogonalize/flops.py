@@ -1,7 +1,6 @@
 """How many FLOPs an orthogonalisation takes, exactly, and which way of evaluating it takes fewest.
 
-Pure Python: plans count with it on machines without devices. What the counted products compute is
-`iteration.py`'s; which accuracy forbids which segments is `segments.py`'s.
+Pure Python: plans count with it on machines without devices.
 
 Notation: s = min(m, n) and l = max(m, n) of an m x n matrix; a multiply-add counts as two.
 """

@@ -1,9 +1,8 @@
 """Newton-Schulz orthogonalisation: an odd polynomial of a matrix, by matrix products alone.
 
-One routine evaluates both published forms, which differ only in how its steps fall into segments
-(`segments.py`): plain Newton-Schulz multiplies X after every step, Gram Newton-Schulz iterates on
-the s x s matrix R = X X^T, s the short side, and multiplies X at the end of a segment. Which form a
-shape takes is `backend.py`'s choice; counting FLOPs is `flops.py`'s.
+One routine evaluates both published forms, which differ only in how its steps fall into segments:
+plain Newton-Schulz multiplies X after every step, Gram Newton-Schulz iterates on the s x s matrix
+R = X X^T, s the short side, and multiplies X at the end of a segment.
 
 Shapes: B matrices of M rows and N columns, ``x_BMN``; S is the short side, L the long one.
 """

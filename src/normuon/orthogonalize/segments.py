@@ -3,7 +3,7 @@
 A segment of steps sees its input only through R = X X^T. Rounding R in a dtype of precision u hides
 singular values below sqrt(u), while the segment magnifies the small ones by the product of its
 steps' ``a``; the error of what comes out grows as u times that product squared. So a segment may
-magnify no more than its dtype bears. What a segment computes is `iteration.py`'s.
+magnify no more than its dtype bears.
 
 The first segment bears more than those after it. ||X||_F is 1 there, so that R rounds to small
 errors; later most singular values are near 1, and R's errors near u. Some of its eigenvalues are

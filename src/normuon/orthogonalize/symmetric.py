@@ -1,8 +1,7 @@
 """Products that are known to be symmetric, computed in their lower half and mirrored.
 
 X X^T is symmetric, and so is the product of two polynomials in it, because they commute. The
-columns are cut into panels: a panel's product needs only the rows from its diagonal on. How many
-panels pay is `flops.py`'s.
+columns are cut into panels: a panel's product needs only the rows from its diagonal on.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def shared_params(
         shared_by_plain = group.get("process_group", process_group)
         for index, param in enumerate(group["params"]):
             shared_by = group_that_shares(param, shared_by_plain)
-            if shared_by is None:
+            if shared_by is None or not param.numel():
                 continue
             label = param_label(group, index)
             ranks = tuple(dist.get_process_group_ranks(shared_by))
