@@ -385,19 +385,19 @@ class NorMuon(Optimizer):
         self._forget_layouts()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What can be pickled: all but process groups, whose absence the first step reports."""
+        """What can be pickled: not process groups, which the first step then asks for."""
         groups = [
             {key: value for key, value in group.items() if key not in UNSAVED_KEYS}
             for group in self.param_groups
         ]
         given = (self._process_group, *(group.get("process_group") for group in self.param_groups))
-        return {
-            **super().__getstate__(),
-            "param_groups": groups,
-            "_balance": self._balance,
-            "_bucket_bytes": self._bucket_bytes,
-            "_lost_process_group": any(group is not None for group in given),
+        sharing = {
+            "_balance": (self._balance, "flops"),
+            "_bucket_bytes": (self._bucket_bytes, DEFAULT_BUCKET_BYTES),
+            "_lost_process_group": (any(group is not None for group in given), False),
         }
+        changed = {name: value for name, (value, usual) in sharing.items() if value != usual}
+        return {**super().__getstate__(), "param_groups": groups, **changed}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NorMuon:
         """A copy in the same process, which keeps its process groups."""

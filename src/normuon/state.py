@@ -141,10 +141,10 @@ def merged_groups(
         own = (*STRUCTURE_KEYS, *UNSAVED_KEYS, "params", "param_names")
         kept = {key: live[key] for key in own if key in live}
         options = {key: value for key, value in saved.items() if key not in own}
-        # Saved names serve where there are no live ones, if they are of this group's parameters:
-        # a flattened checkpoint of several pipeline stages lists those of one stage.
+        # Saved names win, as in any torch optimizer, if they are of this group's parameters: a
+        # flattened checkpoint of several pipeline stages lists those of one stage.
         names = saved.get("param_names")
-        if "param_names" not in live and names and len(names) == len(live["params"]):
+        if names and len(names) == len(live["params"]):
             kept["param_names"] = names
         merged.append({**live, **deepcopy(options), **kept})
     return merged

@@ -258,5 +258,7 @@ def test_ranks_share_the_work_and_find_the_same(
             assert figures.keys() == expected.keys()
             for name, value in expected.items():
                 # Gradients are averaged over ranks that saw the same: equal up to a rounding of
-                # float32, which the condition number multiplies.
-                assert figures[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+                # float32, which the condition number multiplies. NorMuon's rows have equal norms,
+                # so that their spread is nothing but the rounding of float32 weights, some 1e-6.
+                rounding = 1e-5 if name.endswith("update_row_norm_cv") else 1e-6
+                assert figures[name] == pytest.approx(value, rel=1e-3, abs=rounding), name
