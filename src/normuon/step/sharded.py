@@ -263,7 +263,8 @@ class ShardedStep:
                 workspace=self._workspace,
                 moves_B=None if moves_B is None else moves_B[part],
             )
-            if update.o_BMN.data_ptr() != slab_BMN[part].data_ptr():
+            # Compared by storage, since a fake tensor has no address.
+            if update.o_BMN.untyped_storage()._cdata != slab_BMN.untyped_storage()._cdata:
                 slab_BMN[part].copy_(update.o_BMN)
             found = [*(update.state[name] for name in names), *update.summary.values()]
             for slab_BV, vector in zip(slabs_BV, found, strict=True):
