@@ -1,10 +1,9 @@
-"""`normuon plan`: numbers checked by hand, every preset, placements, bad input, and the page."""
+"""`normuon plan`: numbers checked by hand, every preset, placements and bad input."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,44 +22,13 @@ from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import read_placement
 from normuon_lab.cli import main
-from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
+from normuon_lab.plan.contents import plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import model_shapes, shapes_of
 from normuon_lab.plan.page import render_page
 from normuon_lab.presets import PRESETS
 from tests.lab.conftest import Outcome, run_command
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-PLOTS = ("work", "sent", "schemes", "buckets")
-
-TINY_LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 10,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": False,
-}
-
-
-def request_for(mesh: Mesh, **options: Any) -> PlanRequest:
-    """The command's defaults but for `options`."""
-    defaults = {
-        "balance": "flops",
-        "bucket_bytes": 2**28,
-        "wire_dtype": "bfloat16",
-        "cost_model": CostModel(),
-    }
-    return PlanRequest(mesh=mesh, **{**defaults, **options})
-
-
-def contents_of(model: str, mesh: str, **options: Any) -> dict[str, Any]:
-    """What `--json` would print, without a process."""
-    request = request_for(Mesh.parse(mesh), **options)
-    return plan_contents(plan_model(model_shapes(model), request))
+from tests.lab.planned_models import TINY_LLAMA, contents_of, request_for
 
 
 @pytest.fixture(scope="module")
@@ -261,14 +229,13 @@ def test_presets_have_the_parameters_of_their_names(preset: str, billions: float
 def most_excess(contents: dict[str, Any], world_size: int) -> int:
     """Bytes beside the matrices when every shard holds some inputs of all neurons.
 
-    The second moments go to the owner once, and with a scale to every rank that stores a shard;
-    each shard sends a flag.
+    The second moments go to the owner once, and with a scale to every rank that stores a shard.
     """
     excess = 0
     for kind in contents["kinds"]:
         num_shards = min(world_size, kind["parameter_shape"][0])
         moments = 4 * kind["rows"]
-        excess += kind["num_matrices"] * (moments + num_shards * (4 + moments + 4))
+        excess += kind["num_matrices"] * (moments + num_shards * (moments + 4))
     return excess
 
 
@@ -372,6 +339,18 @@ def test_replicas_that_repeat_work_by_choice_say_so(capsys: pytest.CaptureFixtur
     assert contents["num_orthogonalisations"] == 8 * 48
     page = render_page(contents, command="normuon plan gpt2-124m")
     assert "every replica orthogonalises for itself" in page
+    assert "Before the first come the matrices that every rank which stores them" in page
+
+
+def test_the_page_on_the_schema_names_every_key(config_file: Path) -> None:
+    contents = contents_of(str(config_file), "dp_shard=2")
+    page = (Path(__file__).parents[2] / "docs" / "lab" / "plan-schema.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page))
+    keys = set(contents).union(*contents["alternatives"].values())
+    assert keys - {"alternatives"} <= named
+    assert {f"alternatives.{name}" for name in contents["alternatives"]} <= set(
+        re.findall(r"`([\w.]+)`", page)
+    )
 
 
 def test_experts_stay_on_the_ranks_that_hold_them() -> None:
@@ -385,85 +364,6 @@ def test_experts_stay_on_the_ranks_that_hold_them() -> None:
         if name in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
     assert contents["bytes_least_total"] == attention
-
-
-@pytest.fixture(scope="module")
-def opened(called: tuple[Outcome, Path]) -> Iterator[tuple[Any, list[str]]]:
-    """The page in a browser, and everything it complained about or asked others for."""
-    from playwright.sync_api import sync_playwright
-
-    _, path = called
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        complaints: list[str] = []
-        page.on(
-            "console",
-            lambda message: (
-                complaints.append(message.text) if message.type in ("error", "warning") else None
-            ),
-        )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith(("data:", "blob:")) or request.url == path.as_uri()
-                else complaints.append(request.url)
-            ),
-        )
-        page.goto(path.as_uri())
-        page.wait_for_selector("body[data-plots-drawn]", timeout=30_000, state="attached")
-        yield page, complaints
-        browser.close()
-
-
-@needs_browser
-def test_the_page_draws_everything_alone_and_without_an_error(
-    opened: tuple[Any, list[str]],
-) -> None:
-    page, complaints = opened
-    assert complaints == []
-    for plot in PLOTS:
-        box = page.locator(f"#{plot} .main-svg").first.bounding_box()
-        assert box["width"] > 600, plot
-        assert box["height"] > 250, plot
-        assert page.locator(f"#{plot} .barlayer .trace").count() >= 2, plot
-    # Sixteen ranks, each with a bar of the plan and one of round-robin.
-    assert page.locator("#work .barlayer .point").count() == 32
-
-
-@needs_browser
-def test_the_page_says_what_the_json_says(
-    opened: tuple[Any, list[str]], called: tuple[Outcome, Path]
-) -> None:
-    page, _ = opened
-    contents = json.loads(called[0].stdout)
-    assert page.locator("#digest").inner_text() == contents["digest"]
-    row = page.locator("#scheme-table tr[data-scheme=plan]").inner_text()
-    assert f"{contents['imbalance']:.3f}" in row
-    assert "16 B" in page.locator("#traffic-table").inner_text()
-    drawn = page.evaluate("document.getElementById('work').data[0].y")
-    assert [y * 1e12 for y in drawn] == pytest.approx(contents["flops_by_rank"], rel=1e-12)
-
-
-@needs_browser
-def test_a_narrow_window_does_not_scroll_sideways(opened: tuple[Any, list[str]]) -> None:
-    page, complaints = opened
-    page.set_viewport_size({"width": 480, "height": 900})
-    page.wait_for_timeout(300)
-    scroll, client = page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert scroll <= client
-    assert complaints == []
-
-
-def test_text_from_a_path_cannot_break_the_page(config_file: Path) -> None:
-    contents = contents_of(str(config_file), "dp_shard=1")
-    contents["model"]["name"] = "</script><b>x"
-    page = render_page(contents, command="normuon plan </script><b>")
-    assert "</script><b>" not in page
 
 
 def test_planning_allocates_no_weights() -> None:

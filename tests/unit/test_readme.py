@@ -64,6 +64,23 @@ def test_the_readme_says_that_the_options_help_muon_too():
     )
 
 
+def test_the_quoted_plans_are_the_published_tables():
+    table = json.loads((ROOT / "benchmarks" / "results" / "plan_table.json").read_text())
+    rows = {(row["model"], row["world_size"]): row for row in table["rows"]}
+    row = rows["llama-1.1b", 64]
+    assert row["packing_imbalance"] == 1
+    assert (
+        f"| {row['imbalance']:.3f}, which no assignment betters (the paper's round-robin: "
+        f"{row['round_robin']:.3f}) |" in README
+    )
+    costs = (ROOT / "docs" / "explanation" / "costs.md").read_text()
+    for model, world_size in (("gpt2-124m", 16), ("gpt2-350m", 64), ("llama-1.1b", 64)):
+        row = rows[model, world_size]
+        balanced = [f"{row[name]:.3f}" for name in ("imbalance", "round_robin", "padding")]
+        cells = [model, str(world_size), *balanced, f"{row['replicate']:.1f}"]
+        assert f"| {' | '.join(cells)} |" in costs
+
+
 def _figure(row: dict[str, Any]) -> str:
     low, high = row["ci95_t"]
     return f"{row['steps_saved_percent']:.1f}% ({low:.1f} to {high:.1f})"

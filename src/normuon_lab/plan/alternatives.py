@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from normuon.distributed.plan import Plan
 from normuon.distributed.tiling import tiling_of
-from normuon_lab.plan.figures import owner_bytes, pipeline_seconds
+from normuon_lab.plan.figures import batch_bytes, pipeline_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,9 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
         least_stored = min(stored.values()) if len(stored) == plan.world_size else 0
         received = (task.numel - least_stored) * task.wire_bytes
         stages.append((received, task.flops, 0))
-        scratch = max(scratch, owner_bytes([task], [(0,)], [0]))
+        is_everywhere = len(tiling_of(task).whole_ranks) == plan.world_size
+        held = 0 if is_everywhere else task.matrix_bytes
+        scratch = max(scratch, held + batch_bytes(task, 1))
     return Figures(
         name="every rank computes everything",
         num_orthogonalisations=plan.world_size * len(plan.tasks),
@@ -102,6 +104,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
                 loads[rank] += flops * len(indices)
             count += len(indices) * len(tiling.whole_ranks)
             stages.append((0, flops * len(indices), 0))
+            held = 0
         else:
             num_replicas = 1 if tiling.whole_ranks else len(task.layout.full_replicas)
             group_size = plan.world_size // num_replicas
@@ -114,7 +117,8 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             each = (group_size - 1) * shard
             stages += [(each * (ways - 1), flops, each)] * num_groups
             loads = [load + flops * num_groups for load in loads]
-        scratch = max(scratch, owner_bytes([task], [(0,)], [0]))
+            held = task.matrix_bytes if plan.world_size > 1 else 0
+        scratch = max(scratch, held + batch_bytes(task, 1))
     return Figures(
         name="same-shape groups padded to the world size",
         num_orthogonalisations=count,

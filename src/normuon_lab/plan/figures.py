@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from normuon.distributed.plan import Plan
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import PeerBytes, tiling_of
 from normuon.step.order import matrices_per_batch, scratch_bytes
+
+EVERYWHERE = -1
+"""Stands for every rank at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class BucketFigures:
         flops: of the busiest owner.
         gather_bytes: what the busiest rank sends or receives on the way to owners.
         return_bytes: what the busiest rank sends or receives on the way back.
-        scratch_bytes: whole matrices and scratch of a batch on the fullest owner.
+        scratch_bytes: see `owner_bytes`.
     """
 
     num_matrices: int
@@ -88,7 +92,7 @@ class PlanFigures:
 
     @property
     def scratch_bytes_max(self) -> int:
-        """Whole matrices and scratch of one bucket on the fullest owner."""
+        """`owner_bytes` of the bucket that takes most."""
         return max((bucket.scratch_bytes for bucket in self.buckets), default=0)
 
     @property
@@ -163,36 +167,45 @@ def owner_bytes(
 ) -> int:
     """Bytes on the fullest owner: its whole matrices, and scratch for the batch that needs most.
 
-    Batches run one after another. Scratch and batches are the step's own, on an accelerator with
-    the default bound; weights are taken to be float32, or float64 where matrices travel in it.
+    Batches run one after another. A matrix that needs no message is taken from where it is stored,
+    so it adds to a batch only.
+
+    Args:
+        tasks: the plan's matrices.
+        owners: for each, its owners.
+        indices: which of them are held at once: those of a bucket, or those that need no message.
     """
-    whole: dict[int, int] = {}
-    batches: dict[tuple[int, object], tuple[int, MatrixTask]] = {}
+    whole: Counter[int] = Counter()
+    numbers: Counter[tuple[int, object]] = Counter()
+    first_of: dict[object, MatrixTask] = {}
     for index in indices:
-        task = tasks[index]
-        for rank in owners[index]:
-            whole[rank] = whole.get(rank, 0) + task.matrix_bytes
-            number, _ = batches.get((rank, task.batch_key), (0, task))
-            batches[rank, task.batch_key] = (number + 1, task)
-    scratch = dict.fromkeys(whole, 0)
-    for (rank, _), (number, task) in batches.items():
-        scratch[rank] = max(scratch[rank], _batch_scratch_bytes(task, number))
-    return max((whole[rank] + scratch[rank] for rank in whole), default=0)
+        task, ranks = tasks[index], owners[index]
+        first_of.setdefault(task.batch_key, task)
+        is_alone = tiling_of(task).needs_no_message(tuple(ranks))
+        for rank in ranks if len(ranks) < task.layout.world_size else (EVERYWHERE,):
+            whole[rank] += 0 if is_alone else task.matrix_bytes
+            numbers[rank, task.batch_key] += 1
+    scratch: dict[int, int] = {}
+    for (rank, key), number in numbers.items():
+        shared = 0 if rank == EVERYWHERE else numbers.get((EVERYWHERE, key), 0)
+        needed = batch_bytes(first_of[key], number + shared)
+        scratch[rank] = max(scratch.get(rank, 0), needed)
+    everywhere = scratch.pop(EVERYWHERE, 0)  # Of matrices that need no message.
+    own = (whole[rank] + max(needed, everywhere) for rank, needed in scratch.items())
+    return max(own, default=everywhere)
 
 
-def _batch_scratch_bytes(task: MatrixTask, number: int) -> int:
-    ns_dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[task.wire_bytes]
-    param_dtype = torch.promote_types(ns_dtype, torch.float32)
+def batch_bytes(task: MatrixTask, number: int) -> int:
+    """Scratch of the step for some matrices like `task`, as many at once as its bound allows.
+
+    Counted for an accelerator, float32 weights, Newton-Schulz in bfloat16 and the default bound,
+    whatever the dtype on the wire: so are the plan's FLOPs.
+    """
+    dtypes = {"ns_dtype": torch.bfloat16, "param_dtype": torch.float32}
     limit = matrices_per_batch(
-        task.rows,
-        task.cols,
-        ns_dtype=ns_dtype,
-        param_dtype=param_dtype,
-        device_type="cuda",
-        max_scratch_bytes=None,
+        task.rows, task.cols, device_type="cuda", max_scratch_bytes=None, **dtypes
     )
-    each = scratch_bytes(task.rows, task.cols, ns_dtype=ns_dtype, param_dtype=param_dtype)
-    return min(limit, number) * each
+    return min(limit, number) * scratch_bytes(task.rows, task.cols, **dtypes)
 
 
 def count_traffic(plan: Plan, indices: Iterable[int]) -> Traffic:

@@ -181,9 +181,15 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
 
 
 def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
-    """What each bucket takes on its busiest rank: gather, compute, return."""
+    """What each bucket takes on its busiest rank: gather, compute, return.
+
+    What needs no exchange stands before bucket 0.
+    """
     figure = go.Figure()
     buckets = contents["buckets"]
+    first = contents["num_buckets"] - len(buckets)
+    numbers = list(range(first, contents["num_buckets"]))
+    labels = [f"bucket {number}" if number >= 0 else "no exchange" for number in numbers]
     stages = (
         ("gather_seconds", "gather to owners", "#56B4E9"),
         ("compute_seconds", "orthogonalise", COLORS["plan"]),
@@ -192,21 +198,27 @@ def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
     for key, label, color in stages:
         figure.add_trace(
             go.Bar(
-                x=list(range(len(buckets))),
+                x=numbers,
                 y=[1e3 * bucket[key] for bucket in buckets],
                 name=label,
                 marker={"color": color},
-                customdata=[bucket["num_matrices"] for bucket in buckets],
-                hovertemplate=f"bucket %{{x}}, %{{customdata}} matrices: {label} %{{y:.3g}} ms"
+                customdata=[
+                    (name, bucket["num_matrices"])
+                    for name, bucket in zip(labels, buckets, strict=True)
+                ],
+                hovertemplate="%{customdata[0]}, %{customdata[1]} matrices: "
+                f"{label} %{{y:.3g}} ms"
                 "<extra></extra>",
             )
         )
     _style(figure, height=340)
     figure.update_layout(barmode="group", bargap=0.25 if len(buckets) > 3 else 0.6)
+    few = len(buckets) <= 30
     figure.update_xaxes(
         title_text="bucket, in the order of the step",
-        dtick=1 if len(buckets) <= 30 else None,
-        range=[-0.6, len(buckets) - 0.4],
+        tickvals=numbers if few else None,
+        ticktext=[label.removeprefix("bucket ") for label in labels] if few else None,
+        range=[first - 0.6, contents["num_buckets"] - 0.4],
     )
     figure.update_yaxes(title_text="ms on the busiest rank", rangemode="tozero")
     return figure
