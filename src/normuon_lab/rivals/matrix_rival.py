@@ -2,7 +2,7 @@
 
 A rival says only which direction a batch of matrices moves in. Its step has an RMS of 0.2 times the
 learning rate, the size of an AdamW step and of NorMuon's, so that learning rates compare.
-Shapes as in `normuon.rule`: B matrices of M rows (neurons) and N columns.
+Shapes as in `normuon.step.rule`: B matrices of M rows (neurons) and N columns.
 """
 
 from __future__ import annotations
@@ -105,7 +105,12 @@ def with_adamw_rms(direction_BMN: Tensor) -> Tensor:
         >>> with_adamw_rms(torch.tensor([[[3.0, 4.0]]]))
         tensor([[[0.1697, 0.2263]]])
     """
+    return direction_BMN * adamw_rms_scale(direction_BMN)
+
+
+def adamw_rms_scale(direction_BMN: Tensor) -> Tensor:
+    """What brings each matrix to an RMS of 0.2, ``[B, 1, 1]``; 0 for a zero matrix."""
     entries = direction_BMN.shape[-2] * direction_BMN.shape[-1]
     norm_B11 = torch.linalg.vector_norm(direction_BMN, dim=(-2, -1), keepdim=True)
     scale_B11 = rule.ADAMW_RMS * entries**0.5 / norm_B11
-    return direction_BMN * torch.where(norm_B11 == 0, 0.0, scale_B11)
+    return torch.where(norm_B11 == 0, 0.0, scale_B11)
