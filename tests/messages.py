@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normuon.distributed.exchange import Message
 from normuon.distributed.plan import Direction, Plan
-from normuon.distributed.routes import Route
+from normuon.distributed.tiling import Route
 
 UNUSED_BYTES = 24
 """What every storage is longer than its message: buckets share memory."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from normuon.distributed.mesh_layout import Placement, layout_from_placements
+from normuon.distributed.layout import Placement, Region, ShardLayout, layout_from_placements
 from normuon.distributed.plan import Direction, Plan
-from normuon.distributed.regions import Region, ShardLayout
-from normuon.distributed.routes import Route
 from normuon.distributed.task import MatrixTask
+from normuon.distributed.tiling import Route
 from normuon.orthogonalize.flops import orthogonalize_flops
 
 SHARD_ROWS: list[Placement] = [("shard", 0)]

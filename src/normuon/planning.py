@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normuon.distributed.assignment import Balance
 from normuon.distributed.cost import CostModel
-from normuon.distributed.mesh_layout import Placement, layout_from_placements
+from normuon.distributed.layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
 from normuon.optimizer import NorMuon

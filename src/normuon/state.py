@@ -96,7 +96,7 @@ def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:
 def _zeros_over(param: Tensor, dims: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros over some dims of a parameter, sharded as the parameter is."""
     if is_dtensor(param):
-        from normuon.distributed.layout import sharded_zeros
+        from normuon.distributed.dtensor import sharded_zeros
 
         return sharded_zeros(param, kept_dims=dims, dtype=dtype)
     return torch.zeros([param.shape[dim] for dim in dims], dtype=dtype, device=param.device)
@@ -105,7 +105,7 @@ def _zeros_over(param: Tensor, dims: Sequence[int], dtype: torch.dtype) -> Tenso
 def _replicated_counts(param: Tensor, num_matrices: int) -> Tensor:
     counts = torch.zeros(num_matrices, dtype=torch.int32, device=param.device)
     if is_dtensor(param):
-        from normuon.distributed.layout import replicated_like
+        from normuon.distributed.dtensor import replicated_like
 
         return replicated_like(counts, param)
     return counts
@@ -187,7 +187,7 @@ def _copy_(tensor: Tensor, value: Tensor, group: Mapping[str, Any], index: int, 
         return
     from torch.distributed.tensor import DTensor
 
-    from normuon.distributed.layout import copy_to_shards_
+    from normuon.distributed.dtensor import copy_to_shards_
 
     param = group["params"][index]
     assert isinstance(tensor, DTensor)

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from normuon import NorMuon
-from normuon.distributed.layout import shards_of
-from normuon.distributed.mesh_layout import layout_from_placements
+from normuon.distributed.dtensor import shards_of
+from normuon.distributed.layout import layout_from_placements
 from normuon.distributed.plan import make_plan
 from normuon.matrix_view import MatrixView
 from normuon.options import MatrixOptions

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
-from normuon.distributed.layout import read_placement
+from normuon.distributed.dtensor import read_placement
 from normuon_lab.cli import main
 from normuon_lab.plan.contents import plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh

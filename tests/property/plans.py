@@ -7,9 +7,8 @@ import math
 from hypothesis import strategies as st
 
 from normuon.distributed.cost import CostModel
-from normuon.distributed.mesh_layout import layout_from_placements
+from normuon.distributed.layout import Region, layout_from_placements
 from normuon.distributed.plan import make_plan
-from normuon.distributed.regions import Region
 from normuon.distributed.task import MatrixTask
 from tests.planned import place_of, plain_flops
 

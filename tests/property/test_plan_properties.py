@@ -18,9 +18,8 @@ from normuon.distributed.balance import (
     longest_processing_time,
     makespan_bound,
 )
-from normuon.distributed.mesh_layout import layout_from_placements
+from normuon.distributed.layout import layout_from_placements, ranks_in
 from normuon.distributed.plan import make_plan
-from normuon.distributed.regions import ranks_in
 from normuon.distributed.tiling import tiling_of
 from tests.planned import every_route, owned, route_bytes
 from tests.property.plans import placements_on, plans

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from normuon.distributed.cost import CostModel
 from normuon.distributed.exchange import exchanges, message_bytes
 from normuon.distributed.plan import make_plan
-from normuon.distributed.routes import Route
+from normuon.distributed.tiling import Route
 from tests.messages import elements_of, entries_of, laid_out
 from tests.planned import SHARD_ROWS, matrix
 

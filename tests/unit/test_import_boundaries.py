@@ -99,23 +99,20 @@ def test_the_step_on_one_device_imports_nothing_that_knows_of_ranks(name):
 
 # Each file of `distributed` may import from it only what stands before it.
 ORDER_IN_DISTRIBUTED = [
-    "regions",
+    "layout",
     "task",
     "tiling",
-    "mesh_layout",
-    "routes",
     "balance",
     "cost",
     "assignment",
-    "buckets",
     "plan",
     "agreement",
     "copies",
     "exchange",
-    "layout",
+    "dtensor",
 ]
 
-WITH_TORCH = ["agreement", "copies", "exchange", "layout"]
+WITH_TORCH = ["agreement", "copies", "exchange", "dtensor"]
 """The files of `distributed` that touch tensors; all others are pure Python."""
 
 DISTRIBUTED = sorted((PACKAGE / "distributed").glob("*.py"))

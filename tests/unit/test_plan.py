@@ -20,13 +20,10 @@ from normuon.distributed.balance import (
     makespan_bound,
     round_robin,
 )
-from normuon.distributed.buckets import form_buckets
 from normuon.distributed.cost import CostModel
-from normuon.distributed.mesh_layout import layout_from_placements
-from normuon.distributed.plan import make_plan
-from normuon.distributed.regions import Region, ShardLayout
-from normuon.distributed.routes import Route
-from normuon.distributed.tiling import tiling_of
+from normuon.distributed.layout import Region, ShardLayout, layout_from_placements
+from normuon.distributed.plan import form_buckets, make_plan
+from normuon.distributed.tiling import Route, tiling_of
 from tests.planned import (
     SHARD_ROWS,
     bytes_sent,
@@ -598,7 +595,7 @@ def imported_modules(path):
 
 def test_the_planner_imports_the_standard_library_alone():
     package = Path(normuon.distributed.__file__).parent
-    reached, waiting = set(), ["plan", "mesh_layout"]
+    reached, waiting = set(), ["plan", "layout"]
     while waiting:
         name = waiting.pop()
         if name in reached:
@@ -609,4 +606,4 @@ def test_the_planner_imports_the_standard_library_alone():
                 waiting.append(module.rsplit(".", 1)[1])
             else:
                 assert module.split(".")[0] in sys.stdlib_module_names, (name, module)
-    assert {"regions", "cost", "routes", "tiling", "balance"} <= reached
+    assert {"layout", "cost", "task", "tiling", "balance"} <= reached

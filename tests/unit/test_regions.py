@@ -14,8 +14,13 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from normuon.distributed.mesh_layout import layout_from_placements
-from normuon.distributed.regions import Region, Segment, ShardLayout, ranks_in
+from normuon.distributed.layout import (
+    Region,
+    Segment,
+    ShardLayout,
+    layout_from_placements,
+    ranks_in,
+)
 from normuon.distributed.tiling import tiling_of
 from tests.planned import matrix_of
 

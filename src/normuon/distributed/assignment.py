@@ -14,7 +14,7 @@ from normuon.distributed.balance import (
     round_robin,
 )
 from normuon.distributed.cost import CostModel, format_bytes
-from normuon.distributed.regions import ranks_in
+from normuon.distributed.layout import ranks_in
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import tiling_of
 

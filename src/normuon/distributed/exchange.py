@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normuon.distributed.copies import Copy, CopyPlan, contiguous
 from normuon.distributed.plan import Direction, Plan
-from normuon.distributed.routes import Route
+from normuon.distributed.tiling import Route
 
 
 class Message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from normuon.distributed.regions import Region, ShardLayout
+from normuon.distributed.layout import Region, ShardLayout
 
 Dims = tuple[int, ...]
 

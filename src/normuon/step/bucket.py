@@ -11,11 +11,10 @@ from math import prod
 
 from normuon.distributed.copies import Block, Copy, CopyPlan, contiguous
 from normuon.distributed.exchange import Exchange
+from normuon.distributed.layout import Region
 from normuon.distributed.plan import Plan
-from normuon.distributed.regions import Region
-from normuon.distributed.routes import Route
 from normuon.distributed.task import Dims, MatrixTask
-from normuon.distributed.tiling import tiling_of
+from normuon.distributed.tiling import Route, tiling_of
 from normuon.matrix_view import MatrixRun
 from normuon.step.pieces import PieceBatch, PieceRun
 from normuon.step.shared_params import SharedMatrix

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normuon.distributed.agreement import check_agreement
-from normuon.distributed.layout import place_among_copies
+from normuon.distributed.dtensor import place_among_copies
 from normuon.step.adamw import is_finite
 from normuon.step.order import GRADIENT, NONFINITE, finite_pieces
 from normuon.step.pieces import PieceBatch

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from normuon.distributed.regions import Region, ShardLayout
+from normuon.distributed.layout import Region, ShardLayout
 from normuon.distributed.task import MatrixTask
 from normuon.matrix_view import MatrixView
 from normuon.options import MatrixOptions

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from normuon.distributed.agreement import check_agreement
 from normuon.distributed.assignment import Balance
+from normuon.distributed.dtensor import placed_gradient
 from normuon.distributed.exchange import exchanges
-from normuon.distributed.layout import placed_gradient
 from normuon.distributed.plan import make_plan
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace

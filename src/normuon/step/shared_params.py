@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from normuon.distributed.cost import CostModel
-from normuon.distributed.layout import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
+from normuon.distributed.dtensor import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.task import MatrixTask
 from normuon.options import OPTIONS, MatrixOptions, param_label, planned_name
 from normuon.orthogonalize import resolve_ns_dtype

@@ -19,9 +19,8 @@ from normuon import MatrixView, plan_for
 from normuon.distributed.assignment import Balance
 from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
-from normuon.distributed.mesh_layout import Placement, layout_from_placements
+from normuon.distributed.layout import Placement, ShardLayout, layout_from_placements
 from normuon.distributed.plan import Plan, make_plan
-from normuon.distributed.regions import ShardLayout
 from normuon_lab.errors import InputError
 from normuon_lab.plan.alternatives import Figures, compute_everywhere, pad_to_world_size
 from normuon_lab.plan.bounds import packing_bound

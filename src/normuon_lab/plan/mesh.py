@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from normuon.distributed.mesh_layout import Placement
+from normuon.distributed.layout import Placement
 from normuon_lab.errors import require
 
 AXES = ("dp_replicate", "dp_shard", "tp")

@@ -111,7 +111,7 @@ class NorMuonTall(NormalizedRival):
         if m <= n:
             return FixedNorm()
         return NeuronNormalizer(
-            beta2=group["beta2"], eps=EPS, adjust_lr_fn="match_rms_adamw", neuron_axis="rows"
+            beta2=group["beta2"], eps=EPS, adjust_lr_fn="match_rms_adamw", neuron_axis="row"
         )
 
 
