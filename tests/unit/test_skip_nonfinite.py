@@ -87,3 +87,16 @@ def test_it_may_be_turned_on_later_and_counts_from_then():
     optimizer.step()
     assert optimizer.state[param]["skipped_steps"].tolist() == [2]
     assert param.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_weight_decay_as_a_tensor_decays_adamw_parameters_as_a_number_does(bad):
+    stepped = []
+    for weight_decay in (0.5, torch.tensor(0.5)):
+        param = torch.nn.Parameter(torch.arange(1.0, 5.0))
+        param.grad = torch.full((4,), float("nan") if bad else 0.1)
+        group = {"params": [param], "algorithm": "adamw"}
+        NorMuon([group], lr=0.1, weight_decay=weight_decay, skip_nonfinite=True).step()
+        stepped.append(param.detach())
+    torch.testing.assert_close(stepped[1], stepped[0])
+    assert torch.equal(stepped[1], torch.arange(1.0, 5.0)) == bad

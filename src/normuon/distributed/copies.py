@@ -78,17 +78,31 @@ class CopyPlan:
         """Strided copies that are left."""
         return len(self._copies)
 
-    def run_(self, sources: FlatTensors, targets: FlatTensors) -> None:
+    def run_(
+        self,
+        sources: FlatTensors,
+        targets: FlatTensors,
+        *,
+        source: int | None = None,
+        target: int | None = None,
+    ) -> None:
         """Copies, converting dtypes.
 
         Args:
             sources: flat tensors.
             targets: flat tensors, written to.
+            source: copies from this tensor only.
+            target: copies into this tensor only.
         """
-        if self._copies:
+        copies = [
+            copy
+            for copy in self._copies
+            if source in (None, copy.source) and target in (None, copy.target)
+        ]
+        if copies:
             torch._foreach_copy_(
-                [copy.put.of(targets[copy.target]) for copy in self._copies],
-                [copy.taken.of(sources[copy.source]) for copy in self._copies],
+                [copy.put.of(targets[copy.target]) for copy in copies],
+                [copy.taken.of(sources[copy.source]) for copy in copies],
             )
 
 

@@ -157,6 +157,14 @@ def _call(
     found_inf: Tensor | None,
 ) -> None:
     beta1, beta2 = group["betas"]
+    weight_decay = group["weight_decay"]
+    if isinstance(weight_decay, Tensor):
+        # torch's kernels take a number, which the host would have to read from the tensor.
+        kept = 1 - group["lr"] * weight_decay
+        if found_inf is not None:
+            kept = torch.where(found_inf == 0, kept, 1.0)
+        torch._foreach_mul_(list(params), kept)
+        weight_decay = 0.0
     adamw(
         list(params),
         list(grads),
@@ -174,7 +182,7 @@ def _call(
         beta1=beta1,
         beta2=beta2,
         lr=group["lr"],
-        weight_decay=group["weight_decay"],
+        weight_decay=weight_decay,
         eps=group["adamw_eps"],
         maximize=group["maximize"],
     )

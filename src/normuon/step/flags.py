@@ -17,6 +17,11 @@ from normuon.step.pieces import PieceBatch
 from normuon.step.shared_params import SharedMatrix, SharedParams, SharedVector
 
 
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host may look at values without waiting for a device."""
+    return device.type == "cpu"
+
+
 class GradientFlags:
     """One number per matrix and per `adamw` parameter: the largest that any copy or shard says.
 
@@ -45,7 +50,7 @@ class GradientFlags:
             size += number
         self._numbers = {id(matrix.owner): n for n, matrix in enumerate(shared.matrices)}
         self._size = size
-        self._is_host = shared.device.type == "cpu"
+        self._is_host = reading_is_free(shared.device)
         # On a CPU, for each shard that has copies, one flag that a copy has a gradient and one that
         # a copy lacks it; then two for the options.
         self._copies: dict[int, int] = {}
@@ -94,7 +99,7 @@ class GradientFlags:
             grads = [run.owner.grad for run in batch.runs]
             if batch.first.group["skip_nonfinite"] and any(grad is not None for grad in grads):
                 said = torch.where(finite_pieces(batch), 0.0, NONFINITE)
-                self._flags.index_reduce_(0, index, said, "amax")
+                self._flags.scatter_reduce_(0, index, said, "amax")
         for number, vector in enumerate(self._shared.vectors):
             if vector.group["skip_nonfinite"] and vector.grad is not None:
                 at = self.of_vector(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -172,35 +173,17 @@ class ShardedStep:
     # To the owners.
 
     def _start_gather(self, number: int) -> None:
-        """Line 2, and its result on the way to the owners."""
+        """Line 2, and its result on the way to the owners.
+
+        One class of pieces after another, in the same memory: a second copy of all that a rank
+        stores would be half of a step's memory.
+        """
         bucket = self.buckets[number]
-        pieces = self._slabs(
-            "pieces",
-            [
-                (stored.num_sent * stored.batch.rows * stored.batch.cols, _momentum_dtype(stored))
-                for stored in bucket.stored
-            ],
-        )
-        vectors: dict[int, Tensor] = {}
-        for stored, slab in zip(bucket.stored, pieces, strict=True):
-            batch = stored.batch
-            direction = slab.view(stored.num_sent, batch.rows, batch.cols)
-            options = self._options[id(batch.first.group)]
-            advance_(
-                batch,
-                direction if stored.num_sent else None,
-                options=options,
-                moves_K=self._moves(batch),
-            )
-            dims = options.normalizer.state_dims(stored.task.rows, stored.task.cols)
-            for vector, name in enumerate(dims):
-                slab_KV = self._empty_vectors(stored, batch.count, vector)
-                batch.load_vectors(name, slab_KV)
-                vectors[stored.first_vector + vector] = slab_KV.view(-1)
-        self._matrices_here[number] = self._slabs(
+        matrices = self._slabs(
             f"matrices {number % (NUM_SLOTS + 1)}",
             [(len(o.tasks) * o.task.numel, o.matrix.wire[0]) for o in bucket.owned],
         )
+        self._matrices_here[number] = matrices
         self._vectors_here[number] = {
             owned.first_vector + vector: self._empty_vectors(owned, len(owned.tasks), vector).view(
                 -1
@@ -209,11 +192,33 @@ class ShardedStep:
             for vector in range(len(owned.vector_sizes))
         }
         sent, copies = bucket.gather.sent, bucket.there
-        copies.into_message[0].run_(pieces, [sent.elements])
+        vectors: dict[int, Tensor] = {}
+        for place, stored in enumerate(bucket.stored):
+            directions = {place: self._advance(stored)}
+            copies.into_message[0].run_(directions, [sent.elements], source=place)
+            copies.within[0].run_(directions, matrices, source=place)
+            options = self._options[id(stored.batch.first.group)]
+            dims = options.normalizer.state_dims(stored.task.rows, stored.task.cols)
+            for vector, name in enumerate(dims):
+                slab_KV = self._empty_vectors(stored, stored.batch.count, vector)
+                stored.batch.load_vectors(name, slab_KV)
+                vectors[stored.first_vector + vector] = slab_KV.view(-1)
         copies.into_message[1].run_(vectors, [sent.entries])
-        copies.within[0].run_(pieces, self._matrices_here[number])
         copies.within[1].run_(vectors, self._vectors_here[number])
         bucket.gather.start()
+
+    def _advance(self, stored: StoredPieces) -> Tensor:
+        """Line 2 for pieces of one class, and the directions of those that are sent, flat."""
+        batch, dtype = stored.batch, stored.batch.first.state["momentum_buffer"].dtype
+        shape = (stored.num_sent, batch.rows, batch.cols)
+        (flat,) = self._slabs("pieces", [(prod(shape), dtype)])
+        advance_(
+            batch,
+            flat.view(shape) if stored.num_sent else None,
+            options=self._options[id(batch.first.group)],
+            moves_K=self._moves(batch),
+        )
+        return flat
 
     # At the owners.
 
@@ -282,11 +287,6 @@ class ShardedStep:
         """Line 7 for the pieces that this rank stores, and the state that came back with them."""
         bucket = self.buckets[number]
         bucket.back.finish()
-        sizes = [
-            (s.batch.count * s.batch.rows * s.batch.cols, stats_dtype(s.batch.first.param.dtype))
-            for s in bucket.stored
-        ]
-        pieces = self._slabs("pieces", sizes)
         vectors = {
             stored.first_vector + vector: self._empty_vectors(
                 stored, stored.batch.count, vector
@@ -295,11 +295,15 @@ class ShardedStep:
             for vector in range(len(stored.vector_sizes))
         }
         received, copies = bucket.back.received, bucket.home
-        copies.out_of_message[0].run_([received.elements], pieces)
         copies.out_of_message[1].run_([received.entries], vectors)
-        copies.within[0].run_(self._matrices_here.pop(number), pieces)
         copies.within[1].run_(self._vectors_here.pop(number), vectors)
-        for stored, slab in zip(bucket.stored, pieces, strict=True):
+        matrices = self._matrices_here.pop(number)
+        for place, stored in enumerate(bucket.stored):
+            batch = stored.batch
+            size = batch.count * batch.rows * batch.cols
+            (slab,) = self._slabs("pieces", [(size, stats_dtype(batch.first.param.dtype))])
+            copies.out_of_message[0].run_([received.elements], {place: slab}, target=place)
+            copies.within[0].run_(matrices, {place: slab}, target=place)
             self._apply(stored, slab, vectors)
 
     def _apply(self, stored: StoredPieces, slab: Tensor, vectors: dict[int, Tensor]) -> None:
@@ -362,7 +366,3 @@ class ShardedStep:
             memory[start : start + size * dtype.itemsize].view(dtype)
             for start, (size, dtype) in zip(starts, sizes, strict=False)
         ]
-
-
-def _momentum_dtype(stored: StoredPieces) -> torch.dtype:
-    return stored.batch.first.state["momentum_buffer"].dtype
