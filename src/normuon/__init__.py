@@ -1,9 +1,9 @@
 """NorMuon: orthogonalised momentum with one adaptive scale per neuron, for PyTorch."""
 
 from normuon.convert import convert_state
-from normuon.groups import describe_groups, param_groups
 from normuon.learning_rate import suggest_lr
-from normuon.matrix_view import MatrixView
+from normuon.models.groups import describe_groups, param_groups
+from normuon.models.view import MatrixView
 from normuon.optimizer import NorMuon
 from normuon.planning import plan_for
 

@@ -5,6 +5,7 @@ Known are the state_dicts of torch.optim.AdamW, torch.optim.Muon and the authors
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from normuon.learning_rate import suggest_lr
-from normuon.module_rules import WRAPPER_PREFIXES
+from normuon.models.wrappers import bare_name
 from normuon.state import view_of
 
 Kind = Literal["AdamW", "Muon", "NorMuon"]
@@ -156,7 +157,7 @@ def _groups_of(source: Optimizer | Mapping[str, Any]) -> Groups:
 def _kind_of(group: Mapping[str, Any]) -> Kind:
     """Which known algorithm a saved group's options belong to."""
     keys = group.keys()
-    if "algorithm" in keys:
+    if "adamw_eps" in keys:
         raise ValueError("this is a NorMuon's state already: give it to load_state_dict as it is")
     if keys >= MUON_KEYS:
         return "Muon"
@@ -202,11 +203,13 @@ def _members(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield entry if isinstance(entry, tuple) else (names[index] if names else "", entry)
 
 
-def _bare(name: str) -> str:
-    """A parameter's name without what DDP and torch.compile put before it."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+def _params_by_name(groups: Groups) -> dict[str, list[Tensor]]:
+    found: dict[str, list[Tensor]] = {}
+    for group in groups:
+        for name, param in _members(group):
+            if name:
+                found.setdefault(bare_name(name), []).append(param)
+    return found
 
 
 def _matched(
@@ -217,9 +220,11 @@ def _matched(
         raise ValueError(
             f"params= lists {len(params)} parameters, and the old optimizers have {len(saved)}"
         )
-    by_name = {_bare(name): param for group in groups for name, param in _members(group) if name}
+    by_name = _params_by_name(groups)
+    num_saved = Counter(bare_name(entry.name) for entry in saved if entry.name)
     trained = {id(param) for group in groups for _, param in _members(group)}
     matched: dict[int, SavedParam] = {}
+    num_met: Counter[str] = Counter()
     for index, entry in enumerate(saved):
         param: Tensor | None
         if params is not None:
@@ -227,7 +232,17 @@ def _matched(
         elif entry.param is not None:
             param = entry.param
         elif entry.name is not None:
-            param = by_name.get(_bare(entry.name))
+            name = bare_name(entry.name)
+            alike = by_name.get(name, [])
+            if alike and len(alike) + num_met[name] != num_saved[name]:
+                raise ValueError(
+                    f"{entry.label}: {num_saved[name]} parameters of the old optimizers have this "
+                    f"name and {len(alike) + num_met[name]} of to=; give the old optimizer itself, "
+                    "or its parameters in their order with params="
+                )
+            # Equal names, of several models, match in order.
+            param = alike.pop(0) if alike else None
+            num_met[name] += 1
         else:
             raise ValueError(
                 f"{entry.label}: this state_dict has no parameter names; give the old optimizer "
@@ -259,7 +274,8 @@ def _converted(
             return {}  # A first moment without a second would make AdamW's first steps huge.
         report.count("AdamW's state kept whole")
         kept = {key: entry.state[key] for key in ("exp_avg", "exp_avg_sq")}
-        return {**kept, "step": torch.as_tensor(entry.state["step"], dtype=torch.float32)}
+        step = entry.state["step"]
+        return {**kept, "step": torch.as_tensor(step, dtype=torch.float32, device=moment.device)}
     report.count(f"{entry.kind}'s first moment carried over")
     if algorithm == "muon":
         return {"momentum_buffer": moment}

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
 from normuon.step.rule import ADAMW_RMS
 
 Origin = Literal["adamw", "muon_match_rms_adamw", "muon_original"]
@@ -57,7 +57,8 @@ def suggest_lr(
         >>> from normuon import param_groups
         >>> suggest_lr(3e-4, coming_from="adamw")
         0.0003
-        >>> groups = param_groups(nn.Sequential(nn.Linear(400, 100), nn.Linear(100, 400)))
+        >>> layers = [nn.Linear(400, 100), nn.Linear(100, 400), nn.Linear(400, 10)]
+        >>> groups = param_groups(nn.Sequential(*layers))
         >>> round(suggest_lr(0.02, coming_from="muon_original", to=groups), 6)
         0.007906
     """

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from normuon.checkpoint import loaded_state, merged_groups, saved_form
 from normuon.distributed.assignment import Balance
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
-from normuon.flattened import check_not_flattened
 from normuon.learning_rate import warn_if_muon_sized
+from normuon.models.wrappers import check_not_flattened
 from normuon.options import (
     OPTIONS,
-    STRUCTURE_KEYS,
     UNSAVED_KEYS,
     MatrixOptions,
     check_group,
     check_options,
+    check_options_dict,
     check_params,
     check_sharing,
-    described,
     param_label,
 )
 from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
@@ -35,12 +35,12 @@ from normuon.state import (
     follow_param_,
     initial_state,
     is_dtensor,
-    loaded_state,
     matrix_param,
-    merged_groups,
+    missing_keys,
 )
 from normuon.step.adamw import step_adamw_
 from normuon.step.local import LocalMatrices
+from normuon.step.pieces import gradient_of
 from normuon.step.rule import AdjustLrFn, NeuronAxis
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ class NorMuon(Optimizer):
             untouched on that step, without waiting for the device, and count it in
             ``state["skipped_steps"]``. By default it propagates, as in any torch optimizer.
         maximize: ascend.
+        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, in
+            ``weight_residual``, and add it to the next step: a step smaller than half the distance
+            to the next bfloat16 (0.2% to 0.4% of the weight) otherwise does nothing.
         betas: AdamW's, for `adamw` groups.
         adamw_eps: AdamW's eps.
         max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
@@ -120,7 +123,7 @@ class NorMuon(Optimizer):
         bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix where
             that is more); see `normuon.distributed.plan.make_plan`.
 
-    State per matrix is m n + m elements (AdamW: 2 m n).
+    State per matrix is m n + m elements (AdamW: 2 m n); with ``kahan_sum``, m n more.
 
     Raises:
         ValueError: an option out of range, or a parameter its group cannot train; the message
@@ -156,6 +159,7 @@ class NorMuon(Optimizer):
         cautious_weight_decay: bool = False,
         skip_nonfinite: bool = False,
         maximize: bool = False,
+        kahan_sum: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         max_scratch_bytes: int | None = None,
@@ -189,6 +193,11 @@ class NorMuon(Optimizer):
         if not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
         check_group({**self.defaults, **param_group})
+        check_options_dict(
+            f"param_groups[{len(self.param_groups)}]",
+            param_group,
+            algorithm=self.defaults["algorithm"],
+        )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         warn_if_muon_sized(group)
@@ -254,15 +263,15 @@ class NorMuon(Optimizer):
             check_vectors_fit(group, self.state)
             if not torch.compiler.is_compiling():  # A traced step that leaves a trace is retraced.
                 self._structures[number] = structure
-        counts_skipped, own_group = group["skip_nonfinite"], group.get("process_group", ...)
+        own_group = group.get("process_group", ...)
         shares_plain = (self._process_group if own_group is ... else own_group) is not None
         for index, param in enumerate(group["params"]):
             state = self.state[param]
             is_shared = shares_plain or is_dtensor(param)
             shares |= is_shared
-            if counts_skipped and "skipped_steps" not in state:
-                state["skipped_steps"] = initial_state(param, group)["skipped_steps"]
-            grad = param.grad
+            for key in missing_keys(state, param, group):
+                state[key] = initial_state(param, group)[key]
+            grad = gradient_of(param)
             if grad is None or not param.numel():
                 check_not_flattened(param_label(group, index), param)
                 continue
@@ -273,7 +282,7 @@ class NorMuon(Optimizer):
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
                     "embedding with sparse=False"
                 )
-            if follow_param_(state, param):
+            if follow_param_(state, param, group):
                 self._forget_layouts()
             check_param_fits(group, index, state)
         return alone, shares
@@ -335,17 +344,13 @@ class NorMuon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
 
-        What describes the model or the program (views, reasons, a callable orthogonaliser) stays
-        out: it is taken from the live optimizer when the state is loaded.
+        What describes the model, the program or the machine (views, reasons, ``orthogonalizer``,
+        ``ns_backend``, ``ns_dtype``, ``max_scratch_bytes``) is there to be read, and taken from the
+        live optimizer when the state is loaded. The parameters' names are beside the groups, in
+        ``param_names``.
         """
         self._adopt_params()
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            for key in STRUCTURE_KEYS & group.keys():
-                group[key] = described(key, group[key])
-            for key in UNSAVED_KEYS & group.keys():
-                del group[key]
-        return state_dict
+        return saved_form(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, on whatever device and in whatever dtype it was kept.
@@ -359,11 +364,12 @@ class NorMuon(Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         # Not torch's own: that casts all state to the parameter's dtype, which would round the
         # second moments of bfloat16 parameters, and drops what a state_dict leaves out.
-        groups = merged_groups(self.param_groups, state_dict["param_groups"])
+        groups, places = merged_groups(self.param_groups, state_dict)
         saved_state, owned = state_dict["state"], set()
         state: defaultdict[Any, Any] = defaultdict(dict)
-        for saved, group in zip(state_dict["param_groups"], groups, strict=True):
-            for index, key in enumerate(saved["params"]):
+        for saved, group, of_group in zip(state_dict["param_groups"], groups, places, strict=True):
+            for index, place in enumerate(of_group):
+                key = saved["params"][place]
                 # Not popped: a parameter listed twice has one entry and is met twice.
                 owned.add(key)
                 loaded = loaded_state(group, index, saved_state.get(key, {}))

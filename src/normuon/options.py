@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normuon.flattened import check_not_flattened
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
+from normuon.models.wrappers import check_not_flattened
 from normuon.orthogonalize import (
     BACKENDS,
     METHODS,
@@ -40,21 +40,16 @@ MISSPELT = 0.85
 """How alike a key must be to an option's name to be a misspelling of it. Schedulers' own keys, such
 as ``max_momentum`` (0.8), are further away."""
 
-STRUCTURE_KEYS = frozenset({"view", "reasons", "orthogonalizer"})
-"""Group keys that describe the model and the program, not hyperparameters: never loaded."""
+PROGRAM_KEYS = frozenset(
+    {
+        *("view", "reasons", "orthogonalizer"),
+        *("ns_backend", "ns_dtype", "max_scratch_bytes"),
+    }
+)
+"""Group keys that describe the model, the program or the machine, not the run: never loaded."""
 
 UNSAVED_KEYS = frozenset({"process_group"})
 """Group keys that belong to the processes that run: neither saved nor loaded."""
-
-
-def described(key: str, value: object) -> str:
-    """What a state_dict says of them: the keys must be there, the objects must not.
-
-    Of reasons it says nothing: a flattened state_dict repeats a group's values for each parameter.
-    """
-    if key == "reasons":
-        return ""
-    return getattr(value, "__qualname__", None) or str(value)
 
 
 def param_label(group: Mapping[str, Any], index: int) -> str:
@@ -218,6 +213,7 @@ OPTIONS: Mapping[str, Check] = {
     "cautious_weight_decay": _switch,
     "skip_nonfinite": _switch,
     "maximize": _switch,
+    "kahan_sum": _switch,
     "betas": _betas,
     "adamw_eps": _number(0.0),
     "max_scratch_bytes": _or_none(_number(1)),
@@ -229,6 +225,26 @@ GROUP_OPTIONS: Mapping[str, Check] = {
     "process_group": _or_none(_process_group),
 }
 """What only a group may set."""
+
+
+OTHER_NAMES: Mapping[str, str] = {
+    **dict.fromkeys(("learning_rate", "learningrate", "base_lr"), "lr"),
+    **dict.fromkeys(("wd", "decay", "weightdecay", "decoupled_weight_decay_rate"), "weight_decay"),
+    **dict.fromkeys(("mu", "beta1"), "momentum"),
+    **dict.fromkeys(("beta", "adam_betas", "adamw_betas"), "betas"),
+    **dict.fromkeys(("epsilon",), "eps"),
+    **dict.fromkeys(("adam_eps", "adam_epsilon", "adamw_epsilon"), "adamw_eps"),
+    **dict.fromkeys(("steps", "num_steps", "ns_iters", "backend_steps"), "ns_steps"),
+    **dict.fromkeys(("use_muon", "type", "algo"), "algorithm"),
+}
+"""What other optimizers and libraries call these options."""
+
+UNUSED_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "normuon": {"betas": "beta2", "adamw_eps": "eps"},
+    "muon": {"betas": "momentum", "adamw_eps": "", "beta2": ""},
+    "adamw": {"eps": "adamw_eps", "beta2": "betas", "momentum": "betas"},
+}
+"""For each algorithm the options that would look as if they did something, and what does."""
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -264,7 +280,6 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: names the option or the parameter, and what to do.
     """
     check_options(group)
-    _check_spelling(group)
     adamw = group["algorithm"] == "adamw"
     if adamw and group["cautious_weight_decay"] and group["weight_decay"] != 0:
         raise ValueError(
@@ -307,13 +322,42 @@ def check_sharing(balance: str, bucket_bytes: int) -> None:
     _number(1)("bucket_bytes", bucket_bytes)
 
 
-def _check_spelling(group: Mapping[str, Any]) -> None:
-    """torch lets a group carry any key, so a slip of the pen would silently keep the default."""
-    options = {*OPTIONS, *GROUP_OPTIONS}
-    for key in sorted(group.keys() - options - GROUP_KEYS):
-        close = get_close_matches(key, options, n=1, cutoff=MISSPELT)
-        if close:
-            raise ValueError(f"{key!r} is not an option of a group; did you mean {close[0]!r}?")
+def check_options_dict(what: str, options: Mapping[str, Any], algorithm: str | None = None) -> None:
+    """Checks the keys of options that a user wrote down for a group.
+
+    torch lets a group carry any key, as schedulers and frameworks need, so that a slip of the pen
+    would silently keep the default.
+
+    Args:
+        what: whose options they are, the start of the message.
+        options: as written, defaults not filled in.
+        algorithm: the group's, where it is known.
+
+    Raises:
+        ValueError: a key that is an option's misspelling, its name elsewhere, or an option of which
+            the group's algorithm makes nothing.
+    """
+    known = {*OPTIONS, *GROUP_OPTIONS}
+    for key in sorted(options.keys() - known - GROUP_KEYS):
+        meant = OTHER_NAMES.get(key)
+        if meant is None:
+            close = get_close_matches(key, known, n=1, cutoff=MISSPELT)
+            meant = close[0] if close else None
+        if meant is not None:
+            raise ValueError(
+                f"{what}: {key!r} is not an option of a group; did you mean {meant!r}?"
+            )
+    if options.get("amsgrad"):
+        raise ValueError(f"{what}: amsgrad is not supported: leave it out")
+    algorithm = options.get("algorithm", algorithm)
+    if algorithm not in UNUSED_OPTIONS or options.keys() >= OPTIONS.keys():
+        return  # Not said, or the whole group of an optimizer that is alive.
+    for key in sorted(options.keys() & UNUSED_OPTIONS[algorithm].keys()):
+        meant = UNUSED_OPTIONS[algorithm][key]
+        raise ValueError(
+            f"{what}: {key!r} does nothing in a group with 'algorithm': {algorithm!r}; "
+            + (f"there it is {meant!r}" if meant else "leave it out")
+        )
 
 
 def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> None:

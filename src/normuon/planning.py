@@ -82,8 +82,8 @@ def plan_for(
 
     Example:
         >>> import normuon
-        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 8))
-        >>> groups = normuon.param_groups(model)
+        >>> layers = [torch.nn.Linear(8, 6), torch.nn.Linear(6, 8), torch.nn.Linear(8, 2)]
+        >>> groups = normuon.param_groups(torch.nn.Sequential(*layers))
         >>> plan = normuon.plan_for(groups, mesh_shape=(2,), placements=[("shard", 0)])
         >>> plan.owners, plan.imbalance
         (((0,), (1,)), 1.0)

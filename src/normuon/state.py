@@ -1,4 +1,4 @@
-"""The optimizer's state: which tensors each algorithm keeps, their shapes, dtypes and loading.
+"""The optimizer's state: which tensors each algorithm keeps, their shapes, dtypes and devices.
 
 State exists from construction, so that a checkpoint's keys never depend on which gradients have
 arrived. Spellings are torch.optim's.
@@ -7,15 +7,14 @@ arrived. Spellings are torch.optim's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normuon.flattened import USE_FSDP2, check_not_flattened
-from normuon.matrix_view import DimOf, MatrixView
-from normuon.options import STRUCTURE_KEYS, UNSAVED_KEYS, check_param, param_label
+from normuon.models.view import DimOf, MatrixView
+from normuon.models.wrappers import USE_FSDP2, check_not_flattened
+from normuon.options import check_param, param_label
 from normuon.step.normalizer import normalizer_of
 from normuon.step.pieces import MatrixParam, State
 
@@ -36,12 +35,13 @@ def view_of(group: Mapping[str, Any]) -> MatrixView:
 def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
     """The zero state of one parameter under its group's algorithm.
 
-    - `normuon`: ``momentum_buffer`` (the parameter's shape, ``momentum_dtype`` or the parameter's)
+    - `normuon`: ``momentum_buffer`` (the parameter's shape, in `momentum_dtype`)
       and ``second_momentum_buffer`` (one entry per neuron, at least float32): m (n + 1) elements.
     - `muon`: ``momentum_buffer``: m n elements.
     - `adamw`: torch's ``exp_avg``, ``exp_avg_sq`` and ``step``.
 
-    With ``skip_nonfinite`` also ``skipped_steps``, one int32 count per matrix. The state of a
+    With ``kahan_sum`` parameters of less than 32 bits also have a ``weight_residual`` like them,
+    with ``skip_nonfinite`` all have ``skipped_steps``, an int32 count per matrix. The state of a
     DTensor is DTensors: placed like it, and replicated along dims that the state does not have.
     """
     if group["algorithm"] == "adamw":
@@ -54,14 +54,54 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
         num_matrices = 1
     else:
         view = view_of(group)
-        dtype = group["momentum_dtype"] or param.dtype
+        dtype = momentum_dtype(param, group)
         state = {"momentum_buffer": _zeros_over(param, range(param.ndim), dtype)}
         for name, dim_of in vector_dims_of(group, view, param).items():
             state[name] = _vector(param, view, dim_of)
         num_matrices = sum(part.batch for part in view.parts(param.shape))
+    if keeps_residual(param, group):
+        state["weight_residual"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     if group["skip_nonfinite"]:
         state["skipped_steps"] = _replicated_counts(param, num_matrices)
     return {key: value.detach() for key, value in state.items()}
+
+
+def keeps_residual(param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether the group sums a parameter with compensation: one that is rounded noticeably."""
+    return bool(group["kahan_sum"]) and param.dtype.itemsize < 4
+
+
+def missing_keys(state: State, param: Tensor, group: Mapping[str, Any]) -> list[str]:
+    """What the group's options, turned on since the state was made, ask for besides."""
+    wanted = {
+        "skipped_steps": group["skip_nonfinite"],
+        "weight_residual": keeps_residual(param, group),
+    }
+    return [key for key, needed in wanted.items() if needed and key not in state]
+
+
+def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    """The group's ``momentum_dtype``, or the parameter's dtype, but float32 for float16.
+
+    In float16 the momentum of gradients below 6e-8 / (1 - b1) is zero, and the direction of those a
+    little above is noise; in bfloat16, which has float32's exponents, a step is free of scale.
+    """
+    given: torch.dtype | None = group["momentum_dtype"]
+    if given is not None:
+        return given
+    return torch.float32 if param.dtype == torch.float16 else param.dtype
+
+
+def _state_dtype(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
+    if key == "skipped_steps":
+        return torch.int32
+    if key == "weight_residual":
+        return param.dtype
+    if group["algorithm"] == "adamw":
+        return torch.float32 if key == "step" else param.dtype
+    if key == "momentum_buffer":
+        return momentum_dtype(param, group)
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def vector_dims_of(group: Mapping[str, Any], view: MatrixView, param: Tensor) -> dict[str, DimOf]:
@@ -109,97 +149,6 @@ def _replicated_counts(param: Tensor, num_matrices: int) -> Tensor:
 
         return replicated_like(counts, param)
     return counts
-
-
-def merged_groups(
-    live_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Saved hyperparameters on live parameters, views and callables.
-
-    Raises:
-        ValueError: another number of groups or parameters, or another algorithm.
-    """
-    if len(live_groups) != len(saved_groups):
-        raise ValueError(
-            f"the checkpoint has {len(saved_groups)} param groups and this optimizer "
-            f"{len(live_groups)}"
-        )
-    merged = []
-    for number, (live, saved) in enumerate(zip(live_groups, saved_groups, strict=True)):
-        here = f"param_groups[{number}]"
-        if len(saved["params"]) != len(live["params"]):
-            raise ValueError(
-                f"{here} has {len(saved['params'])} parameters in the checkpoint and "
-                f"{len(live['params'])} in this optimizer"
-            )
-        algorithm = saved.get("algorithm", live["algorithm"])
-        if algorithm != live["algorithm"]:
-            raise ValueError(
-                f"{here} is {algorithm!r} in the checkpoint and {live['algorithm']!r} in this "
-                "optimizer"
-            )
-        own = (*STRUCTURE_KEYS, *UNSAVED_KEYS, "params", "param_names")
-        kept = {key: live[key] for key in own if key in live}
-        options = {key: value for key, value in saved.items() if key not in own}
-        # Saved names win, as in any torch optimizer, if they are of this group's parameters: a
-        # flattened checkpoint of several pipeline stages lists those of one stage.
-        names = saved.get("param_names")
-        if names and len(names) == len(live["params"]):
-            kept["param_names"] = names
-        merged.append({**live, **deepcopy(options), **kept})
-    return merged
-
-
-def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any]) -> State:
-    """A parameter's state with the values of a checkpoint, on its device and in the group's dtypes.
-
-    A parameter that the checkpoint knows nothing of starts at zero, as it would have there.
-
-    Raises:
-        ValueError: a tensor is missing or has another shape; names the parameter and both shapes.
-    """
-    label = param_label(group, index)
-    state = initial_state(group["params"][index], group)
-    for key, tensor in state.items() if saved else ():
-        value = saved.get(key)
-        if key == "skipped_steps" and value is None:
-            continue  # Turned on since the checkpoint was written: counts from zero.
-        if key == "step" and isinstance(value, (int, float)):
-            value = torch.tensor(float(value))
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{label}: the checkpoint has no {key!r} for it (it has "
-                f"{sorted(map(str, saved))}); it was written by another optimizer or algorithm"
-            )
-        if value.shape != tensor.shape:
-            raise ValueError(
-                f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, and this "
-                f"parameter with its view needs {list(tensor.shape)}"
-            )
-        _copy_(tensor, value, group, index, key)
-    return {**{k: v for k, v in saved.items() if k not in state}, **state}
-
-
-def _copy_(tensor: Tensor, value: Tensor, group: Mapping[str, Any], index: int, key: str) -> None:
-    """Fills a state, whose shape is that of the value, from a checkpoint's value."""
-    if not is_dtensor(tensor):
-        tensor.copy_(value)
-        return
-    from torch.distributed.tensor import DTensor
-
-    from normuon.distributed.dtensor import copy_to_shards_
-
-    param = group["params"][index]
-    assert isinstance(tensor, DTensor)
-    assert isinstance(param, DTensor)
-    kept: Sequence[int] | None = range(param.ndim)
-    if key == "skipped_steps":
-        kept = ()
-    elif group["algorithm"] != "adamw" and key != "momentum_buffer":
-        view = view_of(group)
-        kept = view.vector_dims(param.shape, vector_dims_of(group, view, param)[key])
-    assert kept is not None, "a flat list is no DTensor"
-    copy_to_shards_(tensor, value, param=param, kept_dims=kept, label=param_label(group, index))
 
 
 def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None:
@@ -283,15 +232,24 @@ def _check_replacement(group: Mapping[str, Any], index: int) -> None:
     check_param(group, index)
 
 
-def follow_param_(state: State, param: Tensor) -> bool:
-    """Moves a parameter's state to the device that the parameter has been moved to.
+def follow_param_(state: State, param: Tensor, group: Mapping[str, Any]) -> bool:
+    """Brings a parameter's state to the device and the dtype that the parameter has now.
+
+    State on the meta device, which has no values, starts at zero.
 
     Returns:
-        Whether anything was moved.
+        Whether anything was changed.
     """
-    device, moved = param.device, False
+    largest = "exp_avg" if group["algorithm"] == "adamw" else "momentum_buffer"
+    followed = state[largest]  # The others have gone wherever it went.
+    if followed.device == param.device and followed.dtype == _state_dtype(largest, param, group):
+        return False
+    fresh = initial_state(param, group)
     for key, value in state.items():
-        if value.device != device:
-            state[key] = value.to(device)
-            moved = True
-    return moved
+        if key not in fresh:
+            state[key] = value.to(param.device)  # A user's own.
+        elif value.is_meta and not param.is_meta:
+            state[key] = fresh[key]
+        else:
+            state[key] = value.to(param.device, _state_dtype(key, param, group))
+    return True

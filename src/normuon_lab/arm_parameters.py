@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normuon import param_groups
-from normuon.module_rules import output_heads
+from normuon.models.heads import output_heads
 from normuon_lab.arm_options import ArmOptions
 
 NamedParameters = list[tuple[str, Tensor]]

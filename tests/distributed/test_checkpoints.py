@@ -469,15 +469,15 @@ def staged_case(rank, world_size):
     """A flattened checkpoint of two pipeline stages, each an optimizer of its own, into one."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     model = nn.ModuleDict({"0": nn.Linear(6, 8, bias=False), "1": nn.Linear(8, 6, bias=False)})
-    saved = {}
+    saved, matrices = {}, {"*": "normuon"}
     for name in model:
         stage = nn.ModuleDict({name: model[name]})
-        optimizer = NorMuon(param_groups(stage), lr=1e-2)
+        optimizer = NorMuon(param_groups(stage, overrides=matrices), lr=1e-2)
         for number, param in enumerate(stage.parameters()):
             param.grad = gradient(param.shape, int(name), number)
         optimizer.step()
         saved |= get_optimizer_state_dict(stage, optimizer, options=options)
-    whole_optimizer = NorMuon(param_groups(model), lr=1e-2)
+    whole_optimizer = NorMuon(param_groups(model, overrides=matrices), lr=1e-2)
     set_optimizer_state_dict(model, whole_optimizer, saved, options=options)
     names = whole_optimizer.param_groups[0]["param_names"]
     for number, param in enumerate(model.parameters()):

@@ -25,7 +25,7 @@ from normuon import NorMuon
 from normuon.distributed.dtensor import shards_of
 from normuon.distributed.layout import layout_from_placements
 from normuon.distributed.plan import make_plan
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
 from normuon.options import MatrixOptions
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
 from normuon.step.shared_params import shared_params

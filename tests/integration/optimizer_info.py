@@ -74,6 +74,7 @@ def normuon_optim_inputs(device: str, dtype: torch.dtype | None = None) -> list[
         "cautious": {"cautious_weight_decay": True},
         "skip-nonfinite": {"skip_nonfinite": True},
         "maximize": {"maximize": True},
+        "kahan-sum": {"kahan_sum": True},
         "maximize-weight-decay": {"maximize": True, "weight_decay": 0.2},
         "one-matrix-at-a-time": {"max_scratch_bytes": 1},
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normuon import MatrixView, NorMuon, param_groups
+from normuon import MatrixView, NorMuon, describe_groups, param_groups
 
 
 def views_of(model: nn.Module, **kwargs) -> dict[str, MatrixView | None]:
@@ -113,6 +113,8 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("model", [nn.Linear(4, 6), frozen(Attention())], ids=["none", "frozen"])
-def test_a_model_without_heads_is_refused(model):
-    with pytest.raises(ValueError, match=r"^split_heads=True found no query, key or value"):
-        param_groups(model, split_heads=True)
+def test_a_model_without_attention_to_train_stays_as_it_is(model):
+    split, whole = (
+        describe_groups(param_groups(model, split_heads=split)) for split in (True, False)
+    )
+    assert split == whole

@@ -52,6 +52,11 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 6)).double()
 
 
+def groups_of(model: nn.Module, **kwargs) -> list[dict]:
+    """Both Linears hidden."""
+    return param_groups(model, overrides={"[02].weight": "normuon"}, **kwargs)
+
+
 def train(model: nn.Module, optimizers, steps: int, first: int = 0) -> None:
     for step in range(first, first + steps):
         torch.manual_seed(100 + step)
@@ -87,7 +92,7 @@ def test_authors_normuon_goes_on_as_if_nothing_had_happened():
     start, ours = clone(theirs), clone(theirs)
     for param in ours.parameters():
         param.requires_grad_(param.ndim == 2)
-    new = NorMuon(param_groups(ours), lr=0.02, weight_decay=0.0, adjust_lr_fn="original", eps=0.0)
+    new = NorMuon(groups_of(ours), lr=0.02, weight_decay=0.0, adjust_lr_fn="original", eps=0.0)
     state = convert_state(old.state_dict(), to=new, params=matrices(ours), quiet=True)
     new.load_state_dict(state)
     train(theirs, [old], 10, first=10)
@@ -129,7 +134,7 @@ def test_adamws_half_goes_on_bit_by_bit():
     theirs = small_model()
     old = torch.optim.AdamW(theirs.named_parameters(), lr=1e-3, betas=(0.9, 0.95))
     train(theirs, [old], 5)
-    groups = param_groups(theirs, other={"weight_decay": 0.01})
+    groups = groups_of(theirs, other={"weight_decay": 0.01})
     new = NorMuon(groups, lr=1e-3)
     new.load_state_dict(convert_state(old.state_dict(), to=new, quiet=True))
     norm = theirs[1].weight
@@ -148,7 +153,7 @@ def test_groups_without_an_optimizer_and_a_saved_file_are_enough():
     file = io.BytesIO()
     torch.save(old.state_dict(), file)
     file.seek(0)
-    groups = param_groups(model)
+    groups = groups_of(model)
     new = NorMuon(groups, lr=3e-4)
     new.load_state_dict(convert_state(torch.load(file, weights_only=True), to=groups, quiet=True))
     assert torch.equal(
@@ -165,7 +170,7 @@ def test_names_as_keys_match_too():
     old = torch.optim.AdamW(model.parameters(), lr=3e-4)
     train(model, [old], 2)
     saved = get_optimizer_state_dict(model, old)
-    state = convert_state(saved, to=param_groups(model), quiet=True)
+    state = convert_state(saved, to=groups_of(model), quiet=True)
     assert sum("momentum_buffer" in entry for entry in state["state"].values()) == 2
 
 
@@ -173,7 +178,7 @@ def test_what_starts_at_zero_and_what_to_do_with_the_rate_is_printed(capsys):
     model = small_model()
     muon = torch.optim.Muon(matrices(model), lr=0.02)
     train(model, [muon], 1)
-    convert_state(muon, to=param_groups(model))
+    convert_state(muon, to=groups_of(model))
     assert capsys.readouterr().out.splitlines() == [
         "normuon.convert_state: 2 x Muon's first moment carried over",
         "normuon.convert_state: 4 start at zero: 0.bias, 1.weight, 1.bias, 2.bias",
@@ -205,7 +210,7 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
     [
         (
             lambda model: convert_state(
-                stepped(torch.optim.AdamW, model).state_dict(), to=param_groups(model)
+                stepped(torch.optim.AdamW, model).state_dict(), to=groups_of(model)
             ),
             r"^param_groups\[0\]\['params'\]\[0\]: this state_dict has no parameter names; give "
             r"the old optimizer itself, or its parameters in their order",
@@ -219,37 +224,35 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
         (
             lambda model: convert_state(
                 stepped(torch.optim.AdamW, model),
-                to=param_groups(model),
+                to=groups_of(model),
                 params=list(model.parameters())[::-1],
             ),
             r"^0\.weight \[10, 6\]: its first moment has shape \[6\]; check the order of params=",
         ),
         (
             lambda model: convert_state(
-                stepped(torch.optim.AdamW, model), to=param_groups(model), params=[]
+                stepped(torch.optim.AdamW, model), to=groups_of(model), params=[]
             ),
             "^params= lists 0 parameters, and the old optimizers have 6",
         ),
         (
             lambda model: convert_state(
-                stepped(torch.optim.Adam, model, weight_decay=0.1), to=param_groups(model)
+                stepped(torch.optim.Adam, model, weight_decay=0.1), to=groups_of(model)
             ),
             r"^torch\.optim\.Adam with weight_decay=0\.1 has the decay inside its first moment",
         ),
         (
             lambda model: convert_state(
-                NorMuon(param_groups(model)).state_dict(), to=param_groups(model)
+                NorMuon(groups_of(model)).state_dict(), to=groups_of(model)
             ),
             "^this is a NorMuon's state already: give it to load_state_dict as it is",
         ),
         (
-            lambda model: convert_state(
-                torch.optim.AdamW(model.parameters()), to=param_groups(model)
-            ),
+            lambda model: convert_state(torch.optim.AdamW(model.parameters()), to=groups_of(model)),
             "^no parameter of the given optimizers has any state to convert",
         ),
         (
-            lambda model: convert_state(model.state_dict(), to=param_groups(model)),
+            lambda model: convert_state(model.state_dict(), to=groups_of(model)),
             r"^convert_state takes optimizers and their state_dicts .* got \['0\.bias'",
         ),
         (
@@ -260,7 +263,7 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
                         {"params": ["w"], **torch.optim.AdamW([torch.ones(1)]).defaults}
                     ],
                 },
-                to=param_groups(model),
+                to=groups_of(model),
             ),
             r"^w: its state has \['exp_avg'\], and AdamW's has \['step', 'exp_avg_sq'\] too",
         ),

@@ -184,7 +184,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a misspelt option": (
         lambda: NorMuon(group(matrix(), weight_decy=0.1)),
         ValueError,
-        "'weight_decy' is not an option of a group; did you mean 'weight_decay'?",
+        "param_groups[0]: 'weight_decy' is not an option of a group; did you mean 'weight_decay'?",
     ),
     "an unknown algorithm": (
         lambda: NorMuon(group(matrix(), algorithm="sgd")),
@@ -220,8 +220,10 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a matrix that nothing but its shape could place": (
         lambda: param_groups(nn.Sequential(LINEAR, Mixer())),
         ValueError,
-        "only their shape could say what these parameters are: 1.mixing [5, 3] of Mixer. Say it "
-        "with overrides={'name or pattern': 'adamw'} or a normuon.MatrixView",
+        "only their shape could say what these parameters are: 1.mixing [5, 3] of Mixer.mixing. "
+        "Say it by class or by name, overrides={Mixer: ...} or {'*mixing': ...}: 'normuon' for "
+        "matrices [out, in], a normuon.MatrixView for matrices stored otherwise, 'adamw' for the "
+        "rest",
     ),
     "an override that matches nothing": (
         lambda: param_groups(nn.Sequential(LINEAR), overrides={"lm_haed*": "adamw"}),
@@ -232,8 +234,8 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: param_groups(nn.Embedding(9, 4)),
         ValueError,
         "no parameter of this model is a hidden matrix, so NorMuon would be AdamW throughout; use "
-        "torch.optim.AdamW, say which are with overrides=, or pass hidden_required=False for a "
-        "pipeline stage that has none",
+        "torch.optim.AdamW, say which are with overrides={'name or pattern': 'normuon'}, or "
+        "pass hidden_required=False for a pipeline stage that has none",
     ),
     # Checkpoints.
     "a checkpoint of other groups": (

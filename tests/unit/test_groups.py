@@ -118,7 +118,7 @@ def test_an_output_head_is_known_by_name(head):
 def test_a_top_level_heads_name_means_nothing_deeper_in_the_model():
     """A Linear called `output` inside a block is a hidden matrix, as in BERT."""
     block = nn.ModuleDict({"output": nn.Linear(4, 4), "lm_head": nn.Linear(4, 9)})
-    model = nn.ModuleDict({"block": block})
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "block": block})
     assert placed(model)["block.output.weight"][0] == "normuon"
     assert placed(model)["block.lm_head.weight"][0] == "adamw"
 
@@ -136,10 +136,12 @@ def test_a_tied_head_appears_once_as_an_embedding():
 
 
 def test_a_head_the_model_names_itself_needs_no_name():
-    model = LanguageModel("final")
-    assert placed(model)["final.weight"][0] == "normuon"
-    model.get_output_embeddings = lambda: model.final
-    assert placed(model)["final.weight"][::2] == ("adamw", "output head")
+    model = LanguageModel("hidden_too")
+    model.hidden_too = nn.Linear(4, 4)
+    with pytest.warns(UserWarning, match="no output head was recognised in this LanguageModel"):
+        assert placed(model)["hidden_too.weight"][0] == "normuon"
+    model.get_output_embeddings = lambda: model.hidden_too
+    assert placed(model)["hidden_too.weight"][::2] == ("adamw", "output head")
 
 
 def test_frozen_parameters_are_left_out():
@@ -198,7 +200,7 @@ class Custom(nn.Module):
 
 
 def test_a_matrix_that_only_its_shape_could_place_is_refused():
-    with pytest.raises(ValueError, match=r"mixing \[5, 3\] of Custom\. Say it with overrides"):
+    with pytest.raises(ValueError, match=r"mixing \[5, 3\] of Custom\.mixing\. Say it by class"):
         param_groups(Custom())
     assert placed(Custom(), overrides={"mixing": "adamw"})["mixing"][0] == "adamw"
     assert placed(Custom(), overrides={"mixing": "normuon"})["mixing"][:2] == ("normuon", LINEAR)

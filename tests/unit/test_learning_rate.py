@@ -41,7 +41,8 @@ def test_the_suggested_rate_makes_steps_as_large_as_muons(shape):
 def test_several_matrices_share_one_rate():
     """Root mean square over all entries: 5 lr sqrt(sum m / sum m n)."""
     model = nn.Sequential(nn.Linear(4, 16, bias=False), nn.Linear(16, 4, bias=False))
-    rate = suggest_lr(0.02, coming_from="muon_original", to=NorMuon(param_groups(model)))
+    groups = param_groups(model, overrides={"*": "normuon"})
+    rate = suggest_lr(0.02, coming_from="muon_original", to=NorMuon(groups))
     assert rate == pytest.approx(5 * 0.02 * (20 / 128) ** 0.5, rel=1e-12)
 
 

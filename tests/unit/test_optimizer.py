@@ -240,8 +240,9 @@ def test_bfloat16_weights_are_rounded_once_a_step():
 def test_state_follows_a_parameter_that_is_moved():
     """A model moved after the optimizer was built trains on, as it does with torch's own."""
     (param,) = with_grads((4, 6))
-    state = dict(NorMuon([param]).state[param])
-    follow_param_(state, torch.empty(4, 6, device="meta"))
+    optimizer = NorMuon([param])
+    state = dict(optimizer.state[param])
+    follow_param_(state, torch.empty(4, 6, device="meta"), optimizer.param_groups[0])
     assert {value.device.type for value in state.values()} == {"meta"}
 
 
@@ -291,3 +292,20 @@ def test_waiting_for_the_device_would_be_noticed():
     """The check above can fail: reading a value inside the mode is an error."""
     with NoHostSync(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(1).item()
+
+
+def test_zero_gradients_stop_a_step_in_the_end():
+    """A momentum decays to denormal numbers, where 5% less is the same number: it would go on."""
+    torch.manual_seed(0)
+    (param,) = with_grads((8, 8))
+    optimizer = NorMuon([param], lr=1e-3, weight_decay=0.0)
+    optimizer.step()
+    momentum = optimizer.state[param]["momentum_buffer"]
+    momentum.mul_(1e-38 / momentum.abs().amax())
+    param.grad = torch.zeros_like(param)
+    for _ in range(20):
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.step()
+    assert momentum.count_nonzero() > 0
+    assert torch.equal(param, before)

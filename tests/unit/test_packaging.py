@@ -41,11 +41,11 @@ def test_the_public_names_are_these():
             "params lr weight_decay momentum beta2 nesterov ns_coefficients ns_steps eps "
             "adjust_lr_fn",
             "neuron_axis orthogonalizer ns_backend ns_dtype momentum_dtype equilibrate "
-            "cautious_weight_decay skip_nonfinite maximize betas adamw_eps max_scratch_bytes "
-            "process_group balance bucket_bytes",
+            "cautious_weight_decay skip_nonfinite maximize kahan_sum betas adamw_eps "
+            "max_scratch_bytes process_group balance bucket_bytes",
         ),
         (normuon.param_groups, "model", "overrides hidden other split_heads hidden_required"),
-        (normuon.describe_groups, "groups", ""),
+        (normuon.describe_groups, "groups", "collapse"),
         (normuon.convert_state, "sources", "to params quiet"),
         (normuon.suggest_lr, "lr", "coming_from to"),
         (normuon.MatrixView, "neuron_dim batch_dims blocks heads", ""),

@@ -24,8 +24,16 @@ def tiny_model() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 4, bias=False))
 
 
+def groups_of(model: nn.Module, **kwargs) -> list[dict]:
+    """All Linears hidden."""
+    matrices = {
+        f"{n}.weight": "normuon" for n, m in model.named_children() if hasattr(m, "in_features")
+    }
+    return normuon.param_groups(model, overrides=matrices, **kwargs)
+
+
 def test_hand_checked_numbers_of_two_matrices_on_two_ranks():
-    plan = normuon.plan_for(normuon.param_groups(tiny_model()), mesh_shape=(2,), placements=ROWS)
+    plan = normuon.plan_for(groups_of(tiny_model()), mesh_shape=(2,), placements=ROWS)
     # s = 4, l = 8: five steps of 4 * 16 * 8 + 2 * 64.
     # Segments of 3 and 2 steps: two Gram matrices and two applications of 2 * 4 * 4 * 8, and
     # 9 + 5 products of 2 * 4^3.
@@ -45,16 +53,14 @@ def test_placements_may_depend_on_the_parameter():
         seen[name] = tuple(param.shape)
         return [("shard", 1)] if name.startswith("2") else [("replicate",)]
 
-    plan = normuon.plan_for(
-        normuon.param_groups(tiny_model()), mesh_shape=(2,), placements=placements
-    )
+    plan = normuon.plan_for(groups_of(tiny_model()), mesh_shape=(2,), placements=placements)
     assert seen == {"0.weight": (8, 4), "2.weight": (4, 8)}
     first, second = (task.layout for task in plan.tasks)
     assert [layout.local_shape(0) for layout in (first, second)] == [(8, 4), (4, 4)]
 
 
 def test_options_that_the_groups_set_are_heeded():
-    groups = normuon.param_groups(tiny_model(), hidden={"ns_steps": 2, "ns_dtype": torch.float32})
+    groups = groups_of(tiny_model(), hidden={"ns_steps": 2, "ns_dtype": torch.float32})
     plan = normuon.plan_for(groups, mesh_shape=(2,), placements=ROWS)
     # One segment of two steps: 2 * 256 + 5 * 128.
     assert plan.flops_by_matrix == (1152, 1152)
@@ -68,9 +74,7 @@ def test_options_that_the_groups_set_are_heeded():
 
 
 def test_double_precision_travels_in_double_precision():
-    plan = normuon.plan_for(
-        normuon.param_groups(tiny_model().double()), mesh_shape=(2,), placements=ROWS
-    )
+    plan = normuon.plan_for(groups_of(tiny_model().double()), mesh_shape=(2,), placements=ROWS)
     assert {(task.wire_bytes, task.side_bytes) for task in plan.tasks} == {(8, 8)}
 
 
@@ -99,7 +103,7 @@ def test_muon_groups_send_no_second_moments():
 )
 def test_errors_name_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
-        normuon.plan_for(normuon.param_groups(tiny_model()), **options)
+        normuon.plan_for(groups_of(tiny_model()), **options)
 
 
 @pytest.fixture
@@ -116,7 +120,7 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
         layer.weight = nn.Parameter(
             distribute_tensor(layer.weight.detach(), four_fake_ranks, [Shard(0)])
         )
-    optimizer = normuon.NorMuon(normuon.param_groups(model))
+    optimizer = normuon.NorMuon(groups_of(model))
     plan = normuon.plan_for(optimizer.param_groups)
     # A fake group answers nothing, so there is nobody to agree with.
     monkeypatch.setattr("normuon.step.sharded.check_agreement", lambda *args, **kwargs: None)
@@ -140,7 +144,7 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
 
 def test_plain_parameters_take_the_process_group(four_fake_ranks):
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False))
-    groups = normuon.param_groups(model)
+    groups = groups_of(model)
     plan = normuon.plan_for(groups, process_group=dist.group.WORLD)
     assert plan.world_size == 4
     assert len(plan.tasks) == 2
@@ -149,7 +153,7 @@ def test_plain_parameters_take_the_process_group(four_fake_ranks):
 def test_a_groups_own_process_group_is_heeded(four_fake_ranks):
     """As in the live step, where a group may say that other ranks hold its parameters alike."""
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False))
-    groups = normuon.param_groups(model)
+    groups = groups_of(model)
     plan = normuon.plan_for([{**group, "process_group": dist.group.WORLD} for group in groups])
     assert plan.world_size == 4
     assert len(plan.tasks) == 2

@@ -64,7 +64,9 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
 
 
 def placed_gradient(param: Tensor, *, label: str) -> Tensor | None:
-    """This rank's part of a parameter's gradient, placed as the parameter is; None without one.
+    """This rank's part of a parameter's gradient, placed as the parameter is.
+
+    None without one, and for a parameter that has been frozen.
 
     A gradient that lies otherwise, such as the `Partial` one of a norm under sequence parallelism,
     is redistributed into a copy: then all ranks of the mesh must call this.
@@ -73,10 +75,14 @@ def placed_gradient(param: Tensor, *, label: str) -> Tensor | None:
         ValueError: a plain gradient of a DTensor, of which nothing says how it lies.
     """
     grad = param.grad
-    if grad is None:
+    if grad is None or not param.requires_grad:
         return None
     if not isinstance(param, DTensor):
         return grad.to_local() if isinstance(grad, DTensor) else grad
+    if isinstance(grad, DTensor):
+        spec, own = grad._spec, param._spec
+        if spec is own or (spec.mesh is own.mesh and spec.placements == own.placements):
+            return grad._local_tensor  # The usual case, without questions that cost more.
     if not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh:
         placed = "a plain tensor" if not isinstance(grad, DTensor) else f"on {grad.device_mesh}"
         raise ValueError(

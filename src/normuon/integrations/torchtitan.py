@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normuon.groups import Override, param_groups
+from normuon.models.groups import Override, Pattern, param_groups
 from normuon.optimizer import NorMuon
 
 
@@ -17,7 +17,7 @@ def build_optimizers(
     parallel_dims: Any,
     ft_manager: Any = None,
     *,
-    overrides: Mapping[str, Override] | None = None,
+    overrides: Mapping[Pattern, Override] | None = None,
     **options: Any,
 ) -> Any:
     """torchtitan's `build_optimizers`, with NorMuon: one for each pipeline stage's part.

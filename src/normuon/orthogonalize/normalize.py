@@ -45,7 +45,10 @@ def normalize_frobenius(
     """
     # Statistics in at least float32: a bfloat16 sum of squares stalls at 256 equal terms.
     stats_dtype = torch.promote_types(x_BMN.dtype, torch.float32)
-    scale_B11 = _one_where_zero(largest_magnitude(x_BMN).to(stats_dtype))
+    largest_B11 = largest_magnitude(x_BMN).to(stats_dtype)
+    # Below the smallest normal number a decaying momentum stands still, and would never end.
+    is_zero_B11 = largest_B11 < torch.finfo(stats_dtype).tiny
+    scale_B11 = largest_B11.masked_fill(is_zero_B11, math.inf)
     if workspace is None or torch.compiler.is_compiling():
         scaled_BMN = (x_BMN / scale_B11).contiguous()
         if equilibrate:

@@ -58,7 +58,7 @@ class Workspace:
         num_elements = math.prod(shape)
         kept = self._storage.get((name, dtype))
         if kept is None or kept.numel() < num_elements:
-            kept = torch.empty(num_elements, dtype=dtype)
+            kept = torch.empty(num_elements, dtype=dtype, device=device)
             self._storage[name, dtype] = kept
         return kept[:num_elements].view(shape)
 

@@ -114,7 +114,13 @@ def adamw_(
         group: the param group, read as it stands now.
         found_inf: where it is 1, nothing is touched; needs a device with fused kernels.
     """
+    # torch's kernels want one dtype; `grad_dtype` allows others.
+    grads = [g if g.dtype == p.dtype else g.to(p.dtype) for p, g in zip(params, grads, strict=True)]
     entries = list(zip(params, grads, states, strict=True))
+    compensated = [entry for entry in entries if "weight_residual" in entry[2]]
+    if group["kahan_sum"] and compensated:
+        _step_compensated(compensated, group, found_inf)
+        entries = [entry for entry in entries if "weight_residual" not in entry[2]]
     for fused in (True, False):
         chosen = [entry for entry in entries if _takes_fused(*entry) == fused]
         if not chosen:
@@ -134,6 +140,32 @@ def adamw_(
         if found_inf is not None and restores:
             for tensor, value in zip(tensors, old, strict=True):
                 tensor.copy_(torch.where(found_inf != 0, value, tensor))
+
+
+def _step_compensated(
+    entries: Sequence[tuple[Tensor, Tensor, State]],
+    group: Mapping[str, Any],
+    found_inf: Tensor | None,
+) -> None:
+    """AdamW in float32 on weights and what rounding has taken from them (Kahan's summation)."""
+    wide_params, wide_states = [], []
+    for param, _, state in entries:
+        wide_params.append(param.float().add_(state["weight_residual"]))
+        moments = {key: state[key].float() for key in ("exp_avg", "exp_avg_sq")}
+        wide_states.append({**moments, "step": state["step"]})
+    grads = [grad.float() for _, grad, _ in entries]
+    adamw_(wide_params, grads, wide_states, group, found_inf=found_inf)
+    for (param, _, state), wide, moments in zip(entries, wide_params, wide_states, strict=True):
+        rounded = wide.to(param.dtype)
+        new = {
+            "exp_avg": moments["exp_avg"],
+            "exp_avg_sq": moments["exp_avg_sq"],
+            "weight_residual": wide - rounded,
+        }
+        targets = [(param, rounded), *((state[key], value) for key, value in new.items())]
+        for target, value in targets:
+            # Rounding again could turn over a weight that a skipped step must leave.
+            target.copy_(value if found_inf is None else torch.where(found_inf == 0, value, target))
 
 
 def _takes_fused(param: Tensor, grad: Tensor, state: State) -> bool:

@@ -15,7 +15,7 @@ from normuon.distributed.layout import Region
 from normuon.distributed.plan import Plan
 from normuon.distributed.task import Dims, MatrixTask
 from normuon.distributed.tiling import Route, tiling_of
-from normuon.matrix_view import MatrixRun
+from normuon.models.view import MatrixRun
 from normuon.step.pieces import PieceBatch, PieceRun
 from normuon.step.shared_params import SharedMatrix
 

@@ -122,7 +122,7 @@ class GradientFlags:
                 said[position] = GRADIENT
             if number in self._copies:
                 said[self._copies[number] + (not has_grad)] = 1.0
-        self._said.copy_(torch.tensor(said))
+        self._said.copy_(torch.tensor(said, device="cpu"))
         self._present = present
 
     def _say_options(self) -> None:
@@ -131,7 +131,7 @@ class GradientFlags:
         if text != self._options:
             digest = hashlib.sha256(text.encode()).digest()
             number = float(int.from_bytes(digest[:2], "big"))  # Exact in float32.
-            self._said[-2:] = torch.tensor([number, -number])
+            self._said[-2:] = torch.tensor([number, -number], device="cpu")
             self._options = text
         self._flags[-2:] = self._said[-2:]
 

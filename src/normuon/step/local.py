@@ -19,7 +19,7 @@ from normuon.step.order import (
     orthogonalize_,
     stats_dtype,
 )
-from normuon.step.pieces import MatrixParam, PieceBatch, PieceRun, whole_runs
+from normuon.step.pieces import MatrixParam, PieceBatch, PieceRun, gradient_of, whole_runs
 
 
 def whole_batches(
@@ -90,7 +90,7 @@ class LocalMatrices:
     def step_(self, options: MatrixOptions, workspace: Workspace) -> None:
         """Lines 2 to 7 for every matrix."""
         for owner in self._owners:
-            owner.grad = owner.param.grad
+            owner.grad = gradient_of(owner.param)
         for batch in self._batches_for(options):
             step_whole_batch_(batch, options=options, workspace=workspace, moves=self._moves)
         for owner in self._owners:

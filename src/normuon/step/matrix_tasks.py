@@ -8,7 +8,7 @@ import torch
 
 from normuon.distributed.layout import Region, ShardLayout
 from normuon.distributed.task import MatrixTask
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import transport_dtype
 from normuon.step.order import stats_dtype

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _empty_batch(batch: PieceBatch, dtype: torch.dtype) -> Tensor:
 def finite_pieces(batch: PieceBatch) -> Tensor:
     """``[K]`` booleans: whether each piece's gradient is finite; a missing one is."""
     grads = batch.gradients()
-    dtype = next(grad.dtype for grad in grads if grad is not None)
+    dtype = reduce(torch.promote_types, {grad.dtype for grad in grads if grad is not None})
     seen_KRC = _empty_batch(batch, dtype)
     if None in grads:
         seen_KRC.zero_()
@@ -197,13 +198,14 @@ def apply_(
         step_KRC = torch.where(moves_K11, step_KRC, 0.0)  # Chosen: 0 times NaN is NaN.
     weights = batch.weights()
     decay = options.lr * options.weight_decay
-    exact = weights[0].dtype == step_KRC.dtype
+    is_compensated = batch.keeps_residuals
+    exact = weights[0].dtype == step_KRC.dtype and not is_compensated
     if exact and not options.cautious_weight_decay and moves_K11 is None:
         rule.apply_steps_(weights, batch.views(step_KRC), kept=1 - decay)  # Alg. 1, line 7
         return
-    weights_KRC = torch.empty_like(step_KRC)
-    views = batch.views(weights_KRC)
-    torch._foreach_copy_(views, weights)
+    weights_KRC = _wide(batch, weights, step_KRC.dtype)
+    if is_compensated:
+        weights_KRC += _wide(batch, batch.residuals(), step_KRC.dtype)
     rule.applied_step(
         weights_KRC,
         step_KRC,
@@ -211,7 +213,32 @@ def apply_(
         cautious=options.cautious_weight_decay,
         moves_B11=moves_K11,
     )  # Alg. 1, line 7
-    torch._foreach_copy_(weights, views)
+    if is_compensated:
+        _store_compensated_(batch, weights_KRC, moves_K11)
+    else:
+        torch._foreach_copy_(weights, batch.views(weights_KRC))
+
+
+def _wide(batch: PieceBatch, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """A batch of tensors of the pieces, in another dtype."""
+    wide_KRC = _empty_batch(batch, dtype)
+    torch._foreach_copy_(batch.views(wide_KRC), tensors)
+    return wide_KRC
+
+
+def _store_compensated_(batch: PieceBatch, sums_KRC: Tensor, moves_K11: Tensor | None) -> None:
+    """Kahan's summation: weights are sums rounded, and residuals what the rounding took."""
+    weights, residuals = batch.weights(), batch.residuals()
+    if moves_K11 is not None:
+        # Rounding a sum of both again could turn over a weight that must stay.
+        old_KRC = _wide(batch, weights, sums_KRC.dtype)
+        old_residual_KRC = _wide(batch, residuals, sums_KRC.dtype)
+        sums_KRC = torch.where(moves_K11, sums_KRC, old_KRC)
+    torch._foreach_copy_(weights, batch.views(sums_KRC))
+    residual_KRC = sums_KRC - _wide(batch, weights, sums_KRC.dtype)
+    if moves_K11 is not None:
+        residual_KRC = torch.where(moves_K11, residual_KRC, old_residual_KRC)
+    torch._foreach_copy_(residuals, batch.views(residual_KRC))
 
 
 def _rate(o_KRC: Tensor, constant: float, lr: float | Tensor) -> float | Tensor:

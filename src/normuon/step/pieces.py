@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
 from normuon.step.normalizer import Normalizer
 
 State = dict[str, Tensor]
@@ -23,6 +23,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
     # What `to_local()` gives without gradients, after questions that cost more than the rest.
     local: Tensor = getattr(tensor, "_local_tensor", tensor)
     return local
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """The gradient that a step takes: none of a parameter that has been frozen.
+
+    `requires_grad_(False)` leaves the last gradient where it is, and a step that does not depend on
+    a gradient's size would go on at full length.
+    """
+    return param.grad if param.requires_grad else None
 
 
 @dataclass(slots=True, eq=False)
@@ -193,6 +202,15 @@ class PieceBatch:
     def momenta(self) -> list[Tensor]:
         """Views of the momenta."""
         return [run.of(local_tensor(run.owner.state["momentum_buffer"])) for run in self.runs]
+
+    @property
+    def keeps_residuals(self) -> bool:
+        """Whether weights are summed with compensation."""
+        return bool(self.first.group["kahan_sum"]) and "weight_residual" in self.first.state
+
+    def residuals(self) -> list[Tensor]:
+        """Views of what rounding has taken from the weights."""
+        return [run.of(local_tensor(run.owner.state["weight_residual"])) for run in self.runs]
 
     def gradients(self) -> list[Tensor | None]:
         """Views of the gradients, None where this rank has none."""

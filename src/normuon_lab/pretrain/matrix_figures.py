@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normuon.matrix_view import MatrixView
+from normuon.models.view import MatrixView
 
 MAX_CONDITION_NUMBER = 1e8
 """What stands for all larger ones: singular values come from a Gram matrix in float64, whose

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from normuon.module_rules import Verdict
+from normuon.models.rules import Verdict
 
 HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 """Attributes by which attention modules (transformers', timm's, torch's) call a head's size."""
@@ -32,9 +32,6 @@ OWN_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_w
 def head_sizes(model: nn.Module) -> dict[int, int]:
     """Output neurons per head of every query, key and value projection, by ``id`` of the weight.
 
-    Raises:
-        ValueError: there is none to train.
-
     Example:
         >>> attention = nn.MultiheadAttention(embed_dim=12, num_heads=3)
         >>> head_sizes(attention) == {id(attention.in_proj_weight): 4}
@@ -54,11 +51,6 @@ def head_sizes(model: nn.Module) -> dict[int, int]:
         if isinstance(module, nn.MultiheadAttention):
             weights += [getattr(module, name) for name in OWN_PROJECTIONS]
         found.update({id(weight): size for weight in weights if _is_trained(weight)})
-    if not found:
-        raise ValueError(
-            "split_heads=True found no query, key or value projection to train in a module with a "
-            "head_dim; split them with overrides={'name or pattern': normuon.MatrixView(heads=...)}"
-        )
     return found
 
 
