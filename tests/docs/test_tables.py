@@ -1,7 +1,8 @@
-"""The table of what goes where in known models is what its command makes."""
+"""Tables of the documentation are what their commands make."""
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -21,4 +22,17 @@ def test_the_table_of_models_is_what_param_groups_does(monkeypatch):
         assert rows.count("\n|") > 40
     finally:
         for name in ("make_model_table", "model_classes"):
+            sys.modules.pop(name, None)
+
+
+def test_the_table_of_learning_rates_is_its_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    import learning_rates
+
+    try:
+        page = learning_rates.PAGE.read_text()
+        contents = json.loads(learning_rates.RESULTS.read_text())
+        assert learning_rates.page_with(learning_rates.table(contents), page) == page
+    finally:
+        for name in ("learning_rates", "learning_rate_tasks"):
             sys.modules.pop(name, None)
