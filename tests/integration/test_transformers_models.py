@@ -218,3 +218,41 @@ def test_the_table_names_every_parameter_of_a_model():
     assert all(name in table for name, _ in model.named_parameters())
     assert "4 of 96x32" in table
     assert "router: MixtralTopKRouter" in table
+
+
+ADAPTERS = {
+    "modules_to_save": (
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"lora_A": "normuon", "lora_B": "normuon", "lm_head.modules_to_save": "adamw"},
+    ),
+    "LoRA on embeddings": (
+        {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+        {"lora_A": "normuon", "lora_embedding_A": "adamw", "lora_embedding_B": "adamw"},
+    ),
+    "trainable tokens": (
+        {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1]}},
+        {"lora_B": "normuon", "trainable_tokens_delta": "adamw"},
+    ),
+    "DoRA": (
+        {"r": 4, "target_modules": ["q_proj"], "use_dora": True},
+        {"lora_A": "normuon", "lora_magnitude_vector": "adamw"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_of_peft_are_placed(options, expected):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(**options))
+    found = algorithms(model)
+    for part, algorithm in expected.items():
+        placed = {found[name][0] for name in found if part in name}
+        assert placed == {algorithm}, part
+
+
+def test_the_scales_of_ia3_are_vectors():
+    peft = pytest.importorskip("peft")
+    targets = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    model = peft.get_peft_model(build("llama"), peft.IA3Config(**targets))
+    found = algorithms(model, hidden_required=False)
+    assert {algorithm for algorithm, _ in found.values()} == {"adamw"}
