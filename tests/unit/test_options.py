@@ -171,3 +171,24 @@ def test_an_option_that_shapes_the_state_cannot_change_later():
     message = r"^w \[3, 5\]: its 'second_momentum_buffer' has shape \[3\], and neuron_axis='short'"
     with pytest.raises(ValueError, match=message):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "message"),
+    [
+        ("adamw", {"eps": 1e-6}, "'eps' does nothing in a group .*; there it is 'adamw_eps'"),
+        ("adamw", {"momentum": 0.9}, "'momentum' does nothing .*; there it is 'betas'"),
+        ("adamw", {"amsgrad": True}, "amsgrad is not supported: leave it out"),
+        ("normuon", {"betas": (0.9, 0.99)}, "'betas' does nothing .*; there it is 'beta2'"),
+        ("normuon", {"learning_rate": 1e-3}, "'learning_rate' .*; did you mean 'lr'"),
+        ("muon", {"wd": 0.1}, "'wd' .*; did you mean 'weight_decay'"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(algorithm, options, message):
+    with pytest.raises(ValueError, match=message):
+        NorMuon([{"params": [matrix()], "algorithm": algorithm, **options}])
+
+
+def test_keys_of_schedulers_and_frameworks_are_allowed():
+    keys = {"initial_lr": 1e-3, "max_lr": 1, "min_lr": 0, "name": "hidden", "amsgrad": False}
+    NorMuon([{"params": [matrix()], **keys, "fused": None, "max_momentum": 0.95}])
