@@ -139,9 +139,9 @@ def _names_of_groups(state_dict: Mapping[str, Any]) -> list[Names]:
 
 
 def _check_same_group(here: str, live: Sequence[str], number: int, saved: Sequence[Names]) -> None:
-    own = set(map(bare_name, saved[number] or ()))
+    missing = {*map(bare_name, live)} - {*map(bare_name, saved[number] or ())}
     for other, names in enumerate(saved):
-        moved = ({*map(bare_name, live)} - own) & {*map(bare_name, names or ())}
+        moved = missing & {*map(bare_name, names or ())}
         if other != number and moved:
             raise ValueError(
                 f"{here}: {sorted(moved)[0]!r} is in param_groups[{other}] of the checkpoint; give "

@@ -264,12 +264,13 @@ class NorMuon(Optimizer):
             if not torch.compiler.is_compiling():  # A traced step that leaves a trace is retraced.
                 self._structures[number] = structure
         own_group = group.get("process_group", ...)
+        asks_for_more = group["skip_nonfinite"] or group["kahan_sum"]
         shares_plain = (self._process_group if own_group is ... else own_group) is not None
         for index, param in enumerate(group["params"]):
             state = self.state[param]
             is_shared = shares_plain or is_dtensor(param)
             shares |= is_shared
-            for key in missing_keys(state, param, group):
+            for key in missing_keys(state, param, group) if asks_for_more else ():
                 state[key] = initial_state(param, group)[key]
             grad = gradient_of(param)
             if grad is None or not param.numel():

@@ -63,6 +63,11 @@ class Layer:
     gives: int | None
     in_block: bool
 
+    @property
+    def is_modulation(self) -> bool:
+        """Whether its name says that it scales and shifts others."""
+        return any(part in self.name.lower() for part in MODULATIONS)
+
     def is_read_by(self, others: Sequence[Layer]) -> bool:
         """Whether any of some layers takes as many features as this one gives."""
         return any(self.gives in other.reads for other in others if other is not self)
@@ -188,7 +193,7 @@ def _outside_base_models(model: nn.Module, layers: Sequence[Layer]) -> Iterator[
 def _unread_later(layers: Sequence[Layer]) -> Iterator[Layer]:
     """Matrices whose output none of the layers after them reads."""
     for place, layer in enumerate(layers):
-        if layer.gives is None or any(part in layer.name.lower() for part in MODULATIONS):
+        if layer.gives is None or layer.is_modulation:
             continue
         if not layer.is_read_by(layers[place + 1 :]):
             yield layer
@@ -248,7 +253,6 @@ def _last_layers(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Layer]:
     ):
         readers.remove(matrices[0])  # It reads what comes into the model.
     for layer in reversed(matrices[1:]):
-        is_modulation = any(part in layer.name.lower() for part in MODULATIONS)
-        if layer.in_block or is_modulation or layer.is_read_by(readers):
+        if layer.in_block or layer.is_modulation or layer.is_read_by(readers):
             return
         yield layer

@@ -65,10 +65,7 @@ def advance_(
 def _in_dtype(batch: PieceBatch, grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if all(grad.dtype == dtype for grad in grads):
         return grads
-    seen_KRC = _empty_batch(batch, dtype)
-    views = batch.views(seen_KRC)
-    torch._foreach_copy_(views, grads)
-    return views
+    return batch.views(_wide(batch, grads, dtype))
 
 
 def _held_gradients(batch: PieceBatch, momenta: list[Tensor], moves_K: Tensor) -> list[Tensor]:
