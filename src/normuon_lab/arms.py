@@ -255,6 +255,15 @@ ARMS: dict[str, Arm] = {
             pretrains=False,
         ),
         Arm(
+            name="normuon-kahan",
+            label="NorMuon + Kahan sum",
+            description="normuon.NorMuon(kahan_sum=True): what rounding takes from bfloat16 "
+            "weights is kept for the next step",
+            builder=partial(_build_normuon, kahan_sum=True),
+            takes_normuon_options=True,
+            pretrains=False,
+        ),
+        Arm(
             name="muon-adam",
             label="Muon + Adam",
             description="one second moment per entry after the orthogonalisation (an ablation)",

@@ -35,6 +35,7 @@ _MATPLOTLIB_MARKERS = {
     "diamond-tall": "d",
     "star": "*",
     "octagon": "8",
+    "star-triangle-up": "$\\bigtriangleup$",
     "bowtie": "$\\bowtie$",
     "hexagon2": "H",
     "circle-open": "$\\circ$",
@@ -68,7 +69,7 @@ class ArmStyle:
 
 
 # Written out, so that a new arm changes no other's look. The compared arms are solid, NorMuon's own
-# variants dashed, ablations dash-dotted and rivals dotted. The nine colours that are not the
+# variants dashed, ablations dash-dotted and rivals dotted. The ten colours that are not the
 # palette's are as far from all others as its own are from each other, colour blindness included.
 _ARM_STYLES = {
     "adamw": ArmStyle(PALETTE[0], "circle", "solid"),
@@ -79,6 +80,7 @@ _ARM_STYLES = {
     "normuon-heads": ArmStyle("#886633", "star", "dash"),
     "normuon-equilibrated": ArmStyle("#DDAAAA", "octagon", "dash"),
     "normuon-heads-equilibrated": ArmStyle("#BB55FF", "bowtie", "solid"),
+    "normuon-kahan": ArmStyle("#D200B4", "star-triangle-up", "dash"),
     "muon-heads-equilibrated": ArmStyle("#330044", "hexagon2", "dashdot"),
     "muon-adam": ArmStyle(PALETTE[3], "cross", "dashdot"),
     "normuon-front": ArmStyle(PALETTE[5], "triangle-left", "dashdot"),

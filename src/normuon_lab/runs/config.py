@@ -18,6 +18,7 @@ from normuon_lab.errors import require
 MODEL_FAMILIES = ("llama", "gpt2")
 SCHEDULES = ("linear", "constant")
 TOKENIZERS = ("bytes", "bpe")
+WEIGHT_DTYPES = ("float32", "bfloat16")
 NUM_BYTES = 256
 # Where nothing is to be predicted; cross-entropy leaves it out.
 NO_TARGET = -100
@@ -26,7 +27,12 @@ MAX_BPE_TOKENS = 2**16
 
 # Fields of an experiment that came later: files leave them out at these values, so that those from
 # before still equal new ones.
-_LATER_FIELDS = {"tokenizer": "bytes", "schedule": "linear", "stop_at_accuracy": None}
+_LATER_FIELDS = {
+    "tokenizer": "bytes",
+    "schedule": "linear",
+    "stop_at_accuracy": None,
+    "weights": "float32",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,15 +154,21 @@ class Experiment:
         data: a text, as `--data` names it, or arithmetic.
         tokenizer: of a text: bytes, or bpe: one of `model.vocab_size` tokens, made from the
             training part.
+        weights: dtype in which the model is stored and computed; the loss is float32.
     """
 
     model: ModelConfig = ModelConfig()
     training: TrainConfig = TrainConfig()
     data: tuple[str, ...] | ModularAddition = ("stdlib",)
     tokenizer: str = "bytes"
+    weights: str = "float32"
     compile: bool = False
 
     def __post_init__(self) -> None:
+        require(
+            self.weights in WEIGHT_DTYPES,
+            f"unknown dtype of weights {self.weights!r}: choose one of {', '.join(WEIGHT_DTYPES)}",
+        )
         require(
             self.training.eval_tokens >= self.model.sequence_length,
             f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "

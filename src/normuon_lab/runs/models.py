@@ -51,7 +51,7 @@ def hidden_matrix_kinds(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _loss_and_logits(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(input_ids=inputs, use_cache=False).logits
+    logits = model(input_ids=inputs, use_cache=False).logits.float()
     loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
     return loss, logits
 

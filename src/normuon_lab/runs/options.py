@@ -46,6 +46,8 @@ class ExperimentOptions:
     """Width of the MLP."""
     sequence_length: int = _MODEL.sequence_length
     """Tokens per sequence."""
+    weights: str = "float32"
+    """Dtype in which the model is stored and computed: float32 or bfloat16."""
     compile: bool = False
     """Use torch.compile; needs a C++ compiler, and was no faster for the default model."""
 
@@ -75,6 +77,7 @@ class ExperimentOptions:
             ),
             data=self.data,
             tokenizer=self.tokenizer,
+            weights=self.weights,
             compile=self.compile,
         )
 

@@ -79,7 +79,8 @@ class _Run:
         self._training = spec.training(experiment)
         self.steps = self._training.steps
         self.eval_steps = frozenset(self._training.eval_steps)
-        self._model = build_model(experiment.model, seed=spec.seed)
+        model = build_model(experiment.model, seed=spec.seed)
+        self._model = model.to(getattr(torch, experiment.weights))
         self._optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate, spec.options)
         self._peaks = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
         self._loss = torch.compile(next_token_loss) if experiment.compile else next_token_loss
