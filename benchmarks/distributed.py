@@ -31,6 +31,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from normuon_lab.plan.figures import figures_of
+
 GPT2_LAYER = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 Params = list[nn.Parameter]
 JORDAN = (3.4445, -4.7750, 2.0315)
@@ -134,16 +136,16 @@ def counted(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     (step,) = optimizer._planned_steps()
     messages = [
         message
-        for routes in (*step.gathers, *step.returns)
-        if routes.exchange is not None
-        for message in (routes.exchange.outgoing, routes.exchange.incoming)
+        for bucket in step.buckets
+        for exchange in (bucket.gather, bucket.back)
+        for message in (exchange.sent, exchange.received)
     ]
     storages = {m.bytes.untyped_storage().data_ptr(): m.bytes.untyped_storage() for m in messages}
-    plan = step.plan
+    plan, figures = step.plan, figures_of(step.plan)
     return {
         "imbalance": plan.imbalance,
-        "bytes_sent_total": plan.bytes_sent_total,
-        "bytes_least_total": plan.bytes_least_total,
+        "bytes_sent_total": figures.bytes_sent_total,
+        "bytes_least_total": figures.bytes_least_total,
         "buckets": len(plan.buckets),
         "bucket_bytes": plan.bucket_bytes,
         "message_buffer_bytes": sum(storage.nbytes() for storage in storages.values()),

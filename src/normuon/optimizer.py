@@ -13,7 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from normuon.checkpoint import loaded_state, merged_groups, saved_form
 from normuon.distributed.assignment import Balance
-from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
+from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Sharing
+from normuon.distributed.teams import Teams
 from normuon.learning_rate import warn_if_muon_sized
 from normuon.models.wrappers import check_not_flattened
 from normuon.options import (
@@ -122,6 +123,9 @@ class NorMuon(Optimizer):
             orthogonaliser's FLOPs, or ``"paper"``, Algorithm 2's sort and round-robin.
         bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix where
             that is more); see `normuon.distributed.plan.make_plan`.
+        teams: ``"auto"`` lets up to eight ranks divide a matrix where the plan predicts a shorter
+            step, as it does where there are more ranks than large matrices. The step is then equal
+            to rounding instead of bit by bit on every layout, hence ``"off"``.
 
     State per matrix is m n + m elements (AdamW: 2 m n); with ``kahan_sum``, m n more.
 
@@ -166,16 +170,16 @@ class NorMuon(Optimizer):
         process_group: ProcessGroup | None = None,
         balance: Balance = "flops",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        teams: Teams = "off",
     ) -> None:
         given = {"algorithm": "normuon", **locals()}
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         check_options(defaults)
-        check_sharing(balance, bucket_bytes)
+        check_sharing(balance, bucket_bytes, teams)
         check_params(params)
         self._process_group = process_group
         self._lost_process_group = False
-        self._balance = balance
-        self._bucket_bytes = bucket_bytes
+        self._sharing = Sharing(balance=balance, bucket_bytes=bucket_bytes, teams=teams)
         self._sharded_steps: list[ShardedStep] | None = None
         self._forget_layouts()
         self._workspace = Workspace()
@@ -335,7 +339,7 @@ class NorMuon(Optimizer):
             from normuon.step.shared_params import shared_params
 
             self._sharded_steps = [
-                ShardedStep(shared, balance=self._balance, bucket_bytes=self._bucket_bytes)
+                ShardedStep(shared, self._sharing)
                 for shared in shared_params(
                     self.param_groups, self.state, process_group=self._process_group
                 )
@@ -399,8 +403,7 @@ class NorMuon(Optimizer):
         ]
         given = (self._process_group, *(group.get("process_group") for group in self.param_groups))
         sharing = {
-            "_balance": (self._balance, "flops"),
-            "_bucket_bytes": (self._bucket_bytes, DEFAULT_BUCKET_BYTES),
+            "_sharing": (self._sharing, Sharing()),
             "_lost_process_group": (any(group is not None for group in given), False),
         }
         changed = {name: value for name, (value, usual) in sharing.items() if value != usual}
@@ -426,8 +429,7 @@ class NorMuon(Optimizer):
         for name, default in (
             ("_process_group", None),
             ("_lost_process_group", False),
-            ("_balance", "flops"),
-            ("_bucket_bytes", DEFAULT_BUCKET_BYTES),
+            ("_sharing", Sharing()),
         ):
             self.__dict__.setdefault(name, default)
         for group in self.param_groups:

@@ -312,7 +312,7 @@ def check_param(group: Mapping[str, Any], index: int) -> None:
         check_matrix_param(label, param, group)
 
 
-def check_sharing(balance: str, bucket_bytes: int) -> None:
+def check_sharing(balance: str, bucket_bytes: int, teams: str) -> None:
     """Checks the options that say how ranks share matrices.
 
     Raises:
@@ -320,6 +320,9 @@ def check_sharing(balance: str, bucket_bytes: int) -> None:
     """
     _choice(("flops", "paper"))("balance", balance)
     _number(1)("bucket_bytes", bucket_bytes)
+    _choice(("off", "auto"))("teams", teams)
+    if teams == "auto" and balance == "paper":
+        raise ValueError("teams='auto' divides matrices by FLOPs; use balance='flops' with it")
 
 
 def check_options_dict(what: str, options: Mapping[str, Any], algorithm: str | None = None) -> None:

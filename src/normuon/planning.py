@@ -16,6 +16,7 @@ from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
+from normuon.distributed.teams import Teams
 from normuon.optimizer import NorMuon
 from normuon.options import (
     OPTIONS,
@@ -47,6 +48,7 @@ def plan_for(
     cost_model: CostModel | None = None,
     balance: Balance = "flops",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    teams: Teams = "off",
     wire_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan by which `NorMuon` would step the matrices of these groups.
@@ -68,6 +70,7 @@ def plan_for(
             parameters say where they live.
         balance: "flops" or "paper", as `NorMuon`'s.
         bucket_bytes: as `NorMuon`'s.
+        teams: as `NorMuon`'s.
         wire_dtype: dtype of matrices on the wire. None: what the groups' `ns_dtype` says; where
             that is None too, bfloat16 for given placements (they are of accelerators), and what
             suits the device otherwise.
@@ -90,7 +93,7 @@ def plan_for(
     """
     if (mesh_shape is None) != (placements is None):
         raise ValueError("mesh_shape and placements belong together: pass both or neither")
-    check_sharing(balance, bucket_bytes)
+    check_sharing(balance, bucket_bytes, teams)
     if wire_dtype is not None and wire_dtype not in NS_DTYPES:
         raise ValueError(f"wire_dtype={wire_dtype!r}: pass None or one of {NS_DTYPES}")
     filled = [_with_defaults(group) for group in groups]
@@ -115,6 +118,7 @@ def plan_for(
         cost_model=cost_model or model,
         balance=balance,
         bucket_bytes=bucket_bytes,
+        teams=teams,
     )
 
 

@@ -1,4 +1,4 @@
-"""Real processes that form Gloo groups: started once, reused, never waited for forever.
+"""Real processes that form Gloo groups: reused for a while, never waited for forever.
 
 A case is a top-level function ``case(rank, world_size, **kwargs)``; it runs on every rank inside a
 fresh process group, and what it returns (picklable) comes back by rank.
@@ -21,6 +21,16 @@ import torch.multiprocessing as mp
 
 CASE_SECONDS = 90
 """After this long a case has hung: its ranks are ended and the test fails with a message."""
+
+CASES_PER_PROCESS = 12
+"""torch's caches keep the process groups of earlier cases alive, and every one of them wakes some
+threads a hundred times a second: after hundreds of cases that is all that a machine does."""
+
+PRELOADED = [
+    *("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"),
+    *("torch.distributed.checkpoint.state_dict", "normuon.step.sharded"),
+]
+"""What a new process need not import: it is forked from one that has."""
 
 COLLECTIVE_SECONDS = 30
 """Gloo's own timeout; shorter than a case's, so that a lone rank says what it waited for."""
@@ -61,8 +71,10 @@ class Ranks:
     """A pool of processes; `run` uses as many of them as a case needs."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[tuple[Any, Connection]] = []
+        self._num_cases = 0
 
     def _ensure(self, world_size: int) -> None:
         while len(self._workers) < world_size:
@@ -80,6 +92,9 @@ class Ranks:
         Raises:
             AssertionError: a rank raised, died, or did not answer in time; shows every rank's end.
         """
+        self._num_cases += 1
+        if self._num_cases % CASES_PER_PROCESS == 0:
+            self.close()
         self._ensure(world_size)
         with tempfile.TemporaryDirectory() as folder:
             order = (case.__module__, case.__name__, world_size, f"{folder}/store", kwargs)

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SECONDS = 150
+GRACE_SECONDS = 45
 
 
 def run_bounded(command: list[str]) -> tuple[int, str, str]:
@@ -30,7 +31,12 @@ def run_bounded(command: list[str]) -> tuple[int, str, str]:
     try:
         out, errors = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun's workers are in sessions of their own, and it ends them when it is told to end.
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
         raise
     return process.returncode, out, errors
 

@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 STEPS = 50
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+ON_TWO_RANKS = [*TORCHRUN, "--nproc-per-node", "2"]
+DEEPSPEED = [*ON_TWO_RANKS, str(HERE / "deepspeed_by_gloo.py"), "examples/deepspeed_stage0.py"]
 
 VISION = Path(sys.prefix) / "vision"
 """Where `make install` puts timm, apart: see there."""
@@ -56,6 +58,11 @@ def test_one_process_trains_and_resumes_to_the_same_loss(name, library, tmp_path
     check_losses(module.train(STEPS, tmp_path), module.train(STEPS, tmp_path, resume=True))
 
 
+def in_examples(command: list[str]) -> list[str]:
+    """A command with the examples' paths written out."""
+    return [str(EXAMPLES.parent / word) if word.endswith(".py") else word for word in command]
+
+
 def losses_of(command: list[str]) -> list[float]:
     code, out, errors = run_bounded(command)
     assert code == 0, errors[-4000:]
@@ -65,10 +72,10 @@ def losses_of(command: list[str]) -> list[float]:
 @pytest.mark.parametrize(
     ("library", "command"),
     [
-        ("torchtitan", [*TORCHRUN, "--nproc-per-node", "2", "examples/torchtitan_llama.py"]),
+        ("torchtitan", [*ON_TWO_RANKS, "examples/torchtitan_llama.py"]),
         pytest.param(
             "deepspeed",
-            [*TORCHRUN, "--nproc-per-node", "2", "examples/deepspeed_stage0.py"],
+            DEEPSPEED,
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -78,7 +85,7 @@ def losses_of(command: list[str]) -> list[float]:
         ),
         pytest.param(
             "accelerate",  # Under DDP, which Accelerate takes without GPUs.
-            [*TORCHRUN, "--nproc-per-node", "2", "examples/accelerate_fsdp2.py"],
+            [*ON_TWO_RANKS, "examples/accelerate_fsdp2.py"],
             marks=pytest.mark.slow,
         ),
     ],
@@ -87,7 +94,7 @@ def losses_of(command: list[str]) -> list[float]:
 def test_several_ranks_train_and_resume_to_the_same_loss(library, command, tmp_path):
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"needs {library}: pip install 'normuon[integrations]'")
-    command = [str(EXAMPLES.parent / word) if word.endswith(".py") else word for word in command]
+    command = in_examples(command)
     command += ["--steps", str(STEPS), "--out", str(tmp_path)]
     check_losses(losses_of(command), losses_of([*command, "--resume"]))
 
@@ -96,7 +103,7 @@ def test_accelerates_fsdp2_trains_and_resumes_to_the_same_loss(tmp_path):
     """Its plugin puts the shards into an optimizer that was built before."""
     pytest.importorskip("accelerate")
     script = HERE / "accelerate_fsdp2_on_cpu.py"
-    command = [*TORCHRUN, "--nproc-per-node", "2", str(script)]
+    command = [*ON_TWO_RANKS, str(script)]
     command += [str(EXAMPLES / "accelerate_fsdp2.py"), str(tmp_path), str(STEPS)]
     check_losses(losses_of(command), losses_of([*command, "--resume"]))
 
@@ -112,9 +119,8 @@ def test_accelerates_fsdp2_trains_and_resumes_to_the_same_loss(tmp_path):
 def test_deepspeed_zero_is_refused_at_the_first_step(stage, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed: pip install 'normuon[integrations]'")
-    script = EXAMPLES / "deepspeed_stage0.py"
-    command = [*TORCHRUN, "--nproc-per-node", "2", str(script), "--stage", str(stage)]
-    code, out, errors = run_bounded([*command, "--out", str(tmp_path)])
+    command = [*in_examples(DEEPSPEED), "--stage", str(stage), "--out", str(tmp_path)]
+    code, out, errors = run_bounded(command)
     assert code != 0
     assert "step 0" not in out
     assert "as DeepSpeed ZeRO (stages 1 to 3) flattens a group into one vector; use FSDP2" in errors

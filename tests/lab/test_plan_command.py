@@ -18,11 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import normuon
 from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.dtensor import read_placement
 from normuon_lab.cli import main
-from normuon_lab.plan.contents import plan_contents, plan_model
+from normuon_lab.plan.alternatives import reduce_over_shards
+from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import model_shapes, shapes_of
 from normuon_lab.plan.page import render_page
@@ -119,13 +121,16 @@ def test_the_command_prints_json_and_writes_the_page(called: tuple[Outcome, Path
         "flops_by_rank",
         "flops_by_matrix",
         "imbalance",
+        "busiest_over_mean",
         "bytes_sent_total",
         "bytes_least_total",
         "scratch_bytes_max",
         "plan_seconds",
         "predicted_step_seconds",
     }
-    assert set(printed["alternatives"]) == {"round_robin", "replicate", "padding"}
+    assert set(printed["alternatives"]) == {
+        *("round_robin", "replicate", "padding", "all_reduce"),
+    }
     for scheme in (printed, *printed["alternatives"].values()):
         assert keys <= set(scheme)
         assert len(scheme["flops_by_rank"]) == 16
@@ -373,3 +378,37 @@ def test_planning_allocates_no_weights() -> None:
     assert all(
         param.device == torch.device("meta") for g in shapes.groups for _, param in g["params"]
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks"), [("llama3-8b", 1024), ("llama-1.1b", 256), ("llama3-70b", 2048)]
+)
+def test_teams_keep_all_ranks_busy(model: str, ranks: int) -> None:
+    request = PlanRequest(
+        mesh=Mesh(dp_shard=ranks),
+        balance="flops",
+        bucket_bytes=256 * 2**20,
+        wire_dtype="bfloat16",
+        cost_model=CostModel(bytes_per_second=4e11),
+        teams="auto",
+    )
+    contents = plan_contents(plan_model(model_shapes(model), request))
+    owners = contents["alternatives"]["owners"]
+    assert contents["busiest_over_mean"] <= 1.25
+    assert owners["busiest_over_mean"] > 3
+    assert contents["predicted_step_seconds"] < 0.5 * owners["predicted_step_seconds"]
+    assert contents["bytes_sent_busiest"] > owners["bytes_sent_total"] / ranks
+    assert any(kind["team_size"] > 1 for kind in contents["kinds"])
+    assert any(isinstance(matrix["owners"], list) for matrix in contents["matrices"])
+    page = render_page(contents, command="normuon plan")
+    assert "one owner for each matrix" in page
+
+
+def test_newton_schulz_over_shards_is_counted() -> None:
+    """5 steps on 4 ranks of an 8 x 4 matrix: shards of 2 x 4, Gram matrices of 4 x 4."""
+    groups = [{"params": [torch.empty(8, 4, device="meta")]}]
+    plan = normuon.plan_for(groups, mesh_shape=(4,), placements=[("shard", 0)])
+    figures = reduce_over_shards(plan, 1)
+    assert figures.flops_by_rank == (5 * (2 * 2 * 4 * 8 + 2 * 4**3),) * 4
+    # A ring sends 2 x 3 / 4 of 16 elements of 2 bytes.
+    assert figures.bytes_sent_total == 5 * 4 * 48

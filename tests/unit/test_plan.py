@@ -495,7 +495,7 @@ class TestIdentity:
         plan, shorter = (make_plan(t, world_size=2) for t in (self.tasks(), self.tasks()[:1]))
         assert self.difference(plan, shorter) == (
             "'b[0]: 4 x 8 at ((0, 0), (4, 8)) in layout 0, , 3200 FLOPs, vectors ((0,),) ((),), 2 "
-            "and 4 bytes' on rank 0, 'a[0]: owners: (0,)' on rank 1"
+            "and 4 bytes, None, None' on rank 0, 'a[0]: owners: (0,)' on rank 1"
         )
 
     def test_another_order_of_buckets_is_named(self):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import normuon
+from normuon.distributed.plan import Sharing
 from normuon.step.sharded import ShardedStep
 from normuon.step.shared_params import shared_params
 from tests.planned import bytes_sent, every_route, plain_flops
@@ -125,7 +126,7 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
     # A fake group answers nothing, so there is nobody to agree with.
     monkeypatch.setattr("normuon.step.sharded.check_agreement", lambda *args, **kwargs: None)
     (shared,) = shared_params(optimizer.param_groups, optimizer.state, process_group=None)
-    live = ShardedStep(shared, balance="flops", bucket_bytes=plan.bucket_bytes).plan
+    live = ShardedStep(shared, Sharing(bucket_bytes=plan.bucket_bytes)).plan
     assert list(plan.lines()) == list(live.lines())
     assert plan.digest() == live.digest()
     offline = normuon.plan_for(

@@ -84,3 +84,13 @@ def test_the_quoted_plans_are_the_published_tables():
 def _figure(row: dict[str, Any]) -> str:
     low, high = row["ci95_t"]
     return f"{row['steps_saved_percent']:.1f}% ({low:.1f} to {high:.1f})"
+
+
+def test_the_readme_says_what_teams_do_to_the_busiest_rank():
+    table = json.loads((ROOT / "benchmarks" / "results" / "plan_table.json").read_text())
+    found = {
+        row["way"]: f"{row['busiest_over_mean']:.3f}"
+        for row in table["teams"]
+        if (row["model"], row["bytes_per_second"]) == ("llama3-8b", 4e11)
+    }
+    assert f'| {found["teams"]} with `teams="auto"`, {found["one owner each"]} with one' in README

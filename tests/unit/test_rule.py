@@ -9,6 +9,13 @@ from normuon.step import rule
 from tests.spectra import spectrum_zoo
 
 
+def step_scale(mean_square, per_neuron, shape, adjust_lr_fn):
+    sums = rule.neuron_sums(mean_square, per_neuron, adjust_lr_fn=adjust_lr_fn)
+    m, n = shape
+    num_neurons = mean_square.shape[-1]
+    return rule.step_scale(sums, m=m, n=n, num_neurons=num_neurons, adjust_lr_fn=adjust_lr_fn)
+
+
 @pytest.mark.parametrize("dim", [-2, -1])
 @pytest.mark.parametrize("name", ["gaussian", "rows_over_three_decades", "tall", "one_row"])
 def test_line_six_pins_the_rms_of_the_step(name, dim):
@@ -18,7 +25,7 @@ def test_line_six_pins_the_rms_of_the_step(name, dim):
     mean_square = rule.mean_square_per_neuron(o, dim=dim)
     v = rule.update_second_moment(torch.rand_like(mean_square), mean_square, beta2=0.9)
     per_neuron = rule.neuron_scale(v, eps=1e-8)
-    scale = rule.step_scale(mean_square, per_neuron, m=m, n=n, adjust_lr_fn="match_rms_adamw")
+    scale = step_scale(mean_square, per_neuron, (m, n), "match_rms_adamw")
     step = o * per_neuron.unsqueeze(-1 if dim == -2 else -2) * scale[:, None, None]
     assert step.square().mean().sqrt().item() == pytest.approx(0.2, rel=1e-12)
 
@@ -27,7 +34,7 @@ def test_original_scaling_restores_the_norm_of_the_direction():
     o = torch.randn(1, 6, 3, dtype=torch.float64)
     mean_square = rule.mean_square_per_neuron(o, dim=-2)
     per_neuron = rule.neuron_scale(torch.rand(1, 6, dtype=torch.float64), eps=1e-8)
-    scale = rule.step_scale(mean_square, per_neuron, m=6, n=3, adjust_lr_fn="original")
+    scale = step_scale(mean_square, per_neuron, (6, 3), "original")
     step = o * per_neuron[..., None] * scale[:, None, None]
     assert step.norm().item() == pytest.approx(o.norm().item() * 2**0.5, rel=1e-12)
 
@@ -40,7 +47,7 @@ def test_multiplying_v_by_a_constant_changes_no_step():
     steps = []
     for constant in (1.0, 1e-3):
         per_neuron = rule.neuron_scale(v * constant, eps=0.0)
-        scale = rule.step_scale(mean_square, per_neuron, m=5, n=7, adjust_lr_fn="match_rms_adamw")
+        scale = step_scale(mean_square, per_neuron, (5, 7), "match_rms_adamw")
         steps.append(per_neuron * scale[:, None])
     torch.testing.assert_close(steps[0], steps[1], rtol=1e-12, atol=0)
 
@@ -50,7 +57,7 @@ def test_a_zero_direction_gives_a_zero_step(adjust_lr_fn):
     zero = torch.zeros(1, 4)
     for eps in (0.0, 1e-8):
         per_neuron = rule.neuron_scale(zero, eps=eps)
-        scale = rule.step_scale(zero, per_neuron, m=4, n=3, adjust_lr_fn=adjust_lr_fn)
+        scale = step_scale(zero, per_neuron, (4, 3), adjust_lr_fn)
         assert torch.equal(scale * per_neuron.sum(), torch.zeros(1))
 
 

@@ -37,6 +37,7 @@ def assign_owners(
     With balance="paper", Algorithm 2: sorted by element count, dealt round-robin, one owner each.
     With balance="flops", longest processing time over FLOPs, where
 
+    - a slab has the owner that its team says;
     - a matrix that several replicas store has one owner among all ranks, or one in every replica
       when sending the result between replicas takes longer than computing it again;
     - a matrix that some ranks store whole (an expert) stays on one of them, which costs no gather.
@@ -94,12 +95,24 @@ def _name(task: MatrixTask) -> tuple[Any, ...]:
     return (*task.batch_key, task.param, task.index)
 
 
+def is_free(task: MatrixTask, world_size: int, cost_model: CostModel) -> bool:
+    """Whether a team may divide a matrix: one rank owns it, and any may."""
+    draft = _draft(task, world_size, cost_model)
+    is_single = len(draft.jobs) == 1 and (draft.stays_local or draft.jobs[0].candidates is None)
+    return task.largest_team > 1 and task.slab is None and is_single
+
+
 def _draft(task: MatrixTask, world_size: int, cost_model: CostModel) -> _Draft:
     tiling = tiling_of(task)
     replicas = task.layout.full_replicas
     job = Job(task.flops, _name(task), None, tiling.ranks_by_numel)
     if world_size == 1:
         return _Draft(task, (job,), "one rank: nothing to send")
+    if task.slab is not None:
+        reason = (
+            f"divided among {task.slab.team.size} ranks: one would take longer than the mean of all"
+        )
+        return _Draft(task, (replace(job, candidates=(task.slab.rank,)),), reason)
     is_whole = tiling.is_stored_whole
     per_replica, reason = False, ""
     if len(replicas) > 1:

@@ -19,6 +19,9 @@ class CostModel:
         replica_bytes_per_second: what one rank sends to other replicas' ranks (between nodes, in
             HSDP); None means the same rate.
         latency_seconds: fixed time of one message.
+        node_bytes_per_second: what one rank sends within its node; None means `bytes_per_second`.
+        node_latency_seconds: fixed time of one message within a node.
+        ranks_per_node: how many ranks a node has; they are numbered one after another.
 
     Raises:
         ValueError: a rate is not positive, or the latency is negative.
@@ -32,18 +35,26 @@ class CostModel:
     bytes_per_second: float = 5e10
     replica_bytes_per_second: float | None = None
     latency_seconds: float = 2e-5
+    node_bytes_per_second: float | None = None
+    node_latency_seconds: float = 1e-5
+    ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
         rates = {
             "flops_per_second": self.flops_per_second,
             "bytes_per_second": self.bytes_per_second,
             "replica_bytes_per_second": self.bytes_per_second_between_replicas,
+            "node_bytes_per_second": self.node_bytes_per_second or self.bytes_per_second,
         }
         for name, rate in rates.items():
             if not (rate > 0 and math.isfinite(rate)):
                 raise ValueError(f"{name}={rate}: pass a positive, finite rate")
-        if not (self.latency_seconds >= 0 and math.isfinite(self.latency_seconds)):
-            raise ValueError(f"latency_seconds={self.latency_seconds}: pass zero or more")
+        for name in ("latency_seconds", "node_latency_seconds"):
+            latency = getattr(self, name)
+            if not (latency >= 0 and math.isfinite(latency)):
+                raise ValueError(f"{name}={latency}: pass zero or more")
+        if self.ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node={self.ranks_per_node}: pass one or more")
 
     @property
     def bytes_per_second_between_replicas(self) -> float:
@@ -62,6 +73,19 @@ class CostModel:
     def send_seconds_between_replicas(self, num_bytes: float) -> float:
         """Seconds that one rank takes to send `num_bytes` to another replica, in one message."""
         return self.latency_seconds + num_bytes / self.bytes_per_second_between_replicas
+
+    def swap_seconds(self, num_bytes: float, *, num_swaps: int, num_ranks: int) -> float:
+        """Seconds that a team of neighbours takes to exchange.
+
+        Args:
+            num_bytes: what each sends in all.
+            num_swaps: how often.
+            num_ranks: of the team; one that does not fit into a node exchanges between nodes.
+        """
+        rate, latency = self.bytes_per_second, self.latency_seconds
+        if num_ranks <= self.ranks_per_node:
+            rate, latency = self.node_bytes_per_second or rate, self.node_latency_seconds
+        return num_swaps * latency + num_bytes / rate
 
     def once_per_replica(
         self, flops: int, *, gather_bytes: int, return_bytes: int, num_replicas: int

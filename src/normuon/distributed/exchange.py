@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -198,3 +198,56 @@ def exchanges(
             )
         )
     return found
+
+
+ALIGNMENT = 16
+"""Bytes at which every tensor of `exchange_tensors` begins: no dtype is wider."""
+
+
+def exchange_tensors(
+    send: Mapping[int, Sequence[Tensor]],
+    receive: Mapping[int, Sequence[Tensor]],
+    *,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> None:
+    """Sends tensors to some ranks and writes what they send, in one all-to-all.
+
+    Every rank of the group calls it, with nothing to send too.
+
+    Args:
+        send: by rank; nothing to this rank itself.
+        receive: by rank, what is written: as many tensors of the same shapes and dtypes as that
+            rank sends here.
+        group: the ranks.
+        device: of the tensors.
+    """
+    world_size = dist.get_world_size(group)
+    sent, sent_views, sent_bytes = _packed(send, world_size, device)
+    received, received_views, received_bytes = _packed(receive, world_size, device)
+    if sent_views:
+        torch._foreach_copy_(sent_views, [t for r in sorted(send) for t in send[r]])
+    dist.all_to_all_single(received, sent, received_bytes, sent_bytes, group=group)
+    if received_views:
+        torch._foreach_copy_([t for r in sorted(receive) for t in receive[r]], received_views)
+
+
+def _packed(
+    tensors: Mapping[int, Sequence[Tensor]], world_size: int, device: torch.device
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Memory for tensors by rank, its views of their shapes, and the bytes of every rank."""
+    split_bytes = [0] * world_size
+    starts: list[tuple[int, Tensor]] = []
+    end = 0
+    for rank in sorted(tensors):
+        first = end
+        for tensor in tensors[rank]:
+            starts.append((end, tensor))
+            end += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        split_bytes[rank] = end - first
+    memory = torch.empty(end, dtype=torch.uint8, device=device)
+    views = [
+        memory[start : start + t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        for start, t in starts
+    ]
+    return memory, views, split_bytes

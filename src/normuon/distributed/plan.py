@@ -12,6 +12,7 @@ from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import ShardLayout
 from normuon.distributed.task import MatrixTask
+from normuon.distributed.teams import Teams, with_teams
 from normuon.distributed.tiling import (
     Owners,
     Route,
@@ -28,6 +29,15 @@ Direction: TypeAlias = Literal["gather", "return"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How ranks share the matrices of one optimizer; see `make_plan`."""
+
+    balance: Balance = "flops"
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    teams: Teams = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Owners and buckets of one step. Build one with `make_plan`.
 
@@ -35,12 +45,13 @@ class Plan:
     or owns only.
 
     Args:
-        tasks: the matrices; everything else refers to them by index.
+        tasks: the matrices, or slabs of them; everything else refers to them by index.
         world_size: ranks of the group.
         balance: how owners were chosen.
         bucket_bytes: bound on a rank's packed bytes in one bucket, or twice the bucket's largest
             matrix where that is more.
         cost_model: what FLOPs and bytes were taken to cost.
+        whole_flops: of all matrices, each computed once by one rank.
         owners: for each matrix its owner, or one owner per full replica in replica order.
         reasons: for each matrix, why.
         alone: the matrices that every rank that stores them stores whole and computes itself.
@@ -52,6 +63,7 @@ class Plan:
     balance: Balance
     bucket_bytes: int
     cost_model: CostModel = field(compare=False)
+    whole_flops: int
     owners: tuple[tuple[int, ...], ...]
     reasons: tuple[str, ...] = field(compare=False)
     alone: tuple[int, ...]
@@ -70,6 +82,11 @@ class Plan:
             for owner in owners:
                 loads[owner] += task.flops
         return tuple(loads)
+
+    @property
+    def mean_flops(self) -> float:
+        """FLOPs of a rank if every matrix were computed once, whole, and all were equally busy."""
+        return self.whole_flops / self.world_size
 
     @property
     def makespan_bound(self) -> int:
@@ -108,6 +125,18 @@ class Plan:
         find = gather_receives if direction == "gather" else return_receives
         return find(self.tasks, self.owners, self.buckets[bucket], rank)
 
+    def num_swaps(self, bucket: int) -> int:
+        """How often members of teams exchange while a bucket is computed; all ranks take part."""
+        tasks = (self.tasks[index] for index in self.buckets[bucket])
+        return max(
+            (
+                task.split.num_swaps(task.slab.team)
+                for task in tasks
+                if task.slab is not None and task.split is not None
+            ),
+            default=0,
+        )
+
     def gathers(self, bucket: int) -> bool:
         """Whether any rank sends another one anything on the way to owners.
 
@@ -135,7 +164,7 @@ class Plan:
                 f"{task.label}: {task.rows} x {task.cols} at {tuple(task.region)} in layout "
                 f"{places[task.layout]}, {task.key}, {task.flops} FLOPs, vectors "
                 f"{task.state_dims} {task.summary_dims}, {task.wire_bytes} and {task.side_bytes} "
-                "bytes"
+                f"bytes, {task.split}, {task.slab}"
             )
         for task, owners in zip(self.tasks, self.owners, strict=True):
             everywhere = len(owners) == self.world_size > 1
@@ -155,6 +184,7 @@ def make_plan(
     cost_model: CostModel | None = None,
     balance: Balance = "flops",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    teams: Teams = "off",
     assignment: Assignment | None = None,
 ) -> Plan:
     """Choose owners and buckets for one step.
@@ -165,6 +195,7 @@ def make_plan(
         cost_model: rates and latency; the defaults of `CostModel` when None.
         balance: "flops" (longest processing time) or "paper" (sorted round-robin).
         bucket_bytes: bound on a rank's packed bytes in one bucket.
+        teams: "auto" lets several ranks divide a matrix where that shortens the predicted step.
         assignment: owners that were chosen otherwise; `balance` only names how.
 
     Returns:
@@ -185,10 +216,13 @@ def make_plan(
     """
     model = CostModel() if cost_model is None else cost_model
     _check_tasks(tasks, world_size)
+    whole_flops = sum(task.flops for task in tasks)
+    if teams == "auto":
+        tasks = with_teams(tasks, world_size=world_size, cost_model=model)
     if assignment is None:
         assignment = assign_owners(tasks, world_size=world_size, cost_model=model, balance=balance)
     owners = assignment.owners
-    alone = [i for i, task in enumerate(tasks) if tiling_of(task).needs_no_message(owners[i])]
+    alone = [i for i, task in enumerate(tasks) if _is_alone(task, owners[i])]
     are_alone = set(alone)
     buckets = form_buckets(
         tasks,
@@ -203,6 +237,7 @@ def make_plan(
         balance=balance,
         bucket_bytes=bucket_bytes,
         cost_model=model,
+        whole_flops=whole_flops,
         owners=owners,
         reasons=assignment.reasons,
         alone=tuple(alone),
@@ -252,58 +287,75 @@ def form_buckets(
         Indices of the matrices of each bucket, those of one batch together; wire and side dtype
         are one within a bucket.
     """
-    by_dtypes: dict[tuple[int, int], list[int]] = {}
+    units: dict[object, list[int]] = {}
     for index in chosen:
         task = tasks[index]
-        by_dtypes.setdefault((task.wire_bytes, task.side_bytes), []).append(index)
+        units.setdefault(index if task.slab is None else (task.param, task.index), []).append(index)
+    by_dtypes: dict[tuple[int, int], list[Unit]] = {}
+    for unit in units.values():
+        task = tasks[unit[0]]
+        by_dtypes.setdefault((task.wire_bytes, task.side_bytes), []).append(tuple(unit))
     found: list[tuple[int, ...]] = []
-    for indices in by_dtypes.values():
-        ordered = _by_start_time(tasks, owners, indices, world_size)
+    for of_dtypes in by_dtypes.values():
+        ordered = _by_start_time(tasks, owners, of_dtypes, world_size)
         for bucket in _cut(tasks, owners, ordered, bucket_bytes):
             found.append(tuple(sorted(bucket, key=lambda i: _place(tasks[i]))))
     return tuple(found)
 
 
+Unit: TypeAlias = tuple[int, ...]
+"""What goes into one bucket together: a matrix, or all slabs of one."""
+
+
+def _is_alone(task: MatrixTask, owners: tuple[int, ...]) -> bool:
+    return task.slab is None and tiling_of(task).needs_no_message(owners)
+
+
 def _place(task: MatrixTask) -> tuple[Any, ...]:
-    return (*task.batch_key, task.param, task.index)
+    number = -1 if task.slab is None else task.slab.number
+    return (*task.batch_key, task.param, task.index, number)
 
 
 def _by_start_time(
-    tasks: Sequence[MatrixTask], owners: Owners, chosen: Sequence[int], world_size: int
-) -> list[int]:
-    def turn(index: int) -> tuple[Any, ...]:
-        task = tasks[index]
-        needs_gather = not set(owners[index]) <= set(tiling_of(task).whole_ranks)
+    tasks: Sequence[MatrixTask], owners: Owners, units: Sequence[Unit], world_size: int
+) -> list[Unit]:
+    def turn(unit: Unit) -> tuple[Any, ...]:
+        task = tasks[unit[0]]
+        needs_gather = any(
+            not set(owners[index]) <= set(tiling_of(tasks[index]).whole_ranks) for index in unit
+        )
         return (needs_gather, -task.flops, _place(task))
 
     clock = [0] * world_size
-    starts: dict[int, int] = {}
-    turns = sorted(chosen, key=turn)
-    for index in turns:
-        starts[index] = max(clock[owner] for owner in owners[index])
-        for owner in owners[index]:
-            clock[owner] = starts[index] + tasks[index].flops
+    starts: dict[Unit, int] = {}
+    turns = sorted(units, key=turn)
+    for unit in turns:
+        starts[unit] = max(clock[owner] for index in unit for owner in owners[index])
+        for index in unit:
+            for owner in owners[index]:
+                clock[owner] = starts[unit] + tasks[index].flops
     return sorted(turns, key=starts.__getitem__)  # Stable: equal starts keep their turns.
 
 
 def _cut(
-    tasks: Sequence[MatrixTask], owners: Owners, ordered: Sequence[int], bucket_bytes: int
+    tasks: Sequence[MatrixTask], owners: Owners, ordered: Sequence[Unit], bucket_bytes: int
 ) -> list[list[int]]:
     buckets: list[list[int]] = []
     there, back = _Fill(), _Fill()
-    for index in ordered:
-        task, own = tasks[index], owners[index]
-        packed_there = _packed_there(task, own)
-        packed_back = _packed_back(task, own)
-        if not buckets or not (
-            there.takes(own, packed_there, bucket_bytes)
-            and back.takes(own, packed_back, bucket_bytes)
+    for unit in ordered:
+        packed_there = [_packed_there(tasks[index], owners[index]) for index in unit]
+        packed_back = [_packed_back(tasks[index], owners[index]) for index in unit]
+        if not buckets or not all(
+            there.takes(owners[index], at_owners, bucket_bytes)
+            and back.takes(owners[index], elsewhere, bucket_bytes)
+            for index, at_owners, elsewhere in zip(unit, packed_there, packed_back, strict=True)
         ):
             buckets.append([])
             there, back = _Fill(), _Fill()
-        buckets[-1].append(index)
-        there.add(own, packed_there)
-        back.add(own, packed_back)
+        buckets[-1] += unit
+        for index, at_owners, elsewhere in zip(unit, packed_there, packed_back, strict=True):
+            there.add(owners[index], at_owners)
+            back.add(owners[index], elsewhere)
     return buckets
 
 

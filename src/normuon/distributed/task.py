@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from normuon.distributed.layout import Region, ShardLayout
+from normuon.distributed.slabs import Slab, Split, Team, even_cuts
 
 Dims = tuple[int, ...]
 
@@ -31,6 +33,8 @@ class MatrixTask:
         summary_dims: the same of each vector that comes back only; () for a single number.
         wire_bytes: size of an element of the matrix on the wire.
         side_bytes: size of an entry of a vector on the wire.
+        split: how a team may divide the matrix; None where it must stay whole.
+        slab: which part of a divided matrix this is; the region, rows and cols are the slab's.
 
     Raises:
         ValueError: an empty matrix, or a size or count that is not positive.
@@ -57,6 +61,8 @@ class MatrixTask:
     summary_dims: tuple[Dims, ...] = ()
     wire_bytes: int = 2
     side_bytes: int = 4
+    split: Split | None = None
+    slab: Slab | None = None
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1 or self.rows * self.cols != self.region.numel:
@@ -72,6 +78,11 @@ class MatrixTask:
     def label(self) -> str:
         """The matrix's name for people: `name[index]`."""
         return f"{self.name}[{self.index}]"
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole matrix."""
+        return (self.rows, self.cols) if self.slab is None else (self.slab.rows, self.slab.cols)
 
     @property
     def numel(self) -> int:
@@ -97,3 +108,36 @@ class MatrixTask:
     def batch_key(self) -> tuple[int, int, str, int]:
         """Matrices with the same batch key may be orthogonalised together."""
         return (self.rows, self.cols, self.key, self.wire_bytes)
+
+    @property
+    def largest_team(self) -> int:
+        """How many ranks may have a slab of this matrix."""
+        return 1 if self.split is None else self.region.shape[self.split.dim]
+
+    def slabs(self, team: Team, ranks: Sequence[int]) -> list[MatrixTask]:
+        """The matrix divided among a team, one task for each member.
+
+        Args:
+            team: how.
+            ranks: its members.
+        """
+        assert self.split is not None
+        split, found = self.split, []
+        size = self.region.shape[split.dim]
+        for number, (start, stop) in enumerate(even_cuts(size, team.size)):
+            offsets, shape = list(self.region.offsets), list(self.region.shape)
+            offsets[split.dim] += start
+            shape[split.dim] = stop - start
+            length = (stop - start) * split.long // size
+            found.append(
+                replace(
+                    self,
+                    region=Region(tuple(offsets), tuple(shape)),
+                    rows=length if split.cuts_rows else self.rows,
+                    cols=self.cols if split.cuts_rows else length,
+                    flops=split.flops(team, number, length),
+                    key=f"{self.key}, a slab of {self.rows} x {self.cols} by {team}",
+                    slab=Slab(team, number, tuple(ranks), self.rows, self.cols),
+                )
+            )
+        return found

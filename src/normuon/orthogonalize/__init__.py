@@ -16,6 +16,7 @@ from normuon.orthogonalize.coefficients import (
     Triple,
     resolve_coefficients,
 )
+from normuon.orthogonalize.flops import num_panels
 from normuon.orthogonalize.iteration import gram_newton_schulz, newton_schulz
 from normuon.orthogonalize.normalize import (
     equilibrate_,
@@ -50,6 +51,7 @@ __all__ = [
     "multiplies_bfloat16_natively",
     "newton_schulz",
     "normalize_frobenius",
+    "num_panels",
     "orthogonalize",
     "resolve_backend",
     "resolve_coefficients",

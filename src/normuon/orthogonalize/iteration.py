@@ -169,7 +169,7 @@ def _segment(
             # a X is added in the product's own accumulator, not rounded into Z first.
             return product(z, x, add=x, beta=a, out=out)
         if q is None:
-            q = _plus_identity(z, a, out=into["q"])
+            q = plus_identity(z, a, out=into["q"])
         else:
             q = symmetric_product(z, q, add=q, beta=a, panels=panels, out=into["t"])
             into["q"], into["t"] = into["t"], into["q"]
@@ -180,7 +180,7 @@ def _segment(
     return product(q, x, out=out)
 
 
-def _plus_identity(z: Tensor, a: float, *, out: Tensor | None) -> Tensor:
+def plus_identity(z: Tensor, a: float, *, out: Tensor | None) -> Tensor:
     """``a I + Z``, beside Z."""
     q = z.clone() if out is None else out.copy_(z)
     q.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -29,12 +29,16 @@ class SharedTasks:
     def __init__(self, plan: Plan, rank: int, matrices: Sequence[SharedMatrix]) -> None:
         self.plan, self.rank = plan, rank
         self.matrices = list(matrices)
-        self._param_of: list[int] = []
-        self._run_of: list[MatrixRun] = []
-        for number, matrix in enumerate(self.matrices):
-            for run in matrix.owner.view.runs(matrix.owner.param.shape):
-                self._param_of += [number] * run.count
-                self._run_of += [run] * run.count
+        numbers = {matrix.place: number for number, matrix in enumerate(self.matrices)}
+        self._param_of = [numbers[task.param] for task in plan.tasks]
+        self._runs: list[list[MatrixRun]] = [
+            [
+                run
+                for run in matrix.owner.view.runs(matrix.owner.param.shape)
+                for _ in range(run.count)
+            ]
+            for matrix in self.matrices
+        ]
 
     def param_of(self, task: int) -> SharedMatrix:
         """The parameter that a task is of."""
@@ -54,8 +58,8 @@ class SharedTasks:
         found: list[PieceRun] = []
         for piece_id in pieces:
             task = piece_id[0]
-            owner, run = self.param_of(task).owner, self._run_of[task]
             planned = self.plan.tasks[task]
+            owner, run = self.param_of(task).owner, self._runs[self._param_of[task]][planned.index]
             region = self.region(piece_id)
             slices = planned.layout.local_slices(self.rank, region.shifted(planned.region.offsets))
             piece = PieceRun(

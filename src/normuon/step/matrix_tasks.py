@@ -7,10 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from normuon.distributed.layout import Region, ShardLayout
+from normuon.distributed.slabs import Split
 from normuon.distributed.task import MatrixTask
 from normuon.models.view import MatrixView
 from normuon.options import MatrixOptions
-from normuon.orthogonalize import transport_dtype
+from normuon.orthogonalize import num_panels, transport_dtype
+from normuon.orthogonalize.flops import symmetric_product_flops
+from normuon.orthogonalize.segments import segments_for
+from normuon.step.normalizer import DividedNormalizer
 from normuon.step.order import stats_dtype
 
 
@@ -66,6 +70,13 @@ def tasks_of_param(
             for dim in normalizer.summary_dims(m, n).values()
         )
         flops = options.flops(m, n, dtype=ns_dtype, device_type=device_type)
+        split = split_of(
+            (m, n),
+            options,
+            dims=(view.neuron_dim, view.matrix_dims(ndim, -1)[0]),
+            ns_dtype=ns_dtype,
+            device_type=device_type,
+        )
         tasks += [
             MatrixTask(
                 name=name,
@@ -82,7 +93,55 @@ def tasks_of_param(
                 summary_dims=summary_dims,
                 wire_bytes=wire[0].itemsize,
                 side_bytes=wire[1].itemsize,
+                split=split,
             )
             for index in range(run.count)
         ]
     return tasks
+
+
+def split_of(
+    shape: tuple[int, int],
+    options: MatrixOptions,
+    *,
+    dims: tuple[int, int],
+    ns_dtype: torch.dtype,
+    device_type: str,
+) -> Split | None:
+    """How a team would divide an m x n matrix; None where the options need the whole of it.
+
+    Those are an orthogonaliser of the user's own, `equilibrate`, and a rule whose statistics are no
+    sums.
+
+    Args:
+        shape: m and n.
+        options: of the group.
+        dims: the parameter's dims that rows and columns are cut along.
+        ns_dtype: dtype of Newton-Schulz.
+        device_type: where that runs.
+    """
+    normalizer = options.normalizer
+    if (
+        callable(options.orthogonalizer)
+        or options.equilibrate
+        or not isinstance(normalizer, DividedNormalizer)
+    ):
+        return None
+    m, n = shape
+    short, long = min(m, n), max(m, n)
+    panels = num_panels(short, device_type=device_type)
+    # In as few segments as the dtype bears, since every segment's Gram matrix is exchanged.
+    method = "newton_schulz" if options.orthogonalizer == "newton_schulz" else "gram"
+    return Split(
+        dim=dims[0] if m >= n else dims[1],
+        cuts_rows=m >= n,
+        short=short,
+        long=long,
+        segments=segments_for(
+            method, m, n, coefficients=options.coefficients, dtype=ns_dtype, panels=panels
+        ),
+        gram_flops=symmetric_product_flops(short, 1, panels=panels),
+        square_flops=symmetric_product_flops(short, short, panels=panels),
+        num_totals=normalizer.num_totals,
+        element_bytes=ns_dtype.itemsize,
+    )

@@ -10,10 +10,11 @@ per row, ``[K, R]``; along dim -1 one per column, ``[K, C]``; along None one in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from normuon.step import rule
@@ -24,6 +25,15 @@ Vectors = dict[str, Tensor]
 
 Factor = tuple[int, Tensor]
 """What rows (-2) or columns (-1) are multiplied by: ``[K, R]`` or ``[K, C]``."""
+
+
+T = TypeVar("T")
+
+Program = Generator[Any, None, T]
+"""Yields what it wants to be exchanged, and returns its result."""
+
+Total = Callable[[Tensor], Program[Tensor]]
+"""The sum of a tensor over the slabs of a matrix."""
 
 
 class Normalizer(Protocol):
@@ -59,6 +69,27 @@ class Normalizer(Protocol):
         """A factor that only depends on the shape of the whole matrix."""
 
 
+@runtime_checkable
+class DividedNormalizer(Normalizer, Protocol):
+    """One whose statistics are sums, so that several ranks can each have a slab of a matrix."""
+
+    num_totals: int
+    """How often `update_slab` sums over slabs."""
+
+    def update_slab(
+        self, o_BMN: Tensor, state: Vectors, *, shape: tuple[int, int], cut: int, total: Total
+    ) -> Program[tuple[Vectors, Vectors]]:
+        """`update` of one slab of each matrix.
+
+        Args:
+            o_BMN: the slabs.
+            state: as for `update`, of vectors along the dim that is cut the slab's entries only.
+            shape: m and n of the whole matrices.
+            cut: the dim that is cut, -2 or -1.
+            total: to sum over slabs.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class NeuronNormalizer:
     """NorMuon's: every neuron moves alike, and the step's RMS is set (Alg. 1, lines 4 to 6)."""
@@ -67,6 +98,7 @@ class NeuronNormalizer:
     eps: float
     adjust_lr_fn: AdjustLrFn
     neuron_axis: NeuronAxis
+    num_totals: int = 1
 
     def state_dims(self, m: int, n: int) -> Mapping[str, int]:
         """One second moment per neuron."""
@@ -78,18 +110,43 @@ class NeuronNormalizer:
 
     def update(self, o_BMN: Tensor, state: Vectors) -> tuple[Vectors, Vectors]:
         """``v`` and ``0.2 sqrt(m n) / ||Oh||_F``."""
-        _, m, n = o_BMN.shape
-        dim = rule.neuron_dim(m, n, self.neuron_axis)
-        mean_square_BV = rule.mean_square_per_neuron(o_BMN, dim=dim)
+        shape = (o_BMN.shape[-2], o_BMN.shape[-1])
+        v_BV, sums = self._moments(self._mean_square(o_BMN, shape), state)
+        return self._found(v_BV, sums, shape)
+
+    def update_slab(
+        self, o_BMN: Tensor, state: Vectors, *, shape: tuple[int, int], cut: int, total: Total
+    ) -> Program[tuple[Vectors, Vectors]]:
+        """See `DividedNormalizer`: either the neurons or the inputs of each are divided."""
+        neurons_are_cut = cut == rule.neuron_dim(*shape, self.neuron_axis)
+        mean_square_BV = self._mean_square(o_BMN, shape)
+        if not neurons_are_cut:
+            mean_square_BV = yield from total(mean_square_BV)
+        v_BV, sums = self._moments(mean_square_BV, state)
+        if neurons_are_cut:
+            sums = list((yield from total(torch.stack(sums))).unbind(0))
+        return self._found(v_BV, sums, shape)
+
+    def _mean_square(self, o_BMN: Tensor, shape: tuple[int, int]) -> Tensor:
+        dim = rule.neuron_dim(*shape, self.neuron_axis)
+        return rule.mean_square_per_neuron(
+            o_BMN, dim=dim, num_inputs=shape[1] if dim == -2 else shape[0]
+        )
+
+    def _moments(self, mean_square_BV: Tensor, state: Vectors) -> tuple[Tensor, list[Tensor]]:
         v_BV = rule.update_second_moment(
             state["second_momentum_buffer"], mean_square_BV, beta2=self.beta2
         )
+        scale_BV = rule.neuron_scale(v_BV, eps=self.eps)
+        return v_BV, rule.neuron_sums(mean_square_BV, scale_BV, adjust_lr_fn=self.adjust_lr_fn)
+
+    def _found(
+        self, v_BV: Tensor, sums: list[Tensor], shape: tuple[int, int]
+    ) -> tuple[Vectors, Vectors]:
+        m, n = shape
+        num_neurons = m if rule.neuron_dim(m, n, self.neuron_axis) == -2 else n
         scale_B = rule.step_scale(
-            mean_square_BV,
-            rule.neuron_scale(v_BV, eps=self.eps),
-            m=m,
-            n=n,
-            adjust_lr_fn=self.adjust_lr_fn,
+            sums, m=m, n=n, num_neurons=num_neurons, adjust_lr_fn=self.adjust_lr_fn
         )
         return {"second_momentum_buffer": v_BV}, {"scale": scale_B.to(v_BV.dtype)[:, None]}
 
@@ -109,6 +166,7 @@ class ConstantScale:
     """Muon's: one factor for the whole matrix, which its shape gives."""
 
     adjust_lr_fn: AdjustLrFn
+    num_totals: int = 0
 
     def state_dims(self, m: int, n: int) -> Mapping[str, int]:
         """None."""
@@ -120,6 +178,13 @@ class ConstantScale:
 
     def update(self, o_BMN: Tensor, state: Vectors) -> tuple[Vectors, Vectors]:
         """Nothing."""
+        return {}, {}
+
+    def update_slab(
+        self, o_BMN: Tensor, state: Vectors, *, shape: tuple[int, int], cut: int, total: Total
+    ) -> Program[tuple[Vectors, Vectors]]:
+        """Nothing."""
+        yield from ()
         return {}, {}
 
     def factors(self, state: Vectors, summary: Vectors, shape: tuple[int, int]) -> list[Factor]:

@@ -93,12 +93,14 @@ def look_ahead_(
     torch._foreach_lerp_(list(directions), list(momenta), momentum_beta)
 
 
-def mean_square_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
+def mean_square_per_neuron(o_BMN: Tensor, *, dim: int, num_inputs: int | None = None) -> Tensor:
     """Line 4's ``mean_cols(O * O)``: each neuron's mean square, in at least float32.
 
     Args:
         o_BMN: orthogonalised directions, any floating dtype.
         dim: the neuron dim, -2 (rows) or -1 (columns).
+        num_inputs: of a neuron of the whole matrix, where ``o_BMN`` has a part of them only; such
+            parts add up. None: all are here.
 
     Returns:
         ``[B, V]`` in float32, or float64 for float64 input.
@@ -112,7 +114,7 @@ def mean_square_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
     # A norm accumulates in float32 without writing the float32 copy of O that a product would.
     dtype = torch.promote_types(o_BMN.dtype, torch.float32)
     norm_BV = torch.linalg.vector_norm(o_BMN, dim=reduced, dtype=dtype)
-    return torch.square(norm_BV) / o_BMN.shape[reduced]
+    return torch.square(norm_BV) / (num_inputs or o_BMN.shape[reduced])
 
 
 def update_second_moment(v_BV: Tensor, mean_square_BV: Tensor, *, beta2: float) -> Tensor:
@@ -143,13 +145,28 @@ def neuron_scale(v_BV: Tensor, *, eps: float) -> Tensor:
     return denominator_BV.reciprocal_().masked_fill_(never_moved_BV, 0.0)  # Alg. 1, line 5
 
 
+def neuron_sums(
+    mean_square_BV: Tensor, neuron_scale_BV: Tensor, *, adjust_lr_fn: AdjustLrFn
+) -> list[Tensor]:
+    """What line 6 sums over neurons, each ``[B]``: mean squares of ``Oh = O * neuron_scale``.
+
+    For ``original`` those of O as well. The sums of parts of a matrix's neurons add up.
+
+    Args:
+        mean_square_BV: from `mean_square_per_neuron`.
+        neuron_scale_BV: from `neuron_scale`.
+        adjust_lr_fn: see `step_scale`.
+
+    Example:
+        >>> neuron_sums(torch.ones(1, 3), torch.ones(1, 3), adjust_lr_fn="match_rms_adamw")
+        [tensor([3.])]
+    """
+    sums = [(mean_square_BV * neuron_scale_BV.square()).sum(-1)]
+    return sums if adjust_lr_fn == "match_rms_adamw" else [*sums, mean_square_BV.sum(-1)]
+
+
 def step_scale(
-    mean_square_BV: Tensor,
-    neuron_scale_BV: Tensor,
-    *,
-    m: int,
-    n: int,
-    adjust_lr_fn: AdjustLrFn,
+    sums: Sequence[Tensor], *, m: int, n: int, num_neurons: int, adjust_lr_fn: AdjustLrFn
 ) -> Tensor:
     """Line 6 divided by the learning rate: the one factor a whole matrix is multiplied by.
 
@@ -161,27 +178,27 @@ def step_scale(
     - ``original`` (the authors' released code): ``max(1, m / n)^0.5 ||O||_F / ||Oh||_F``.
 
     Args:
-        mean_square_BV: from `mean_square_per_neuron`.
-        neuron_scale_BV: from `neuron_scale`.
+        sums: from `neuron_sums`, over all neurons.
         m: rows of the matrix.
         n: columns of the matrix.
-        adjust_lr_fn: which of the two.
+        num_neurons: which of the two counts neurons.
+        adjust_lr_fn: which of the two scales.
 
     Returns:
         ``[B]``; 0 for an all-zero direction, which must give a zero step, never NaN.
 
     Example:
-        >>> step_scale(torch.ones(1, 2), torch.ones(1, 2), m=2, n=8, adjust_lr_fn="match_rms_adamw")
+        >>> sums = [torch.tensor([2.0])]
+        >>> step_scale(sums, m=2, n=8, num_neurons=2, adjust_lr_fn="match_rms_adamw")
         tensor([0.2000])
     """
     # Each neuron has m n / V entries, so ||O||_F^2 = (m n / V) * sum of the mean squares.
-    entries = m * n / mean_square_BV.shape[-1]
-    normalized_BV = mean_square_BV * neuron_scale_BV.square()
-    normalized_norm_B = (normalized_BV.sum(-1) * entries).sqrt()  # ||Oh||_F
+    entries = m * n / num_neurons
+    normalized_norm_B = (sums[0] * entries).sqrt()  # ||Oh||_F
     if adjust_lr_fn == "match_rms_adamw":
         target_B: Tensor | float = ADAMW_RMS * math.sqrt(m * n)  # Alg. 1, line 6
     else:
-        target_B = (mean_square_BV.sum(-1) * entries).sqrt() * math.sqrt(max(1.0, m / n))
+        target_B = (sums[1] * entries).sqrt() * math.sqrt(max(1.0, m / n))
     return (target_B / normalized_norm_B).masked_fill_(normalized_norm_B == 0, 0.0)
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from normuon.distributed.agreement import check_agreement
-from normuon.distributed.assignment import Balance
 from normuon.distributed.dtensor import placed_gradient
 from normuon.distributed.exchange import exchanges
-from normuon.distributed.plan import make_plan
+from normuon.distributed.plan import Sharing, make_plan
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace
 from normuon.step.adamw import step_shared_adamw_
@@ -25,6 +24,8 @@ from normuon.step.local import step_whole_batch_, whole_batches
 from normuon.step.order import advance_, apply_, matrices_per_batch, orthogonalize_, stats_dtype
 from normuon.step.pieces import PieceBatch, local_tensor
 from normuon.step.shared_params import SharedParams
+from normuon.step.slabs import update_slab
+from normuon.step.team import Part, run_together
 
 NUM_SLOTS = 2
 """Buckets of one direction in flight at once: every second one uses the same memory."""
@@ -35,7 +36,7 @@ ALIGNMENT = 64
 class ShardedStep:
     """Steps what one set of ranks shares, by a plan drawn up once."""
 
-    def __init__(self, shared: SharedParams, *, balance: Balance, bucket_bytes: int) -> None:
+    def __init__(self, shared: SharedParams, sharing: Sharing) -> None:
         """Draws up the plan, proves that all ranks drew up the same, and lays out the messages.
 
         Raises:
@@ -49,8 +50,9 @@ class ShardedStep:
             [task for tasks in tasks_by_param for task in tasks],
             world_size=dist.get_world_size(shared.group),
             cost_model=shared.cost_model(),
-            balance=balance,
-            bucket_bytes=bucket_bytes,
+            balance=sharing.balance,
+            bucket_bytes=sharing.bucket_bytes,
+            teams=sharing.teams,
         )
         lines = [*shared.lines(), *self.plan.lines()]
         check_agreement(shared.group, lines, device=self.device)
@@ -198,7 +200,7 @@ class ShardedStep:
             copies.into_message[0].run_(directions, [sent.elements], source=place)
             copies.within[0].run_(directions, matrices, source=place)
             options = self._options[id(stored.batch.first.group)]
-            dims = options.normalizer.state_dims(stored.task.rows, stored.task.cols)
+            dims = options.normalizer.state_dims(*stored.task.matrix_shape)
             for vector, name in enumerate(dims):
                 slab_KV = self._empty_vectors(stored, stored.batch.count, vector)
                 stored.batch.load_vectors(name, slab_KV)
@@ -232,7 +234,9 @@ class ShardedStep:
         copies.out_of_message[1].run_([received.entries], vectors)
         flags = self._owned_flags[number]
         for owned, slab, index in zip(bucket.owned, matrices, flags, strict=True):
-            self._orthogonalize(owned, slab, vectors, index)
+            if owned.task.slab is None:
+                self._orthogonalize(owned, slab, vectors, index)
+        self._orthogonalize_slabs(number, matrices, vectors)
         sent = bucket.back.sent
         bucket.home.into_message[0].run_(matrices, [sent.elements])
         bucket.home.into_message[1].run_(vectors, [sent.entries])
@@ -275,6 +279,62 @@ class ShardedStep:
             for slab_BV, vector in zip(slabs_BV, found, strict=True):
                 slab_BV[part].copy_(vector)
 
+    def _orthogonalize_slabs(
+        self, number: int, matrices: list[Tensor], vectors: dict[int, Tensor]
+    ) -> None:
+        """Lines 3 to 6 for the slabs that this rank has of matrices that teams divide."""
+        num_swaps = self.plan.num_swaps(number)
+        if not num_swaps:
+            return
+        parts: dict[int, Part] = {}
+        places: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+        flags = self._owned_flags[number]
+        for owned, slab, index in zip(self.buckets[number].owned, matrices, flags, strict=True):
+            for place, task in enumerate(owned.tasks if owned.task.slab else ()):
+                found = self._slab(owned, place, slab, vectors)
+                parts[task], into = found
+                places[task] = (*into, self.flags.moves(index[place : place + 1]))
+        # By matrix: members list what they have of two matrices in the same order.
+        tasks = self.plan.tasks
+        order = sorted(parts, key=lambda task: (tasks[task].param, tasks[task].index))
+        updates = run_together(
+            [parts[task] for task in order],
+            num_swaps,
+            group=self.shared.group,
+            device=self.device,
+        )
+        for task, (o_MN, state, summary) in zip(order, updates, strict=True):
+            matrix_MN, vectors_1V, moves_1 = places[task]
+            matrix_MN.copy_(o_MN)
+            for old_1V, new_1V in zip(vectors_1V, state.values(), strict=False):
+                old_1V.copy_(torch.where(moves_1[:, None], new_1V, old_1V))
+            for into_1V, new_1V in zip(vectors_1V[len(state) :], summary.values(), strict=True):
+                into_1V.copy_(new_1V)
+
+    def _slab(
+        self, owned: OwnedMatrices, place: int, slab: Tensor, vectors: dict[int, Tensor]
+    ) -> tuple[Part, tuple[Tensor, list[Tensor]]]:
+        """The program of one slab, and where its results go."""
+        task = self.plan.tasks[owned.tasks[place]]
+        assert task.slab is not None
+        assert task.split is not None
+        matrix_MN = slab.view(len(owned.tasks), task.rows, task.cols)[place]
+        vectors_1V = [
+            vectors[owned.first_vector + n].view(len(owned.tasks), size)[place : place + 1]
+            for n, size in enumerate(owned.vector_sizes)
+        ]
+        options = self._options[id(owned.matrix.owner.group)]
+        names = options.normalizer.state_dims(*task.matrix_shape)
+        program = update_slab(
+            matrix_MN,
+            dict(zip(names, vectors_1V, strict=False)),
+            slab=task.slab,
+            split=task.split,
+            options=options,
+            ns_dtype=owned.matrix.ns_dtype,
+        )
+        return Part(program, task.slab.ranks), (matrix_MN, vectors_1V)
+
     def _moves_surely(self, owned: OwnedMatrices) -> bool:
         """Whether this rank's own gradients say that all of these are stepped."""
         if owned.matrix.owner.group["skip_nonfinite"] or not owned.are_stored_here:
@@ -313,7 +373,7 @@ class ShardedStep:
             vectors[stored.first_vector + n].view(batch.count, size)
             for n, size in enumerate(stored.vector_sizes)
         ]
-        shape = (stored.task.rows, stored.task.cols)
+        shape = stored.task.matrix_shape
         names = list(options.normalizer.state_dims(*shape))
         state = dict(zip(names, slabs_KV, strict=False))
         summary = zip(options.normalizer.summary_dims(*shape), slabs_KV[len(names) :], strict=True)

@@ -173,12 +173,18 @@ class SharedParams:
     def cost_model(self) -> CostModel:
         """Rough rates of the device.
 
-        They decide only whether replicas compute a matrix once or each for itself; they are
-        constants by device type, because every rank must decide alike.
+        They decide only whether replicas compute a matrix once or each for itself, and which
+        matrices teams divide; they are constants by device type, because every rank must decide
+        alike.
         """
         if self.device.type == "cpu":
             # One thread of a CPU, and Gloo over loopback or a 10 Gbit/s network.
-            return CostModel(flops_per_second=5e10, bytes_per_second=1e9, latency_seconds=2e-4)
+            return CostModel(
+                flops_per_second=5e10,
+                bytes_per_second=1e9,
+                latency_seconds=2e-4,
+                node_latency_seconds=2e-4,
+            )
         return CostModel()
 
 

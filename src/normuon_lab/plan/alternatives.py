@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from normuon.distributed.plan import Plan
+from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import tiling_of
 from normuon_lab.plan.figures import batch_bytes, pipeline_seconds
 
@@ -61,7 +62,7 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
         bytes_sent += (plan.world_size * task.numel - sum(stored.values())) * task.wire_bytes
         least_stored = min(stored.values()) if len(stored) == plan.world_size else 0
         received = (task.numel - least_stored) * task.wire_bytes
-        stages.append((received, task.flops, 0))
+        stages.append((received, plan.cost_model.compute_seconds(task.flops), 0))
         is_everywhere = len(tiling_of(task).whole_ranks) == plan.world_size
         held = 0 if is_everywhere else task.matrix_bytes
         scratch = max(scratch, held + batch_bytes(task, 1))
@@ -94,7 +95,8 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
         groups.setdefault(key, []).append(index)
     loads = [0] * plan.world_size
     count = bytes_sent = scratch = 0
-    stages: list[tuple[int, int, int]] = []
+    stages: list[tuple[int, float, int]] = []
+    compute_seconds = plan.cost_model.compute_seconds
     for indices in groups.values():
         task = plan.tasks[indices[0]]
         tiling = tiling_of(task)
@@ -103,7 +105,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             for rank in tiling.whole_ranks:
                 loads[rank] += flops * len(indices)
             count += len(indices) * len(tiling.whole_ranks)
-            stages.append((0, flops * len(indices), 0))
+            stages.append((0, compute_seconds(flops * len(indices)), 0))
             held = 0
         else:
             num_replicas = 1 if tiling.whole_ranks else len(task.layout.full_replicas)
@@ -115,7 +117,7 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             bytes_sent += ways * messages * shard
             count += num_groups * group_size * num_replicas
             each = (group_size - 1) * shard
-            stages += [(each * (ways - 1), flops, each)] * num_groups
+            stages += [(each * (ways - 1), compute_seconds(flops), each)] * num_groups
             loads = [load + flops * num_groups for load in loads]
             held = task.matrix_bytes if plan.world_size > 1 else 0
         scratch = max(scratch, held + batch_bytes(task, 1))
@@ -128,3 +130,59 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
         scratch_bytes_max=scratch,
         predicted_step_seconds=pipeline_seconds(plan.cost_model, stages),
     )
+
+
+def reduce_over_shards(plan: Plan, once: int) -> Figures:
+    """Plain Newton-Schulz on every rank's own shard, one all-reduce of a Gram matrix per step.
+
+    Nothing is gathered: a rank multiplies its shard by polynomials of the Gram matrix over the side
+    that is not cut, which every rank repeats. Where both sides are cut, the shorter one is taken.
+    Matrices that ranks store whole they compute alone.
+
+    Args:
+        plan: whose matrices to count; one without teams.
+        once: the makespan bound of computing each matrix once.
+    """
+    model = plan.cost_model
+    loads = [0] * plan.world_size
+    bytes_sent = scratch = 0
+    seconds = 0.0
+    for task in plan.tasks:
+        tiling = tiling_of(task)
+        if task.split is None or tiling.is_stored_whole:
+            for rank in tiling.whole_ranks:
+                loads[rank] += task.flops
+            seconds += model.compute_seconds(task.flops)
+            scratch = max(scratch, batch_bytes(task, 1))
+            continue
+        num_steps = sum(task.split.segments)
+        side = _uncut_side(task)
+        for rank, numel in tiling.numel_by_rank.items():
+            loads[rank] += num_steps * (2 * 2 * side * numel + 2 * side**3)
+        num_ranks = len(tiling.numel_by_rank) // len(task.layout.full_replicas)
+        # A ring: everything but a rank's own part, twice.
+        reduced = 2 * side**2 * task.split.element_bytes * (num_ranks - 1) // num_ranks
+        bytes_sent += num_steps * reduced * len(tiling.numel_by_rank)
+        largest = max(tiling.numel_by_rank.values())
+        flops = 2 * 2 * side * largest + 2 * side**3
+        seconds += num_steps * (model.compute_seconds(flops) + model.send_seconds(reduced))
+        scratch = max(scratch, 2 * (3 * largest + 3 * side**2))
+    return Figures(
+        name="one all-reduce per step over shards",
+        num_orthogonalisations=len(plan.tasks),
+        flops_by_rank=tuple(loads),
+        imbalance=max(loads) / once if once else 1.0,
+        bytes_sent_total=bytes_sent,
+        scratch_bytes_max=scratch,
+        predicted_step_seconds=seconds,
+    )
+
+
+def _uncut_side(task: MatrixTask) -> int:
+    """Rows or columns, whichever every shard has all of; the shorter where shards cut both."""
+    assert task.split is not None
+    region = task.region
+    pieces = [piece.region.shape for piece in tiling_of(task).pieces]
+    cut = {dim for shape in pieces for dim, size in enumerate(shape) if size != region.shape[dim]}
+    long_is_cut = task.split.dim in cut
+    return task.split.short if long_is_cut or len(cut) != 1 else task.split.long

@@ -47,6 +47,12 @@ class PlanCommand:
     """What one rank reaches in Newton-Schulz, for predicted times."""
     bytes_per_second: float = 5e10
     """What one rank sends, for predicted times."""
+    node_bytes_per_second: float | None = None
+    """What one rank sends within its node; --bytes-per-second unless given."""
+    ranks_per_node: int = 8
+    """Ranks of a node, numbered one after another."""
+    teams: Literal["off", "auto"] = "off"
+    """auto: up to eight ranks of a node divide a matrix where that shortens the predicted step."""
     balance: Literal["flops", "paper"] = "flops"
     """How matrices find owners: by FLOPs, or the paper's sort and round-robin."""
     bucket_bytes: int = 256 * 1024 * 1024
@@ -72,8 +78,12 @@ class PlanCommand:
             bucket_bytes=self.bucket_bytes,
             wire_dtype=self.wire_dtype,
             cost_model=CostModel(
-                flops_per_second=self.flops_per_second, bytes_per_second=self.bytes_per_second
+                flops_per_second=self.flops_per_second,
+                bytes_per_second=self.bytes_per_second,
+                node_bytes_per_second=self.node_bytes_per_second,
+                ranks_per_node=self.ranks_per_node,
             ),
+            teams=self.teams,
         )
         contents = plan_contents(plan_model(shapes, request))
         if self.html is not None:
@@ -103,10 +113,19 @@ class PlanCommand:
         require(
             world_size <= MAX_RANKS, f"--mesh has {world_size:,} ranks; give at most {MAX_RANKS:,}"
         )
-        for name in ("flops_per_second", "bytes_per_second"):
+        for name in ("flops_per_second", "bytes_per_second", "node_bytes_per_second"):
             rate = getattr(self, name)
+            if rate is None:
+                continue
             option = f"--{name.replace('_', '-')}"
             require(rate > 0 and math.isfinite(rate), f"{option} {rate:g}: give a positive number")
+        require(
+            self.ranks_per_node >= 1, f"--ranks-per-node {self.ranks_per_node}: give at least 1"
+        )
+        require(
+            self.teams == "off" or self.balance == "flops",
+            "--teams auto divides matrices by FLOPs: leave --balance paper out",
+        )
         require(self.bucket_bytes >= 1, f"--bucket-bytes {self.bucket_bytes}: give at least 1")
         if self.html is not None:
             require(not self.html.is_dir(), f"--html {self.html} is a folder; give a file")

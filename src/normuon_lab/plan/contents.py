@@ -21,10 +21,16 @@ from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import Placement, ShardLayout, layout_from_placements
 from normuon.distributed.plan import Plan, make_plan
+from normuon.distributed.teams import Teams
 from normuon_lab.errors import InputError
-from normuon_lab.plan.alternatives import Figures, compute_everywhere, pad_to_world_size
+from normuon_lab.plan.alternatives import (
+    Figures,
+    compute_everywhere,
+    pad_to_world_size,
+    reduce_over_shards,
+)
 from normuon_lab.plan.bounds import packing_bound
-from normuon_lab.plan.figures import PlanFigures, figures_of, owners_in_words
+from normuon_lab.plan.figures import PlanFigures, figures_of, is_first, owners_in_words
 from normuon_lab.plan.mesh import Mesh, placements_in_words
 from normuon_lab.plan.model_matrices import ModelParam, ModelShapes
 
@@ -43,6 +49,7 @@ class PlanRequest:
         bucket_bytes: bound on what a rank packs for one exchange.
         wire_dtype: dtype of matrices on the wire.
         cost_model: rates.
+        teams: whether several ranks may divide a matrix.
     """
 
     mesh: Mesh
@@ -50,17 +57,24 @@ class PlanRequest:
     bucket_bytes: int
     wire_dtype: str
     cost_model: CostModel
+    teams: Teams = "off"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model with its plan and the paper's, and what both add up to."""
+    """A model with its plan and the paper's, and what both add up to.
+
+    Attributes:
+        owners: the plan without teams, whose tasks are whole matrices.
+    """
 
     model: ModelShapes
     request: PlanRequest
     plan: Plan
     figures: PlanFigures
     plan_seconds: float
+    owners: Plan
+    owners_seconds: float
     round_robin: Plan
     round_robin_figures: PlanFigures
     round_robin_seconds: float
@@ -77,20 +91,26 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
         raise InputError(
             f"--mesh: transformers has no tensor-parallel plan for {model.model_type}; leave tp out"
         )
-    started = time.perf_counter()
-    plan = plan_for(
-        model.groups,
-        mesh_shape=mesh.shape,
-        placements=placements_of(model, mesh),
-        cost_model=request.cost_model,
-        balance=request.balance,
-        bucket_bytes=request.bucket_bytes,
-        wire_dtype=getattr(torch, request.wire_dtype),
-    )
-    seconds = time.perf_counter() - started
+
+    def planned(teams: Teams) -> tuple[Plan, float]:
+        started = time.perf_counter()
+        plan = plan_for(
+            model.groups,
+            mesh_shape=mesh.shape,
+            placements=placements_of(model, mesh),
+            cost_model=request.cost_model,
+            balance=request.balance,
+            bucket_bytes=request.bucket_bytes,
+            teams=teams,
+            wire_dtype=getattr(torch, request.wire_dtype),
+        )
+        return plan, time.perf_counter() - started
+
+    plan, seconds = planned(request.teams)
+    owners, owners_seconds = (plan, seconds) if request.teams == "off" else planned("off")
     started = time.perf_counter()
     round_robin = make_plan(
-        plan.tasks,
+        owners.tasks,
         world_size=plan.world_size,
         cost_model=plan.cost_model,
         balance="paper",
@@ -103,6 +123,8 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
         plan,
         figures_of(plan),
         seconds,
+        owners,
+        owners_seconds,
         round_robin,
         figures_of(round_robin),
         round_robin_seconds,
@@ -118,7 +140,7 @@ def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tup
 def plan_contents(planned: PlannedModel) -> dict[str, Any]:
     """What `--json` prints; docs/lab/plan-schema.md says what each value is."""
     model, plan, request = planned.model, planned.plan, planned.request
-    figures, costs = planned.figures, plan.flops_by_matrix
+    figures, costs = planned.figures, planned.owners.flops_by_matrix
     once = makespan_bound(costs, world_size=plan.world_size)
     packing = packing_bound(costs, world_size=plan.world_size)
     return {
@@ -129,7 +151,7 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             "model_type": model.model_type,
             "num_parameters": model.num_parameters,
             "num_hidden_parameters": model.num_hidden_parameters,
-            "num_matrices": len(plan.tasks),
+            "num_matrices": len(planned.owners.tasks),
             "split_heads": model.split_heads,
         },
         "mesh": dict(
@@ -138,15 +160,21 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
         ),
         "settings": {
             "balance": request.balance,
+            "teams": request.teams,
             "bucket_bytes": request.bucket_bytes,
             "wire_dtype": request.wire_dtype,
             "flops_per_second": plan.cost_model.flops_per_second,
             "bytes_per_second": plan.cost_model.bytes_per_second,
             "latency_seconds": plan.cost_model.latency_seconds,
+            "node_bytes_per_second": plan.cost_model.node_bytes_per_second
+            or plan.cost_model.bytes_per_second,
+            "node_latency_seconds": plan.cost_model.node_latency_seconds,
+            "ranks_per_node": plan.cost_model.ranks_per_node,
         },
         "digest": plan.digest(),
         "makespan_bound": once,
         "packing_bound": packing,
+        "mean_flops": plan.mean_flops,
         **_scheme(plan, figures, once, packing, planned.plan_seconds),
         "alternatives": _alternatives(planned, once, packing),
         "traffic": traffic(model, request.mesh, plan, figures),
@@ -158,6 +186,7 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
                 "compute_seconds": plan.cost_model.compute_seconds(bucket.flops),
                 "gather_seconds": _exchange_seconds(plan, bucket.gather_bytes),
                 "return_seconds": _exchange_seconds(plan, bucket.return_bytes),
+                "team_seconds": bucket.team_seconds,
             }
             for bucket in figures.buckets
         ],
@@ -165,11 +194,12 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             {
                 "name": task.name,
                 "index": task.index,
-                "rows": task.rows,
-                "cols": task.cols,
+                "rows": task.matrix_shape[0],
+                "cols": task.matrix_shape[1],
                 "owners": owners_in_words(plan, number),
             }
             for number, task in enumerate(plan.tasks)
+            if is_first(task)
         ],
     }
 
@@ -180,11 +210,16 @@ def _scheme(
     """The values that every way of distributing has, of one that is a plan."""
     busiest = max(plan.flops_by_rank)
     return {
-        "num_orthogonalisations": sum(map(len, plan.owners)),
+        "num_orthogonalisations": sum(
+            len(owners)
+            for task, owners in zip(plan.tasks, plan.owners, strict=True)
+            if is_first(task)
+        ),
         "flops_by_rank": plan.flops_by_rank,
         "flops_by_matrix": plan.flops_by_matrix,
         "imbalance": busiest / once,
         "packing_imbalance": busiest / packing,
+        "busiest_over_mean": busiest / plan.mean_flops,
         "bytes_sent_total": figures.bytes_sent_total,
         "bytes_least_total": figures.bytes_least_total,
         "bytes_sent_by_rank": figures.bytes_sent_by_rank,
@@ -210,19 +245,28 @@ def _alternatives(planned: PlannedModel, once: int, packing: int) -> dict[str, d
     found["round_robin"]["description"] = "sorted by element count, dealt round-robin (the paper)"
     # One yardstick for all: what the plan's owners must send.
     found["round_robin"]["bytes_least_total"] = least
+    if planned.request.teams != "off":
+        owners = planned.owners
+        found["owners"] = {
+            **_scheme(owners, figures_of(owners), once, packing, planned.owners_seconds),
+            "description": "one owner for each matrix",
+            "bytes_least_total": least,
+        }
     counts: tuple[tuple[str, str, Callable[[Plan, int], Figures]], ...] = (
         ("replicate", "every rank gathers and computes every matrix", compute_everywhere),
         ("padding", "same-shape groups padded to the number of ranks", pad_to_world_size),
+        ("all_reduce", "shards stay, one all-reduce of a Gram matrix a step", reduce_over_shards),
     )
     for name, description, count in counts:
         started = time.perf_counter()
-        figures = count(planned.plan, once)
+        figures = count(planned.owners, once)
         found[name] = {
             "num_orthogonalisations": figures.num_orthogonalisations,
             "flops_by_rank": figures.flops_by_rank,
-            "flops_by_matrix": planned.plan.flops_by_matrix,
+            "flops_by_matrix": planned.owners.flops_by_matrix,
             "imbalance": figures.imbalance,
             "packing_imbalance": figures.flops_busiest / packing,
+            "busiest_over_mean": figures.flops_busiest / planned.plan.mean_flops,
             "bytes_sent_total": figures.bytes_sent_total,
             "bytes_least_total": least,
             "bytes_sent_busiest": -(-figures.bytes_sent_total // planned.plan.world_size),
@@ -329,19 +373,26 @@ def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
             [p for p, size in zip(placements, mesh.shape, strict=True) if size > 1]
         )
         leaf = task.name.removesuffix(".weight").rpartition(".")[2]
-        key = (task.rows, task.cols, task.layout.global_shape, shown, plan.reasons[number])
+        rows, cols = task.matrix_shape
+        key = (rows, cols, task.layout.global_shape, shown, plan.reasons[number])
         groups.setdefault((leaf, *key), []).append(number)
     return [
         {
             "parameter": leaf,
-            "num_matrices": len(numbers),
+            "num_matrices": sum(is_first(plan.tasks[number]) for number in numbers),
+            "team_size": _team_size(plan, numbers[0]),
             "rows": rows,
             "cols": cols,
             "parameter_shape": shape,
             "placements": shown,
-            "flops_each": plan.flops_by_matrix[numbers[0]],
+            "flops_each": max(plan.flops_by_matrix[number] for number in numbers),
             "num_owners": len({owner for n in numbers for owner in plan.owners[n]}),
             "reason": reason,
         }
         for (leaf, rows, cols, shape, shown, reason), numbers in groups.items()
     ]
+
+
+def _team_size(plan: Plan, number: int) -> int:
+    slab = plan.tasks[number].slab
+    return 1 if slab is None else slab.team.size

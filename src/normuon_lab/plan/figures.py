@@ -57,6 +57,7 @@ class BucketFigures:
         flops: of the busiest owner.
         gather_bytes: what the busiest rank sends or receives on the way to owners.
         return_bytes: what the busiest rank sends or receives on the way back.
+        team_seconds: what members of teams take to exchange while they compute.
         scratch_bytes: see `owner_bytes`.
     """
 
@@ -64,6 +65,7 @@ class BucketFigures:
     flops: int
     gather_bytes: int
     return_bytes: int
+    team_seconds: float
     scratch_bytes: int
 
 
@@ -98,7 +100,11 @@ class PlanFigures:
     @property
     def predicted_step_seconds(self) -> float:
         """Seconds of one step, gathers and returns overlapped with the neighbours' compute."""
-        stages = [(b.gather_bytes, b.flops, b.return_bytes) for b in self.buckets]
+        model = self.cost_model
+        stages = [
+            (b.gather_bytes, model.compute_seconds(b.flops) + b.team_seconds, b.return_bytes)
+            for b in self.buckets
+        ]
         return pipeline_seconds(self.cost_model, stages)
 
 
@@ -108,6 +114,10 @@ def figures_of(plan: Plan) -> PlanFigures:
     buckets = []
     for indices in filter(None, (plan.alone, *plan.buckets)):
         traffic = count_traffic(plan, indices)
+        swapped = swapped_bytes(plan, indices)
+        for rank, num_bytes in swapped.items():
+            sent[rank] += num_bytes
+            received[rank] += num_bytes
         for sums, parts in (
             (sent, (traffic.gather_sent, traffic.return_sent)),
             (received, (traffic.gather_received, traffic.return_received)),
@@ -116,36 +126,70 @@ def figures_of(plan: Plan) -> PlanFigures:
         least += traffic.least
         buckets.append(
             BucketFigures(
-                num_matrices=len(indices),
+                num_matrices=sum(is_first(plan.tasks[index]) for index in indices),
                 flops=busiest_flops(plan, indices),
                 gather_bytes=traffic.gather_busiest,
                 return_bytes=traffic.return_busiest,
+                team_seconds=team_seconds(plan, indices, max(swapped.values(), default=0)),
                 scratch_bytes=owner_bytes(plan.tasks, plan.owners, indices),
             )
         )
     return PlanFigures(tuple(sent), tuple(received), least, tuple(buckets), plan.cost_model)
 
 
-def pipeline_seconds(model: CostModel, stages: Sequence[tuple[int, int, int]]) -> float:
+def is_first(task: MatrixTask) -> bool:
+    """Whether a task stands for its matrix: it is whole, or the first of its slabs."""
+    return task.slab is None or task.slab.number == 0
+
+
+def swapped_bytes(plan: Plan, indices: Iterable[int]) -> dict[int, int]:
+    """Bytes that members of teams send each other, by rank; each receives as many.
+
+    Strips differ in size by a few rows, and statistics are left out.
+    """
+    found: dict[int, int] = {}
+    for index in indices:
+        task = plan.tasks[index]
+        if task.slab is not None and task.split is not None:
+            num_bytes = task.split.swapped_bytes(task.slab.team, task.slab.number)
+            found[task.slab.rank] = found.get(task.slab.rank, 0) + num_bytes
+    return found
+
+
+def team_seconds(plan: Plan, indices: Iterable[int], num_bytes: int) -> float:
+    """Seconds that the exchanges within teams take, all teams exchanging side by side."""
+    slabs = [plan.tasks[index] for index in indices if plan.tasks[index].slab is not None]
+    if not slabs:
+        return 0.0
+    pairs = [(task.split, task.slab) for task in slabs]
+    return plan.cost_model.swap_seconds(
+        num_bytes,
+        num_swaps=max(split.num_swaps(slab.team) for split, slab in pairs if split and slab),
+        num_ranks=max(slab.team.size for _, slab in pairs if slab),
+    )
+
+
+def pipeline_seconds(model: CostModel, stages: Sequence[tuple[int, float, int]]) -> float:
     """Seconds of a sequence of exchanges, each overlapped with its neighbours' compute.
 
     gather_0 + sum_k max(compute_k, gather_{k+1} + return_{k-1}) + return_last.
 
     Args:
         model: rates.
-        stages: for each, the busiest rank's bytes to gather, FLOPs, and bytes to return.
+        stages: for each, the busiest rank's bytes to gather, seconds of computing, and bytes to
+            return.
 
     Example:
         >>> model = CostModel(flops_per_second=1.0, bytes_per_second=1.0, latency_seconds=0.0)
-        >>> pipeline_seconds(model, [(2, 5, 3), (4, 6, 1)])
+        >>> pipeline_seconds(model, [(2, 5.0, 3), (4, 6.0, 1)])
         14.0
     """
     gathers = [model.send_seconds(gathered) * (gathered > 0) for gathered, _, _ in stages]
     returns = [model.send_seconds(returned) * (returned > 0) for _, _, returned in stages]
     total = sum(gathers[:1]) + sum(returns[-1:])
-    for k, (_, flops, _) in enumerate(stages):
+    for k, (_, computing, _) in enumerate(stages):
         exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
-        total += max(model.compute_seconds(flops), exchanges)
+        total += max(computing, exchanges)
     return total
 
 
@@ -181,18 +225,30 @@ def owner_bytes(
     for index in indices:
         task, ranks = tasks[index], owners[index]
         first_of.setdefault(task.batch_key, task)
-        is_alone = tiling_of(task).needs_no_message(tuple(ranks))
+        is_alone = task.slab is None and tiling_of(task).needs_no_message(tuple(ranks))
         for rank in ranks if len(ranks) < task.layout.world_size else (EVERYWHERE,):
             whole[rank] += 0 if is_alone else task.matrix_bytes
-            numbers[rank, task.batch_key] += 1
+            if task.slab is not None:
+                whole[rank] += slab_bytes(task)  # Slabs of a bucket are computed side by side.
+            else:
+                numbers[rank, task.batch_key] += 1
     scratch: dict[int, int] = {}
     for (rank, key), number in numbers.items():
         shared = 0 if rank == EVERYWHERE else numbers.get((EVERYWHERE, key), 0)
         needed = batch_bytes(first_of[key], number + shared)
         scratch[rank] = max(scratch.get(rank, 0), needed)
     everywhere = scratch.pop(EVERYWHERE, 0)  # Of matrices that need no message.
-    own = (whole[rank] + max(needed, everywhere) for rank, needed in scratch.items())
+    own = (held + max(scratch.get(rank, 0), everywhere) for rank, held in whole.items())
     return max(own, default=everywhere)
+
+
+def slab_bytes(task: MatrixTask) -> int:
+    """Scratch of a member of a team: the slab in float32, rounded and twice iterated, and squares.
+
+    Five S x S matrices, in bfloat16 as `batch_bytes` counts.
+    """
+    short = min(task.matrix_shape)
+    return task.numel * (4 + 3 * 2) + 5 * short * short * 2
 
 
 def batch_bytes(task: MatrixTask, number: int) -> int:
@@ -290,8 +346,10 @@ class _Counter:
 
 
 def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:
-    """One rank, "everywhere", or one rank per replica."""
-    owners = plan.owners[task]
+    """One rank, "everywhere", one rank per replica, or the members of a team."""
+    owners, slab = plan.owners[task], plan.tasks[task].slab
+    if slab is not None:
+        return list(slab.ranks)
     if len(owners) == 1:
         return owners[0]
     return "everywhere" if len(owners) == plan.world_size else list(owners)

@@ -25,6 +25,8 @@ COLORS = {
     "round_robin": "#E69F00",
     "replicate": "#0072B2",
     "padding": "#CC79A7",
+    "owners": "#56B4E9",
+    "all_reduce": "#D55E00",
 }
 _INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
 _BOUND = "#b42318"
@@ -85,7 +87,10 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
 def work_figure(contents: Mapping[str, Any]) -> go.Figure:
     """FLOPs of every rank under the plan, round-robin and padding, with the bound."""
     figure = go.Figure()
-    schemes = {name: contents["alternatives"][name] for name in ("round_robin", "padding")}
+    names = [
+        name for name in ("owners", "round_robin", "padding") if name in contents["alternatives"]
+    ]
+    schemes = {name: contents["alternatives"][name] for name in names}
     shown = [*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"]]
     unit, size = ("TFLOP", 1e12) if max(shown) >= 1e12 else ("GFLOP", 1e9)
     for name, scheme in ({"plan": contents} | schemes).items():
@@ -101,7 +106,8 @@ def work_figure(contents: Mapping[str, Any]) -> go.Figure:
     figure.add_hline(
         y=bound,
         line={"color": _BOUND, "dash": "dot", "width": 1.5},
-        annotation_text=f"no assignment has a busiest rank below {bound:.4g} {unit}",
+        annotation_text="no assignment of whole matrices has a busiest rank below "
+        f"{bound:.4g} {unit}",
         annotation_position="top right",
         annotation_font={"color": _BOUND, "size": 12},
         annotation_bgcolor="rgba(255, 255, 255, 0.85)",
@@ -131,7 +137,7 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
 
 def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     """Imbalance, bytes over the least, and predicted seconds of every way, on logarithmic axes."""
-    least = contents["bytes_least_total"]
+    least, labels = contents["bytes_least_total"], plan_text.schemes_of(contents)
     panels = {
         "busiest rank / bound": lambda scheme: scheme["imbalance"],
         "bytes sent / least": lambda scheme: scheme["bytes_sent_total"] / least if least else None,
@@ -146,15 +152,15 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     )
     for column, value_of in enumerate(panels.values(), start=1):
         values = []
-        for name in plan_text.SCHEMES:
+        for name in labels:
             scheme = contents if name == "plan" else contents["alternatives"][name]
             values.append(value_of(scheme))
         figure.add_trace(
             go.Bar(
-                y=[_wrapped(label) for label in plan_text.SCHEMES.values()],
+                y=[_wrapped(label) for label in labels.values()],
                 x=values,
                 orientation="h",
-                marker={"color": [COLORS[name] for name in plan_text.SCHEMES]},
+                marker={"color": [COLORS[name] for name in labels]},
                 text=[
                     "-"
                     if value is None

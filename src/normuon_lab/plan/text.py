@@ -13,24 +13,28 @@ from normuon.distributed.cost import format_bytes
 
 SCHEMES = {
     "plan": "this plan",
+    "owners": "one owner for each matrix",
     "round_robin": "the paper's round-robin",
     "replicate": "every rank computes everything",
     "padding": "same shapes padded to all ranks",
+    "all_reduce": "shards with an all-reduce per step",
 }
 """Ways of distributing, in the order in which they are shown."""
 
 _SHORT = {
     "plan": "this plan",
+    "owners": "owners",
     "round_robin": "round-robin",
     "replicate": "replicated",
     "padding": "padded",
+    "all_reduce": "all-reduce",
 }
 
 
 def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row per way of distributing, every cell in words."""
     rows = []
-    for name, label in SCHEMES.items():
+    for name, label in schemes_of(contents).items():
         scheme = contents if name == "plan" else contents["alternatives"][name]
         if name == "plan" and contents["settings"]["balance"] == "paper":
             label = "this plan (round-robin)"
@@ -41,6 +45,7 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
                 "num_orthogonalisations": f"{scheme['num_orthogonalisations']:,}",
                 "busiest": format_flops(max(scheme["flops_by_rank"])),
                 "imbalance": format_ratio(scheme["imbalance"]),
+                "over_mean": format_ratio(scheme["busiest_over_mean"]),
                 "bytes_sent": format_bytes(scheme["bytes_sent_total"]),
                 "bytes_ratio": bytes_ratio(scheme),
                 "scratch": format_bytes(scheme["scratch_bytes_max"]),
@@ -48,6 +53,11 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def schemes_of(contents: Mapping[str, Any]) -> dict[str, str]:
+    """The ways of distributing that a plan is shown beside, and their labels."""
+    return {n: label for n, label in SCHEMES.items() if n in ("plan", *contents["alternatives"])}
 
 
 def print_plan(contents: Mapping[str, Any], console: Console) -> None:
@@ -70,7 +80,8 @@ def print_plan(contents: Mapping[str, Any], console: Console) -> None:
     console.print(_schemes_table(contents))
     say(
         "Round-robin is the paper's; replicated: every rank computes everything; padded: matrices "
-        "of one shape in groups of one per rank, the last filled up."
+        "of one shape in groups of one per rank, the last filled up; all-reduce: shards stay where "
+        "they are and every Newton-Schulz step reduces a Gram matrix."
     )
     say(imbalance_sentence(contents))
     say(traffic_sentence(wire))
@@ -84,13 +95,17 @@ def print_plan(contents: Mapping[str, Any], console: Console) -> None:
 def imbalance_sentence(contents: Mapping[str, Any]) -> str:
     """What the imbalance is measured by, and whether more was possible."""
     text = (
-        f"Imbalance is the busiest rank's FLOPs over {format_flops(contents['makespan_bound'])}, "
-        "below which no assignment brings it"
+        f"The mean is {format_flops(contents['mean_flops'])} a rank. The bound, "
+        f"{format_flops(contents['makespan_bound'])}, is what no assignment of whole matrices "
+        "brings the busiest rank below"
     )
+    if contents["settings"]["teams"] == "auto":
+        return f"{text}; teams that divide a matrix may."
     if contents["num_orthogonalisations"] > contents["model"]["num_matrices"]:
         return f"{text}; replicas repeat some matrices, which is quicker here than sending them."
     if contents["imbalance"] > 1.0005 and contents["packing_imbalance"] < 1.0005:
-        return f"{text}; a bin-packing bound proves that {contents['imbalance']:.3f} is the least."
+        least = f"{contents['imbalance']:.3f} of it is the least"
+        return f"{text}; a bin-packing bound proves that {least}."
     return f"{text}."
 
 
@@ -157,9 +172,9 @@ def _schemes_table(contents: Mapping[str, Any]) -> Table:
     table.add_column("per step", no_wrap=True)
     columns = {
         "busiest": "busiest",
-        "imbalance": "imbalance",
+        "over_mean": "/ mean",
+        "imbalance": "/ bound",
         "bytes_sent": "sent",
-        "bytes_ratio": "/ least",
         "scratch": "scratch",
         "seconds": "time",
     }
@@ -185,7 +200,13 @@ def _kinds_table(contents: Mapping[str, Any]) -> Table:
             kind["parameter"],
             f"{kind['rows']} x {kind['cols']}",
             format_flops(kind["flops_each"]),
-            f"{kind['num_owners']:,}",
+            owners_text(kind),
             kind["placements"] or "on one rank",
         )
     return table
+
+
+def owners_text(kind: Mapping[str, Any]) -> str:
+    """How many ranks own matrices of a kind, and whether as teams."""
+    text = f"{kind['num_owners']:,}"
+    return text if kind["team_size"] == 1 else f"{text}, teams of {kind['team_size']}"
