@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-CASE_SECONDS = 90
+CASE_SECONDS = 240
 """After this long a case has hung: its ranks are ended and the test fails with a message."""
 
 CASES_PER_PROCESS = 12
@@ -32,7 +32,7 @@ PRELOADED = [
 ]
 """What a new process need not import: it is forked from one that has."""
 
-COLLECTIVE_SECONDS = 30
+COLLECTIVE_SECONDS = 90
 """Gloo's own timeout; shorter than a case's, so that a lone rank says what it waited for."""
 
 

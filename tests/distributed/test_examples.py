@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SECONDS = 150
+SECONDS = 300
 GRACE_SECONDS = 45
 
 

@@ -196,7 +196,8 @@ def make_plan(
         balance: "flops" (longest processing time) or "paper" (sorted round-robin).
         bucket_bytes: bound on a rank's packed bytes in one bucket.
         teams: "auto" lets several ranks divide a matrix where that shortens the predicted step.
-        assignment: owners that were chosen otherwise; `balance` only names how.
+        assignment: owners that were chosen otherwise, of these very tasks; `balance` and `teams`
+            choose nothing then.
 
     Returns:
         The plan, equal on every rank for equal arguments.
@@ -217,7 +218,7 @@ def make_plan(
     model = CostModel() if cost_model is None else cost_model
     _check_tasks(tasks, world_size)
     whole_flops = sum(task.flops for task in tasks)
-    if teams == "auto":
+    if teams == "auto" and assignment is None:
         tasks = with_teams(tasks, world_size=world_size, cost_model=model)
     if assignment is None:
         assignment = assign_owners(tasks, world_size=world_size, cost_model=model, balance=balance)

@@ -232,7 +232,7 @@ def _segment(
         yield from member.share([z])
         if is_first and is_last:
             # a X is added in the product's own accumulator, not rounded into Z first.
-            return product(z, x_SL, add=x_SL, beta=a)
+            return product(z, x_SL, add=x_SL, beta=a, out=torch.empty_like(x_SL))
         written = []
         if is_first:
             plus_identity(z, a, out=q)
@@ -245,4 +245,4 @@ def _segment(
             member.multiply_(t, z, add=t, beta=a, out=r)
             written.append(r)
         yield from member.share(written)
-    return product(q, x_SL)
+    return product(q, x_SL, out=torch.empty_like(x_SL))  # Strided as the slab.

@@ -60,6 +60,7 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
         flops=plan_text.format_flops,
         seconds=plan_text.format_seconds,
         ratio=plan_text.format_ratio,
+        owners=plan_text.owners_text,
     )
     plots = {
         "work": work_figure(contents),
@@ -77,6 +78,7 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
         bytes_ratio=plan_text.bytes_ratio(contents),
         extra_bytes=contents["bytes_sent_total"] - contents["bytes_least_total"],
         largest_kind=max(contents["kinds"], key=lambda kind: kind["flops_each"]),
+        num_divided=sum(k["num_matrices"] for k in contents["kinds"] if k["team_size"] > 1),
         num_idle=sum(flops == 0 for flops in contents["flops_by_rank"]),
         command=command,
         plots={name: _figure_json(figure) for name, figure in plots.items()},
@@ -136,10 +138,10 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
 
 
 def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
-    """Imbalance, bytes over the least, and predicted seconds of every way, on logarithmic axes."""
+    """Busiest rank, bytes over the least, predicted seconds of every way; logarithmic axes."""
     least, labels = contents["bytes_least_total"], plan_text.schemes_of(contents)
     panels = {
-        "busiest rank / bound": lambda scheme: scheme["imbalance"],
+        "busiest rank / mean": lambda scheme: scheme["busiest_over_mean"],
         "bytes sent / least": lambda scheme: scheme["bytes_sent_total"] / least if least else None,
         "predicted seconds of a step": lambda scheme: scheme["predicted_step_seconds"],
     }
@@ -199,9 +201,12 @@ def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
     stages = (
         ("gather_seconds", "gather to owners", "#56B4E9"),
         ("compute_seconds", "orthogonalise", COLORS["plan"]),
+        ("team_seconds", "exchange within teams", "#E69F00"),
         ("return_seconds", "return to shards", "#0072B2"),
     )
     for key, label, color in stages:
+        if key == "team_seconds" and not any(bucket[key] for bucket in buckets):
+            continue
         figure.add_trace(
             go.Bar(
                 x=numbers,
@@ -268,8 +273,8 @@ def _rank_axis(contents: Mapping[str, Any]) -> dict[str, Any]:
 def _log_range(values: Sequence[float | None], column: int) -> list[float]:
     """From a little below the shortest bar to where the longest one's number still fits."""
     shown = [math.log10(value) for value in values if value]
-    # Ratios start at 1, so that a bar's length is what exceeds the bound.
-    low = -0.04 if column < 3 else min(shown) - 0.4
+    # Ratios start at 1 or just below the least, so that a bar's length is what exceeds it.
+    low = min([0.0, *shown]) - 0.04 if column < 3 else min(shown) - 0.4
     high = max([*shown, low + 0.5])
     return [low, high + 0.35 * (high - low)]
 

@@ -163,7 +163,7 @@ def test_missing_data_is_named(tmp_path: Path, text_file: Path) -> None:
 
 def run_until_saved(words: list[object], out: Path, logs: Path) -> Job:
     job = Job([*words, "--out", out], logs)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not find_checkpoints(out):
         assert job.is_alive(), job.wait(1).stderr
         assert time.monotonic() < deadline

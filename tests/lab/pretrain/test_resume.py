@@ -28,7 +28,7 @@ def words(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Words:
 
 
 def wait_for_step(job: Job, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not any(row["step"] >= step for row in read_metrics(out / "metrics.jsonl")):
         assert job.is_alive(), job.wait(1).stderr
         assert time.monotonic() < deadline, "the run does not advance"
