@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 
 import pytest
@@ -36,3 +37,16 @@ def test_the_table_of_learning_rates_is_its_files(monkeypatch):
     finally:
         for name in ("learning_rates", "learning_rate_tasks"):
             sys.modules.pop(name, None)
+
+
+def test_the_table_of_bfloat16_weights_is_its_file():
+    results = DOCS.parent / "benchmarks" / "results" / "bfloat16_weights.json"
+    means = {
+        (row["learning_rate"], row["weights"], row["arm"]): statistics.mean(row["final_losses"])
+        for row in json.loads(results.read_text())["rows"]
+    }
+    page = (DOCS / "how-to" / "learning-rate.md").read_text()
+    for rate in (0.0003, 0.003):
+        plain = means[rate, "bfloat16", "normuon"]
+        kept, exact = means[rate, "bfloat16", "normuon-kahan"], means[rate, "float32", "normuon"]
+        assert f"| {rate} | {exact:.3f} | {kept:.3f} | {plain:.3f} |" in page
