@@ -242,12 +242,14 @@ def disagreeing_case(rank, world_size):
     mesh = init_device_mesh("cpu", (world_size,))
     params = distributed(SHAPES[:1], mesh, [Shard(0)])
     optimizer = NorMuon(params, teams="off" if rank else "auto")
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="differ") as caught:
         train(params, optimizer, [0])
+    return str(caught.value)
 
 
 def test_ranks_that_disagree_all_raise(ranks):
-    ranks.run(disagreeing_case, 3)
+    said = ranks.run(disagreeing_case, 3)
+    assert said == said[:1] * 3
 
 
 def a_slab_left_out(self, part_SS):

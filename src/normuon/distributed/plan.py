@@ -127,15 +127,7 @@ class Plan:
 
     def num_swaps(self, bucket: int) -> int:
         """How often members of teams exchange while a bucket is computed; all ranks take part."""
-        tasks = (self.tasks[index] for index in self.buckets[bucket])
-        return max(
-            (
-                task.split.num_swaps(task.slab.team)
-                for task in tasks
-                if task.slab is not None and task.split is not None
-            ),
-            default=0,
-        )
+        return max(self.tasks[index].num_swaps for index in self.buckets[bucket])
 
     def gathers(self, bucket: int) -> bool:
         """Whether any rank sends another one anything on the way to owners.
@@ -218,12 +210,12 @@ def make_plan(
     model = CostModel() if cost_model is None else cost_model
     _check_tasks(tasks, world_size)
     whole_flops = sum(task.flops for task in tasks)
-    if teams == "auto" and assignment is None:
-        tasks = with_teams(tasks, world_size=world_size, cost_model=model)
     if assignment is None:
+        if teams == "auto":
+            tasks = with_teams(tasks, world_size=world_size, cost_model=model)
         assignment = assign_owners(tasks, world_size=world_size, cost_model=model, balance=balance)
     owners = assignment.owners
-    alone = [i for i, task in enumerate(tasks) if _is_alone(task, owners[i])]
+    alone = [i for i, task in enumerate(tasks) if is_alone(task, owners[i])]
     are_alone = set(alone)
     buckets = form_buckets(
         tasks,
@@ -308,7 +300,8 @@ Unit: TypeAlias = tuple[int, ...]
 """What goes into one bucket together: a matrix, or all slabs of one."""
 
 
-def _is_alone(task: MatrixTask, owners: tuple[int, ...]) -> bool:
+def is_alone(task: MatrixTask, owners: tuple[int, ...]) -> bool:
+    """Whether every rank that stores the matrix stores it whole and steps it without the others."""
     return task.slab is None and tiling_of(task).needs_no_message(owners)
 
 

@@ -110,6 +110,20 @@ class MatrixTask:
         return (self.rows, self.cols, self.key, self.wire_bytes)
 
     @property
+    def num_swaps(self) -> int:
+        """How often the members of this slab's team exchange; 0 for a whole matrix."""
+        if self.slab is None or self.split is None:
+            return 0
+        return self.split.num_swaps(self.slab.team)
+
+    @property
+    def swapped_bytes(self) -> int:
+        """What this slab's member sends to the others, statistics left out; it receives as much."""
+        if self.slab is None or self.split is None:
+            return 0
+        return self.split.swapped_bytes(self.slab.team, self.slab.number)
+
+    @property
     def largest_team(self) -> int:
         """How many ranks may have a slab of this matrix."""
         return 1 if self.split is None else self.region.shape[self.split.dim]

@@ -203,7 +203,7 @@ def _normalized(x_SL: Tensor, member: Member, dtype: torch.dtype) -> Program[Ten
     whole = parts[:, 0].amax()
     # Each member divided by its own largest magnitude, to which the squares are brought back.
     divisor = whole.masked_fill(whole < tiny, math.inf)
-    norm = torch.stack(list(parts[:, 1] * (parts[:, 0] / divisor).square())).sum().sqrt()
+    norm = (parts[:, 1] * (parts[:, 0] / divisor).square()).sum().sqrt()
     norm = norm + (norm == 0)
     return torch.div(x_SL / divisor, norm).to(dtype)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from normuon.distributed.cost import CostModel
-from normuon.distributed.plan import Plan
+from normuon.distributed.plan import Plan, is_alone
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import PeerBytes, tiling_of
 from normuon.step.order import matrices_per_batch, scratch_bytes
@@ -150,22 +150,19 @@ def swapped_bytes(plan: Plan, indices: Iterable[int]) -> dict[int, int]:
     found: dict[int, int] = {}
     for index in indices:
         task = plan.tasks[index]
-        if task.slab is not None and task.split is not None:
-            num_bytes = task.split.swapped_bytes(task.slab.team, task.slab.number)
-            found[task.slab.rank] = found.get(task.slab.rank, 0) + num_bytes
+        if task.slab is not None:
+            found[task.slab.rank] = found.get(task.slab.rank, 0) + task.swapped_bytes
     return found
 
 
 def team_seconds(plan: Plan, indices: Iterable[int], num_bytes: int) -> float:
     """Seconds that the exchanges within teams take, all teams exchanging side by side."""
-    slabs = [plan.tasks[index] for index in indices if plan.tasks[index].slab is not None]
-    if not slabs:
+    tasks = [plan.tasks[index] for index in indices]
+    sizes = [task.slab.team.size for task in tasks if task.slab is not None]
+    if not sizes:
         return 0.0
-    pairs = [(task.split, task.slab) for task in slabs]
     return plan.cost_model.swap_seconds(
-        num_bytes,
-        num_swaps=max(split.num_swaps(slab.team) for split, slab in pairs if split and slab),
-        num_ranks=max(slab.team.size for _, slab in pairs if slab),
+        num_bytes, num_swaps=max(task.num_swaps for task in tasks), num_ranks=max(sizes)
     )
 
 
@@ -225,9 +222,8 @@ def owner_bytes(
     for index in indices:
         task, ranks = tasks[index], owners[index]
         first_of.setdefault(task.batch_key, task)
-        is_alone = task.slab is None and tiling_of(task).needs_no_message(tuple(ranks))
         for rank in ranks if len(ranks) < task.layout.world_size else (EVERYWHERE,):
-            whole[rank] += 0 if is_alone else task.matrix_bytes
+            whole[rank] += 0 if is_alone(task, tuple(ranks)) else task.matrix_bytes
             if task.slab is not None:
                 whole[rank] += slab_bytes(task)  # Slabs of a bucket are computed side by side.
             else:
