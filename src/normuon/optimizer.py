@@ -114,6 +114,9 @@ class NorMuon(Optimizer):
         max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
             at a time is processed however large it is. None: 256 MiB on a CPU, 4 GiB on
             accelerators, where a step needs them while no activations are held.
+        fused: for `normuon` and `muon` groups: Triton kernels that take momentum and gradient to
+            the direction, and O to the weights, in one pass over memory each. None: where they run,
+            which is on CUDA. False: torch's multi-tensor operations, which differ in last bits.
         process_group: the ranks that hold copies of the plain parameters, as under DDP: each matrix
             is then orthogonalised by one of them instead of by all. A group may say otherwise:
             ``{"params": experts, "process_group": None}`` for parameters of which every rank has
@@ -167,6 +170,7 @@ class NorMuon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         max_scratch_bytes: int | None = None,
+        fused: bool | None = None,
         process_group: ProcessGroup | None = None,
         balance: Balance = "flops",
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,

@@ -43,7 +43,7 @@ as ``max_momentum`` (0.8), are further away."""
 PROGRAM_KEYS = frozenset(
     {
         *("view", "reasons", "orthogonalizer"),
-        *("ns_backend", "ns_dtype", "max_scratch_bytes"),
+        *("ns_backend", "ns_dtype", "max_scratch_bytes", "fused"),
     }
 )
 """Group keys that describe the model, the program or the machine, not the run: never loaded."""
@@ -83,6 +83,7 @@ class MatrixOptions:
     maximize: bool
     cautious_weight_decay: bool
     max_scratch_bytes: int | None
+    fused: bool | None
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> MatrixOptions:
@@ -102,6 +103,7 @@ class MatrixOptions:
             maximize=group["maximize"],
             cautious_weight_decay=group["cautious_weight_decay"],
             max_scratch_bytes=group["max_scratch_bytes"],
+            fused=group["fused"],
         )
 
     def flops(self, m: int, n: int, *, dtype: torch.dtype, device_type: str) -> int:
@@ -217,6 +219,7 @@ OPTIONS: Mapping[str, Check] = {
     "betas": _betas,
     "adamw_eps": _number(0.0),
     "max_scratch_bytes": _or_none(_number(1)),
+    "fused": _or_none(_switch),
 }
 """Everything that a group may set and the constructor has a default for, with its check."""
 

@@ -65,7 +65,7 @@ def test_an_optimizer_steps_by_the_compiled_backend():
 
 
 def test_kernels_are_refused_by_name_where_they_cannot_run():
-    with pytest.raises(ValueError, match="they run on CUDA devices, not on cpu; 'auto' uses them"):
+    with pytest.raises(ValueError, match="they run on CUDA devices, not on cpu; 'auto' takes what"):
         resolve_backend("kernels", device=CPU, dtype=torch.bfloat16)
 
 
@@ -73,6 +73,17 @@ def test_kernels_that_are_not_installed_name_the_extra(monkeypatch):
     monkeypatch.setattr(backend_module, "is_installed", lambda: False)
     with pytest.raises(ValueError, match=r"pip install 'normuon\[gpu\]'"):
         NorMuon([torch.nn.Parameter(torch.zeros(2, 3))], ns_backend="kernels")
+
+
+def test_kernels_that_cannot_be_imported_say_why(monkeypatch):
+    """As where a package that they need is missing."""
+    monkeypatch.setattr(kernels, "is_installed", lambda: True)
+    monkeypatch.setattr(kernels, "KERNEL_MODULE", "no_such_module")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    kernels.why_not_importable.cache_clear()
+    reason = kernels.why_unavailable(torch.device("cuda", 0), torch.bfloat16)
+    kernels.why_not_importable.cache_clear()
+    assert "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'" in reason
 
 
 @pytest.mark.parametrize(
@@ -85,22 +96,40 @@ def test_kernels_that_are_not_installed_name_the_extra(monkeypatch):
         ((9, 0), torch.bfloat16, False, "is not installed"),
     ],
 )
-def test_auto_takes_the_kernels_where_they_run(
-    monkeypatch, caplog, capability, dtype, installed, reason
+def test_where_the_package_runs(monkeypatch, capability, dtype, installed, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "is_installed", lambda: installed)
+    monkeypatch.setattr(kernels, "why_not_importable", lambda: None)
+    found = kernels.why_unavailable(torch.device("cuda", 0), dtype)
+    assert (found is None) if reason is None else (reason in found)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "chosen"),
+    [
+        ((9, 0), torch.bfloat16, "triton"),
+        ((10, 0), torch.float16, "triton"),
+        ((8, 0), torch.bfloat16, "eager"),
+        ((9, 0), torch.float32, "eager"),
+    ],
+)
+def test_auto_takes_the_symmetric_products_where_they_were_measured(
+    monkeypatch, caplog, capability, dtype, chosen
 ):
     """On an imagined device: the choice, and that it is logged once."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(kernels, "is_installed", lambda: installed)
     backend_module._auto_backend.cache_clear()
     device = torch.device("cuda", 0)
-    found = kernels.why_unavailable(device, dtype)
-    assert (found is None) if reason is None else (reason in found)
     with caplog.at_level(logging.INFO, logger="normuon"):
-        for _ in range(3):
-            chosen = resolve_backend("auto", device=device, dtype=dtype)
-    assert chosen == ("eager" if reason else "kernels")
-    assert len(caplog.records) == 1
+        found = {resolve_backend("auto", device=device, dtype=dtype) for _ in range(3)}
     backend_module._auto_backend.cache_clear()
+    assert found == {chosen}
+    assert len(caplog.records) == 1
+
+
+def test_triton_is_refused_by_name_where_it_cannot_run():
+    with pytest.raises(ValueError, match="ns_backend='triton': Triton kernels run on CUDA"):
+        resolve_backend("triton", device=CPU, dtype=torch.bfloat16)
 
 
 def test_the_kernels_are_given_our_coefficients_and_restarts(monkeypatch):

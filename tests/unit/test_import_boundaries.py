@@ -23,6 +23,9 @@ ORDER = [
     "orthogonalize.segments",
     "orthogonalize.symmetric",
     "orthogonalize.workspace",
+    "orthogonalize.triton_normalize",
+    "orthogonalize.triton_symmetric",
+    "orthogonalize.fused",
     "orthogonalize.normalize",
     "orthogonalize.iteration",
     "orthogonalize.compiled",
@@ -31,6 +34,9 @@ ORDER = [
     "orthogonalize",
     "step",
     "step.rule",
+    "step.triton_passes",
+    "step.fused_neurons",
+    "step.addresses",
     "models",
     "models.view",
     "models.wrappers",
@@ -40,6 +46,7 @@ ORDER = [
     "step.pieces",
     "state",
     "checkpoint",
+    "step.fused",
     "step.order",
     "step.slabs",
     "step.adamw",
@@ -90,7 +97,10 @@ def test_imports_point_down(path):
             assert inner in allowed, f"{name} imports {inner}, which stands above it"
 
 
-ON_ONE_DEVICE = ["rule", "normalizer", "pieces", "order", "local", "adamw"]
+ON_ONE_DEVICE = [
+    *("rule", "normalizer", "pieces", "order", "local", "adamw"),
+    *("addresses", "fused", "fused_neurons", "triton_passes"),
+]
 """The files of `step` that know nothing of ranks."""
 
 
@@ -151,9 +161,11 @@ def test_plans_and_exchanges_know_nothing_of_the_optimizer(path):
 
 
 def test_the_library_imports_torch_and_the_standard_library_only():
-    """An adapter may import its framework too."""
+    """An adapter may import its framework too, and kernels the language they are written in."""
     for path in PACKAGE.rglob("*.py"):
         allowed = {*sys.stdlib_module_names, "torch", "normuon"}
+        if path.name.startswith("triton_"):
+            allowed.add("triton")
         if path.parent.name == "integrations":
             allowed.add(path.stem)
         roots = {name.split(".")[0] for name in imports_of(path)}

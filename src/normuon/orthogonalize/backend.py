@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from normuon.orthogonalize.coefficients import Triple
 from normuon.orthogonalize.compiled import compiled_iterate
 from normuon.orthogonalize.flops import num_panels, orthogonalize_flops
+from normuon.orthogonalize.fused import (
+    SYMMETRIC_SIDE,
+    SYMMETRIC_TILE,
+    symmetric_product_fused,
+    why_not_symmetric,
+)
 from normuon.orthogonalize.iteration import iterate, iterate_
 from normuon.orthogonalize.kernels import (
     MISSING,
@@ -29,8 +36,12 @@ from normuon.orthogonalize.workspace import ALIGNMENT, Workspace
 Orthogonalizer = Callable[[Tensor], Tensor]
 """``[B, M, N] -> [B, M, N]``: takes matrices of Frobenius norm 1 (or 0), in ``ns_dtype``."""
 
-Backend = Literal["auto", "eager", "compile", "kernels"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "compile", "kernels")
+Chosen = Literal["eager", "compile", "kernels", "triton"]
+Backend = Literal["auto", Chosen]
+BACKENDS: tuple[Backend, ...] = ("auto", "eager", "compile", "kernels", "triton")
+
+MAX_INDEX = 2**31
+"""Elements from which a batch is too large for a kernel's 32-bit indices."""
 
 _log = logging.getLogger("normuon")
 
@@ -45,6 +56,8 @@ def orthogonalize(
     equilibrate: bool = False,
     workspace: Workspace | None = None,
     scratch: Tensor | None = None,
+    sum_squares_B: Tensor | None = None,
+    fused: bool | None = None,
 ) -> Tensor:
     """O = NS(M) of Alg. 1, line 3, for a batch of matrices of any scale.
 
@@ -55,12 +68,15 @@ def orthogonalize(
         dtype: dtype to compute in.
         orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one of the two with
             fewer FLOPs, or a callable ``[B, M, N] -> [B, M, N]``.
-        backend: ``"eager"``; ``"compile"`` for torch.compile; ``"kernels"`` for the package
-            gram-newton-schulz; ``"auto"`` for those kernels where they run and eager elsewhere.
+        backend: ``"eager"``; ``"compile"`` for torch.compile; ``"triton"`` for symmetric products
+            by this library's kernel; ``"kernels"`` for the package gram-newton-schulz; ``"auto"``
+            for ``"triton"`` where it runs and eager elsewhere.
         equilibrate: even the rows and columns of every matrix first; see `equilibrate_`.
         workspace: scratch kept between calls; None for none.
         scratch: contiguous memory of the shape that may be overwritten, ``x_BMN`` itself perhaps;
             it saves a copy where its dtype is that of `normalize_frobenius`'s division.
+        sum_squares_B: each matrix's sum of squares in float64, where it is known.
+        fused: False to normalise by torch's own operations where Triton kernels would run.
 
     Returns:
         A ``[B, M, N]`` tensor in ``dtype`` that the caller may overwrite, valid until the workspace
@@ -85,14 +101,24 @@ def orthogonalize(
         equilibrate=equilibrate,
         workspace=workspace,
         out=scratch,
+        sum_squares_B=sum_squares_B,
+        fused=fused,
     )
-    # A step may run under autocast, which would round these products to a dtype nobody chose.
-    device_type = x_BMN.device.type
-    exact = torch.amp.is_autocast_available(device_type)
-    with torch.autocast(device_type, enabled=False) if exact else nullcontext():
+    with _without_autocast(x_BMN.device.type):
         if callable(orthogonalizer):
             return _by_callable(unit_BMN, orthogonalizer)
         return _by_method(unit_BMN, tuple(coefficients), orthogonalizer, backend, workspace)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A step may run under autocast, which would round products to a dtype nobody chose.
+
+    Only where it is on: torch.autocast asks a backend that is made outside of torch for the dtypes
+    of its autocast, which it need not have, even to turn it off.
+    """
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _by_method(
@@ -102,9 +128,16 @@ def _by_method(
     backend: Backend,
     workspace: Workspace,
 ) -> Tensor:
+    if backend == "auto" and is_fake(x_BMN):
+        backend = "eager"  # A kernel needs real memory.
     chosen = resolve_backend(backend, device=x_BMN.device, dtype=x_BMN.dtype)
     _, m, n = x_BMN.shape
-    panels = num_panels(min(m, n), device_type=x_BMN.device.type) if chosen == "eager" else 1
+    short = min(m, n)
+    panels, symmetric = 1, None
+    if chosen == "eager":
+        panels = num_panels(short, device_type=x_BMN.device.type)
+    elif chosen == "triton" and short >= SYMMETRIC_SIDE and x_BMN.numel() < MAX_INDEX:
+        panels, symmetric = -(-short // SYMMETRIC_TILE), symmetric_product_fused
     segments = segments_for(
         method, m, n, coefficients=coefficients, dtype=x_BMN.dtype, panels=panels
     )
@@ -114,7 +147,9 @@ def _by_method(
         return iterate(x_BMN, coefficients, segments=segments)
     if chosen == "compile":
         return compiled_iterate(coefficients, segments)(x_BMN)
-    return iterate_(x_BMN, coefficients, segments=segments, workspace=workspace)
+    return iterate_(
+        x_BMN, coefficients, segments=segments, workspace=workspace, symmetric=symmetric
+    )
 
 
 def _by_callable(x_BMN: Tensor, orthogonalizer: Orthogonalizer) -> Tensor:
@@ -131,13 +166,11 @@ def _by_callable(x_BMN: Tensor, orthogonalizer: Orthogonalizer) -> Tensor:
     return torch.where(zero_B11, 0.0, o_BMN.to(x_BMN.dtype))
 
 
-def resolve_backend(
-    backend: Backend, *, device: torch.device, dtype: torch.dtype
-) -> Literal["eager", "compile", "kernels"]:
+def resolve_backend(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Chosen:
     """The backend that serves a device and a dtype.
 
     Raises:
-        ValueError: the kernels were asked for by name where they do not run.
+        ValueError: kernels were asked for by name where they do not run.
 
     Example:
         >>> resolve_backend("auto", device=torch.device("cpu"), dtype=torch.bfloat16)
@@ -153,8 +186,12 @@ def resolve_backend(
         if reason is not None:
             raise ValueError(
                 f"ns_backend='kernels' asks for the kernels of gram-newton-schulz, but {reason}; "
-                "'auto' uses them where they run"
+                "'auto' takes what runs"
             )
+    if backend == "triton":
+        reason = why_not_symmetric(device, dtype)
+        if reason is not None:
+            raise ValueError(f"ns_backend='triton': {reason}; 'auto' takes what runs")
     return backend
 
 
@@ -169,18 +206,13 @@ def check_backend(backend: Backend) -> None:
 
 
 @lru_cache(maxsize=64)
-def _auto_backend(device: torch.device, dtype: torch.dtype) -> Literal["eager", "kernels"]:
+def _auto_backend(device: torch.device, dtype: torch.dtype) -> Chosen:
     """Cached, so that a choice is logged once."""
-    reason = why_unavailable(device, dtype)
-    choice: Literal["eager", "kernels"] = "eager" if reason else "kernels"
+    reason = why_not_symmetric(device, dtype)
+    choice: Chosen = "eager" if reason else "triton"
     name = str(dtype).removeprefix("torch.")
-    _log.info(
-        "ns_backend='auto' is %r for %s on %s%s",
-        choice,
-        name,
-        device,
-        f" (gram-newton-schulz's kernels: {reason})" if reason else "",
-    )
+    because = f" ({reason})" if reason else ""
+    _log.info("ns_backend='auto' is %r for %s on %s%s", choice, name, device, because)
     return choice
 
 

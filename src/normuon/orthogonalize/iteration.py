@@ -9,7 +9,8 @@ Shapes: B matrices of M rows and N columns, ``x_BMN``; S is the short side, L th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 from torch import Tensor
@@ -19,6 +20,9 @@ from normuon.orthogonalize.flops import num_panels
 from normuon.orthogonalize.segments import gram_segments, plain_segments
 from normuon.orthogonalize.symmetric import product, symmetric_product
 from normuon.orthogonalize.workspace import Workspace
+
+SymmetricProduct = Callable[..., Tensor]
+"""`symmetric_product` with its panels given, or another way to the same product."""
 
 SQUARES = ("r", "z", "q", "t")
 """The S x S matrices of a segment: R, Z, Q, and one that holds what a product still reads."""
@@ -92,6 +96,7 @@ def iterate_(
     *,
     segments: Sequence[int],
     workspace: Workspace,
+    symmetric: SymmetricProduct | None = None,
 ) -> Tensor:
     """The polynomial with symmetric products halved and all memory taken from a workspace.
 
@@ -100,17 +105,20 @@ def iterate_(
         coefficients: one ``(a, b, c)`` per step.
         segments: steps per segment, their sum the number of steps.
         workspace: where iterates and S x S matrices live.
+        symmetric: how symmetric products of batches are computed; None: by `symmetric_product`.
 
     Returns:
         ``[B, M, N]``: ``x_BMN`` itself or a tensor of the workspace, valid until its next use.
     """
     panels = num_panels(min(x_BMN.shape[-2:]), device_type=x_BMN.device.type)
-    if panels == 1:
-        return _iterate_whole_(x_BMN, coefficients, segments, workspace, panels)
+    if panels == 1 or symmetric is not None:
+        chosen = symmetric or symmetric_product
+        return _iterate_whole_(x_BMN, coefficients, segments, workspace, chosen)
+    by_panels = partial(symmetric_product, panels=panels)
     if x_BMN.shape[0] == 1:
-        return _iterate_whole_(x_BMN[0], coefficients, segments, workspace, panels)[None]
+        return _iterate_whole_(x_BMN[0], coefficients, segments, workspace, by_panels)[None]
     for x_MN in x_BMN:  # Panels are for single matrices: each of them fills the device.
-        x_MN.copy_(_iterate_whole_(x_MN, coefficients, segments, workspace, panels))
+        x_MN.copy_(_iterate_whole_(x_MN, coefficients, segments, workspace, by_panels))
     return x_BMN
 
 
@@ -119,7 +127,7 @@ def _iterate_whole_(
     coefficients: Sequence[Triple],
     segments: Sequence[int],
     workspace: Workspace,
-    panels: int,
+    symmetric: SymmetricProduct,
 ) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     square = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
@@ -131,7 +139,7 @@ def _iterate_whole_(
     }
     wide, spare = (x.mT, spare.mT) if tall else (x, spare)
     for steps in _cut(coefficients, segments):
-        _segment(wide, steps, out=spare, squares=squares, panels=panels)
+        _segment(wide, steps, out=spare, squares=squares, symmetric=symmetric)
         wide, spare = spare, wide
     return wide.mT if tall else wide
 
@@ -149,7 +157,7 @@ def _segment(
     *,
     out: Tensor | None = None,
     squares: Mapping[str, Tensor] | None = None,
-    panels: int = 1,
+    symmetric: SymmetricProduct = symmetric_product,
 ) -> Tensor:
     """Several steps on a matrix or batch with S <= L, seen only through its Gram matrix.
 
@@ -158,24 +166,24 @@ def _segment(
         coefficients: of this segment's steps.
         out: where to write; None makes new tensors throughout.
         squares: memory of the S x S matrices, by name; needed with ``out``.
-        panels: of the symmetric products.
+        symmetric: how symmetric products are computed.
     """
     into: dict[str, Tensor | None] = {**dict.fromkeys(SQUARES), **(squares or {})}
-    r = symmetric_product(x, x.mT, panels=panels, out=into["r"])
+    r = symmetric(x, x.mT, out=into["r"])
     q = None
     for number, (a, b, c) in enumerate(coefficients, start=1):
-        z = symmetric_product(r, r, add=r, beta=b, alpha=c, panels=panels, out=into["z"])
+        z = symmetric(r, r, add=r, beta=b, alpha=c, out=into["z"])
         if len(coefficients) == 1:
             # a X is added in the product's own accumulator, not rounded into Z first.
             return product(z, x, add=x, beta=a, out=out)
         if q is None:
             q = plus_identity(z, a, out=into["q"])
         else:
-            q = symmetric_product(z, q, add=q, beta=a, panels=panels, out=into["t"])
+            q = symmetric(z, q, add=q, beta=a, out=into["t"])
             into["q"], into["t"] = into["t"], into["q"]
         if number < len(coefficients):  # No step follows the last, so nothing needs its R.
-            t = symmetric_product(z, r, add=r, beta=a, panels=panels, out=into["t"])
-            r = symmetric_product(z, t, add=t, beta=a, panels=panels, out=into["r"])
+            t = symmetric(z, r, add=r, beta=a, out=into["t"])
+            r = symmetric(z, t, add=t, beta=a, out=into["r"])
     assert q is not None, "a segment has at least one step"
     return product(q, x, out=out)
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from normuon.orthogonalize.coefficients import Triple
 
 PACKAGE = "gram_newton_schulz"
+KERNEL_MODULE = "quack.gemm_interface"
+"""What the package imports for its kernels when it is first used."""
 MISSING = "the package gram-newton-schulz is not installed: pip install 'normuon[gpu]'"
 HOPPER = (9, 0)
 """Compute capability of the first devices that the kernels are written for."""
@@ -49,7 +51,17 @@ def why_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < HOPPER:
         major, minor = capability
         return f"they need Hopper or Blackwell (compute capability 9.0), not {major}.{minor}"
-    return None if is_installed() else MISSING
+    return why_not_importable() if is_installed() else MISSING
+
+
+@lru_cache(maxsize=1)
+def why_not_importable() -> str | None:
+    """What the import of the installed package's kernels says against it, or None."""
+    try:
+        importlib.import_module(KERNEL_MODULE)
+    except Exception as error:  # Whatever it is, the kernels do not run; the reason is told.
+        return f"gram-newton-schulz's kernels cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from normuon.orthogonalize.fused import FUSED_DTYPES, divide_by_norm, runs_fused, sum_squares
 from normuon.orthogonalize.workspace import Workspace, is_aligned
 
 
@@ -17,6 +18,8 @@ def normalize_frobenius(
     equilibrate: bool = False,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
+    sum_squares_B: Tensor | None = None,
+    fused: bool | None = None,
 ) -> Tensor:
     """Each matrix divided by its Frobenius norm, so that ||X||_2 <= 1: X_0 of eq. 5.
 
@@ -32,6 +35,8 @@ def normalize_frobenius(
         out: contiguous memory of the shape to divide in, ``x_BMN`` itself perhaps; used if its
             dtype is that of the statistics, ``dtype`` or float32, whichever is wider, and on a CPU
             if matrices begin at multiples of 64 bytes: by where they begin, products round.
+        sum_squares_B: each matrix's sum of squares in float64, where it is known; used by kernels.
+        fused: False for torch's own operations where Triton kernels would run.
 
     Returns:
         A contiguous ``[B, M, N]`` tensor, of ``out``'s or of the workspace's memory and valid until
@@ -43,6 +48,14 @@ def normalize_frobenius(
         tensor([[[0.6000, 0.8000]],
                 [[0.0000, 0.0000]]])
     """
+    takes_kernels = fused is not False and not equilibrate and workspace is not None
+    if takes_kernels and x_BMN.numel() and dtype in FUSED_DTYPES and runs_fused(x_BMN):
+        assert workspace is not None
+        if out is None or out.dtype != dtype:
+            out = workspace.empty("rounded", x_BMN.shape, dtype=dtype, device=x_BMN.device)
+        x_BMN = x_BMN.contiguous()
+        sums_B = sum_squares(x_BMN) if sum_squares_B is None else sum_squares_B
+        return divide_by_norm(x_BMN, sums_B, out=out)
     # Statistics in at least float32: a bfloat16 sum of squares stalls at 256 equal terms.
     stats_dtype = torch.promote_types(x_BMN.dtype, torch.float32)
     largest_B11 = largest_magnitude(x_BMN).to(stats_dtype)

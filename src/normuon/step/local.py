@@ -10,14 +10,17 @@ from torch import Tensor
 
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace, resolve_ns_dtype
+from normuon.step.fused import passes_for
 from normuon.step.order import (
     Moves,
     advance_,
     apply_,
+    direction_dtype,
     finite_pieces,
     matrices_per_batch,
     orthogonalize_,
     stats_dtype,
+    step_dtype,
 )
 from normuon.step.pieces import MatrixParam, PieceBatch, PieceRun, gradient_of, whole_runs
 
@@ -129,28 +132,35 @@ def step_whole_batch_(
     """Lines 2 to 7 for a batch of matrices that this rank stores whole."""
     param = batch.first.param
     dtype, device = param.dtype, param.device
-    wide = stats_dtype(dtype)
-    momentum = batch.first.state["momentum_buffer"]
+    ns_dtype = resolve_ns_dtype(options.ns_dtype, param_dtype=dtype, device=device)
     shape = (batch.count, batch.rows, batch.cols)
     moves_K = moves(batch)
-    direction_BMN = workspace.empty("direction", shape, dtype=momentum.dtype, device=device)
-    advance_(batch, direction_BMN, options=options, moves_K=moves_K)
+    passes = passes_for(batch, options.fused)
+    direction_BMN = workspace.empty(
+        "direction",
+        shape,
+        dtype=direction_dtype(batch, passes, ns_dtype=ns_dtype),
+        device=device,
+    )
+    sum_squares_B = advance_(batch, direction_BMN, options=options, passes=passes, moves_K=moves_K)
     state = {}
     for name, dim in options.normalizer.state_dims(batch.rows, batch.cols).items():
         entries = batch.rows if dim == -2 else batch.cols
-        vector = torch.empty((batch.count, entries), dtype=wide, device=device)
+        vector = torch.empty((batch.count, entries), dtype=stats_dtype(dtype), device=device)
         state[name] = batch.load_vectors(name, vector)
     update = orthogonalize_(
         direction_BMN,
         state,
         options=options,
-        ns_dtype=resolve_ns_dtype(options.ns_dtype, param_dtype=dtype, device=device),
+        ns_dtype=ns_dtype,
         workspace=workspace,
+        sum_squares_B=sum_squares_B,
         moves_B=moves_K,
     )
     for name, vector in update.state.items():
         batch.store_vectors_(name, vector)
     o_BMN = update.o_BMN
+    wide = step_dtype(batch, passes, o_dtype=o_BMN.dtype)
     if o_BMN.dtype != wide:
         # The direction is spent: its memory serves for the step.
         o_BMN = workspace.empty("direction", shape, dtype=wide, device=device).copy_(o_BMN)
@@ -161,5 +171,6 @@ def step_whole_batch_(
         update.summary,
         shape=(batch.rows, batch.cols),
         options=options,
+        passes=passes,
         moves_K=moves_K,
     )

@@ -17,7 +17,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from normuon.orthogonalize.fused import runs_fused
 from normuon.step import rule
+from normuon.step.fused_neurons import factors_fused, neurons_fused
 from normuon.step.rule import AdjustLrFn, NeuronAxis
 
 Vectors = dict[str, Tensor]
@@ -92,12 +94,22 @@ class DividedNormalizer(Normalizer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NeuronNormalizer:
-    """NorMuon's: every neuron moves alike, and the step's RMS is set (Alg. 1, lines 4 to 6)."""
+    """NorMuon's: every neuron moves alike, and the step's RMS is set (Alg. 1, lines 4 to 6).
+
+    Args:
+        beta2: b2.
+        eps: added to sqrt(v).
+        adjust_lr_fn: see `rule.step_scale`.
+        neuron_axis: see `rule.neuron_dim`.
+        fused: False for torch's operations where Triton kernels would run.
+        num_totals: see `DividedNormalizer`.
+    """
 
     beta2: float
     eps: float
     adjust_lr_fn: AdjustLrFn
     neuron_axis: NeuronAxis
+    fused: bool | None = None
     num_totals: int = 1
 
     def state_dims(self, m: int, n: int) -> Mapping[str, int]:
@@ -111,8 +123,27 @@ class NeuronNormalizer:
     def update(self, o_BMN: Tensor, state: Vectors) -> tuple[Vectors, Vectors]:
         """``v`` and ``0.2 sqrt(m n) / ||Oh||_F``."""
         shape = (o_BMN.shape[-2], o_BMN.shape[-1])
+        if self.fused is not False and runs_fused(state["second_momentum_buffer"]):
+            return self._update_by_kernel(o_BMN, state["second_momentum_buffer"], shape)
         v_BV, sums = self._moments(self._mean_square(o_BMN, shape), state)
         return self._found(v_BV, sums, shape)
+
+    def _update_by_kernel(
+        self, o_BMN: Tensor, v_BV: Tensor, shape: tuple[int, int]
+    ) -> tuple[Vectors, Vectors]:
+        """`update` in two launches."""
+        dim = rule.neuron_dim(*shape, self.neuron_axis)
+        reduced = -1 if dim == -2 else -2
+        norm_BV = torch.linalg.vector_norm(o_BMN, dim=reduced, dtype=torch.float32)
+        new_BV, scale_B1 = neurons_fused(
+            norm_BV,
+            v_BV,
+            shape=shape,
+            beta2=self.beta2,
+            eps=self.eps,
+            adjust_lr_fn=self.adjust_lr_fn,
+        )
+        return {"second_momentum_buffer": new_BV}, {"scale": scale_B1}
 
     def update_slab(
         self, o_BMN: Tensor, state: Vectors, *, shape: tuple[int, int], cut: int, total: Total
@@ -152,9 +183,12 @@ class NeuronNormalizer:
 
     def factors(self, state: Vectors, summary: Vectors, shape: tuple[int, int]) -> list[Factor]:
         """``0.2 sqrt(m n) / ||Oh||_F / (sqrt(v) + eps)`` for each neuron."""
-        scale_KV = rule.neuron_scale(state["second_momentum_buffer"], eps=self.eps)
         dim = rule.neuron_dim(*shape, self.neuron_axis)
-        return [(dim, scale_KV * summary["scale"])]
+        v_KV, scale_K1 = state["second_momentum_buffer"], summary["scale"]
+        if self.fused is not False and runs_fused(v_KV):
+            return [(dim, factors_fused(v_KV, scale_K1, eps=self.eps))]
+        scale_KV = rule.neuron_scale(v_KV, eps=self.eps)
+        return [(dim, scale_KV * scale_K1)]
 
     def constant(self, m: int, n: int) -> float:
         """1: the whole matrix's scale is in the neurons' factors."""
@@ -205,4 +239,5 @@ def normalizer_of(group: Mapping[str, Any]) -> Normalizer:
         eps=group["eps"],
         adjust_lr_fn=group["adjust_lr_fn"],
         neuron_axis=group["neuron_axis"],
+        fused=group["fused"],
     )

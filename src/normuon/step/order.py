@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from normuon.options import MatrixOptions
-from normuon.orthogonalize import Workspace, is_faster_batched, orthogonalize
+from normuon.orthogonalize import (
+    Workspace,
+    is_faster_batched,
+    orthogonalize,
+    transport_dtype,
+)
 from normuon.step import rule
+from normuon.step.fused import Passes
 from normuon.step.normalizer import Vectors
 from normuon.step.pieces import PieceBatch
 
@@ -26,24 +32,44 @@ GRADIENT, NONFINITE = 1.0, 2.0
 """What a matrix's flag says of its gradient, the largest that any rank says; 0 is none at all."""
 
 
+def direction_dtype(
+    batch: PieceBatch, passes: Passes | None, *, ns_dtype: torch.dtype
+) -> torch.dtype:
+    """The dtype in which `advance_` writes directions.
+
+    As they travel, where a kernel rounds them on the way; the momentum's, where that would be a
+    pass of its own.
+    """
+    if passes is not None:
+        return transport_dtype(ns_dtype)
+    return batch.first.state["momentum_buffer"].dtype
+
+
 def advance_(
     batch: PieceBatch,
     direction_KRC: Tensor | None,
     *,
     options: MatrixOptions,
+    passes: Passes | None = None,
     moves_K: Tensor | None = None,
-) -> None:
+) -> Tensor | None:
     """Line 2 for every piece, and what line 3 takes of the first pieces.
 
     Args:
         batch: the pieces; momenta are written to.
-        direction_KRC: where to put the directions, contiguous, in the momentum's dtype; it may be
-            for the first pieces alone. None where no direction is wanted.
+        direction_KRC: where to put the directions, contiguous, in `direction_dtype`; it may be for
+            the first pieces alone. None where no direction is wanted.
         options: of the group.
+        passes: from `passes_for`: one kernel in place of torch's operations.
         moves_K: booleans: which matrices are to be stepped. A piece without a gradient counts as
             zero where the matrix moves, and the momentum of a matrix that does not move stays as it
             is, bit by bit. None: all move, and all have gradients.
+
+    Returns:
+        The directions' sums of squares where they cost nothing, ``[K]`` in float64; else None.
     """
+    if passes is not None:
+        return passes.advance_(direction_KRC, options=options, moves_K=moves_K)
     momenta = batch.momenta()
     if moves_K is None:
         grads = _in_dtype(batch, [g for g in batch.gradients() if g is not None], momenta[0].dtype)
@@ -53,13 +79,14 @@ def advance_(
         grads = list(torch._foreach_neg(grads))
     rule.update_momenta_(momenta, grads, momentum_beta=options.momentum)  # Alg. 1, line 2
     if direction_KRC is None:
-        return
+        return None
     directions = batch.views(direction_KRC)
     momenta, grads = momenta[: len(directions)], grads[: len(directions)]
     if options.nesterov:
         rule.look_ahead_(directions, momenta, grads, momentum_beta=options.momentum)
     else:
         torch._foreach_copy_(directions, momenta)
+    return None
 
 
 def _in_dtype(batch: PieceBatch, grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -130,6 +157,7 @@ def orthogonalize_(
     options: MatrixOptions,
     ns_dtype: torch.dtype,
     workspace: Workspace,
+    sum_squares_B: Tensor | None = None,
     moves_B: Tensor | None = None,
 ) -> WholeUpdate:
     """Lines 3 to 6 for whole matrices.
@@ -140,6 +168,7 @@ def orthogonalize_(
         options: of the group.
         ns_dtype: dtype to orthogonalise in.
         workspace: scratch kept between calls; O may live there until its next use.
+        sum_squares_B: what `advance_` returned.
         moves_B: booleans: which matrices are stepped; the others keep their state. None: all.
     """
     o_BMN = orthogonalize(
@@ -151,6 +180,8 @@ def orthogonalize_(
         equilibrate=options.equilibrate,
         workspace=workspace,
         scratch=direction_BMN,
+        sum_squares_B=sum_squares_B,
+        fused=options.fused,
     )  # Alg. 1, line 3
     updated, summary = options.normalizer.update(o_BMN, state)  # Alg. 1, lines 4 to 6
     if moves_B is not None:
@@ -169,19 +200,32 @@ def apply_(
     *,
     shape: tuple[int, int],
     options: MatrixOptions,
+    passes: Passes | None = None,
     moves_K: Tensor | None = None,
 ) -> None:
     """Line 7 for every piece.
 
     Args:
         batch: the pieces; weights are written to.
-        o_KRC: their part of O, contiguous, in at least float32; overwritten.
-        state: their part of the new state, in O's dtype.
+        o_KRC: their part of O, contiguous, in `step_dtype`; overwritten.
+        state: their part of the new state.
         summary: their part of what `orthogonalize_` found.
         shape: m and n of the whole matrices.
         options: of the group.
+        passes: from `passes_for`: one kernel in place of torch's operations.
         moves_K: booleans: which matrices are stepped. None: all.
     """
+    decay = options.lr * options.weight_decay
+    if passes is not None:
+        passes.apply_(
+            o_KRC,
+            options.normalizer.factors(state, summary, shape),
+            rate=options.lr * options.normalizer.constant(*shape),
+            decay=decay,
+            cautious=options.cautious_weight_decay,
+            moves_K=moves_K,
+        )
+        return
     step_KRC = o_KRC
     rate = _rate(o_KRC, options.normalizer.constant(*shape), options.lr)
     factors = options.normalizer.factors(state, summary, shape)
@@ -194,7 +238,6 @@ def apply_(
     if moves_K11 is not None:
         step_KRC = torch.where(moves_K11, step_KRC, 0.0)  # Chosen: 0 times NaN is NaN.
     weights = batch.weights()
-    decay = options.lr * options.weight_decay
     is_compensated = batch.keeps_residuals
     exact = weights[0].dtype == step_KRC.dtype and not is_compensated
     if exact and not options.cautious_weight_decay and moves_K11 is None:
@@ -243,6 +286,11 @@ def _rate(o_KRC: Tensor, constant: float, lr: float | Tensor) -> float | Tensor:
     if constant == 1:
         return lr
     return torch.full((), constant, dtype=o_KRC.dtype, device=o_KRC.device) * lr
+
+
+def step_dtype(batch: PieceBatch, passes: Passes | None, *, o_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `apply_` takes O: a kernel widens O as it reads it."""
+    return stats_dtype(batch.first.param.dtype) if passes is None else o_dtype
 
 
 def stats_dtype(param_dtype: torch.dtype) -> torch.dtype:

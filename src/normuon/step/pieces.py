@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from normuon.models.view import MatrixView
+from normuon.step.addresses import AddressBook, Addresses, Layout
 from normuon.step.normalizer import Normalizer
 
 State = dict[str, Tensor]
@@ -162,6 +163,18 @@ class PieceRun:
         view = self.owner.view
         return part_BRC.view(self._moved).movedim(view.batch_dims, view.neuron_dim)
 
+    def layout_in(self, local: Tensor, rows: int, cols: int) -> Layout | None:
+        """How the pieces lie in a local tensor of the parameter's shape, as matrices."""
+        view = self.owner.view
+        pieces = self.of(local).movedim(view.neuron_dim, view.batch_dims)
+        try:
+            pieces_KRC = pieces.view(self.count, rows, cols)
+        except RuntimeError:  # No one stride takes a neuron's inputs in turn.
+            return None
+        first = int(pieces_KRC.storage_offset()) - int(local.storage_offset())
+        piece, row, col = map(int, pieces_KRC.stride())
+        return first, piece, row, col
+
     def vector_of(self, name: str) -> Tensor:
         """Their entries of a vector of the state, a view in the state's own order."""
         local = local_tensor(self.owner.state[name])
@@ -184,6 +197,7 @@ class PieceBatch:
         self.counts = [run.count for run in self.runs]
         self.count = sum(self.counts)
         self._is_plain = all(run.is_plain for run in self.runs)
+        self._book = AddressBook(self.runs, rows, cols)
 
     @property
     def first(self) -> MatrixParam:
@@ -215,6 +229,22 @@ class PieceBatch:
     def gradients(self) -> list[Tensor | None]:
         """Views of the gradients, None where this rank has none."""
         return [None if run.owner.grad is None else run.of(run.owner.grad) for run in self.runs]
+
+    def addresses(self, kind: str) -> Addresses | None:
+        """Where the pieces begin, for kernels that take all of them at once.
+
+        Args:
+            kind: ``"weight"``, ``"gradient"``, ``"momentum_buffer"`` or ``"weight_residual"``.
+
+        Returns:
+            None where no strides describe them, or there are none.
+        """
+        owners = [run.owner for run in self.runs]
+        if kind == "gradient":
+            return self._book.of(kind, [owner.grad for owner in owners])
+        if kind == "weight":
+            return self._book.of(kind, [local_tensor(owner.param) for owner in owners])
+        return self._book.of(kind, [local_tensor(owner.state[kind]) for owner in owners])
 
     def vectors(self, name: str) -> list[Tensor]:
         """Views of the entries of a vector of the state."""

@@ -20,8 +20,17 @@ from normuon.orthogonalize import Workspace
 from normuon.step.adamw import step_shared_adamw_
 from normuon.step.bucket import Bucket, OwnedMatrices, SharedTasks, StoredPieces
 from normuon.step.flags import GradientFlags
+from normuon.step.fused import Passes, passes_for
 from normuon.step.local import step_whole_batch_, whole_batches
-from normuon.step.order import advance_, apply_, matrices_per_batch, orthogonalize_, stats_dtype
+from normuon.step.order import (
+    advance_,
+    apply_,
+    direction_dtype,
+    matrices_per_batch,
+    orthogonalize_,
+    stats_dtype,
+    step_dtype,
+)
 from normuon.step.pieces import PieceBatch, local_tensor
 from normuon.step.shared_params import SharedParams
 from normuon.step.slabs import update_slab
@@ -79,6 +88,7 @@ class ShardedStep:
         self._options: dict[int, MatrixOptions] = {}
         self._matrices_here: dict[int, list[Tensor]] = {}
         self._vectors_here: dict[int, dict[int, Tensor]] = {}
+        self._passes: dict[int, Passes | None] = {}
 
     def _lay_out(self, tasks: SharedTasks) -> list[Bucket]:
         dtypes = [tasks.param_of(bucket[0]).wire for bucket in self.plan.buckets]
@@ -211,13 +221,17 @@ class ShardedStep:
 
     def _advance(self, stored: StoredPieces) -> Tensor:
         """Line 2 for pieces of one class, and the directions of those that are sent, flat."""
-        batch, dtype = stored.batch, stored.batch.first.state["momentum_buffer"].dtype
+        batch = stored.batch
+        options = self._options[id(batch.first.group)]
+        passes = self._passes[id(batch)] = passes_for(batch, options.fused)
+        dtype = direction_dtype(batch, passes, ns_dtype=stored.matrix.ns_dtype)
         shape = (stored.num_sent, batch.rows, batch.cols)
         (flat,) = self._slabs("pieces", [(prod(shape), dtype)])
         advance_(
             batch,
             flat.view(shape) if stored.num_sent else None,
-            options=self._options[id(batch.first.group)],
+            options=options,
+            passes=passes,
             moves_K=self._moves(batch),
         )
         return flat
@@ -361,7 +375,8 @@ class ShardedStep:
         for place, stored in enumerate(bucket.stored):
             batch = stored.batch
             size = batch.count * batch.rows * batch.cols
-            (slab,) = self._slabs("pieces", [(size, stats_dtype(batch.first.param.dtype))])
+            dtype = step_dtype(batch, self._passes[id(batch)], o_dtype=stored.matrix.wire[0])
+            (slab,) = self._slabs("pieces", [(size, dtype)])
             copies.out_of_message[0].run_([received.elements], {place: slab}, target=place)
             copies.within[0].run_(matrices, {place: slab}, target=place)
             self._apply(stored, slab, vectors)
@@ -386,6 +401,7 @@ class ShardedStep:
             dict(summary),
             shape=shape,
             options=options,
+            passes=self._passes.pop(id(batch)),
             moves_K=self._moves(batch),
         )
 
