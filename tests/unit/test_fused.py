@@ -246,13 +246,14 @@ def test_the_backend_is_taken_from_its_size_on(kernels, monkeypatch):
 
     monkeypatch.setattr(backend_module, "why_not_symmetric", lambda *_: None)
     monkeypatch.setattr(backend_module, "SYMMETRIC_SIDE", 24)
+    monkeypatch.setattr(backend_module, "SYMMETRIC_TILES", 2)
     monkeypatch.setattr(backend_module, "symmetric_product_fused", counted)
     options = {"coefficients": JORDAN, "dtype": torch.float32}
-    for side in (16, 24):
-        x = torch.randn(1, side, 40, generator=generator())
+    for count, side in ((2, 16), (1, 24), (2, 24)):
+        x = torch.randn(count, side, 40, generator=generator())
         found = orthogonalize(x, backend="triton", **options)
         torch.testing.assert_close(found, orthogonalize(x, **options), rtol=0, atol=2e-4)
-    assert set(sides) == {24}
+        assert set(sides) == ({24} if (count, side) == (2, 24) else set())
 
 
 def test_what_cannot_be_fused_says_so():

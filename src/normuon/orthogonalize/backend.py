@@ -18,6 +18,8 @@ from normuon.orthogonalize.flops import num_panels, orthogonalize_flops
 from normuon.orthogonalize.fused import (
     SYMMETRIC_SIDE,
     SYMMETRIC_TILE,
+    SYMMETRIC_TILES,
+    num_lower_tiles,
     symmetric_product_fused,
     why_not_symmetric,
 )
@@ -131,13 +133,16 @@ def _by_method(
     if backend == "auto" and is_fake(x_BMN):
         backend = "eager"  # A kernel needs real memory.
     chosen = resolve_backend(backend, device=x_BMN.device, dtype=x_BMN.dtype)
-    _, m, n = x_BMN.shape
+    count, m, n = x_BMN.shape
     short = min(m, n)
     panels, symmetric = 1, None
     if chosen == "eager":
         panels = num_panels(short, device_type=x_BMN.device.type)
-    elif chosen == "triton" and short >= SYMMETRIC_SIDE and x_BMN.numel() < MAX_INDEX:
-        panels, symmetric = -(-short // SYMMETRIC_TILE), symmetric_product_fused
+    elif chosen == "triton" and short >= SYMMETRIC_SIDE:
+        # The segments must not depend on how many matrices go together, which layouts decide.
+        panels = -(-short // SYMMETRIC_TILE)
+        if num_lower_tiles(count, short) >= SYMMETRIC_TILES and x_BMN.numel() < MAX_INDEX:
+            symmetric = symmetric_product_fused
     segments = segments_for(
         method, m, n, coefficients=coefficients, dtype=x_BMN.dtype, panels=panels
     )

@@ -20,11 +20,12 @@ from normuon.orthogonalize import (
     resolve_coefficients,
     resolve_ns_dtype,
 )
+from normuon.orthogonalize.fused import why_not_symmetric
 from normuon.orthogonalize.kernels import why_unavailable
 from normuon_lab.bench.contender import OWN, Contender
 
 NS_STEPS = 5
-BACKENDS: tuple[Backend, ...] = ("eager", "compile", "kernels")
+BACKENDS: tuple[Backend, ...] = ("eager", "compile", "triton", "kernels")
 AUTO = "auto"
 
 
@@ -71,6 +72,8 @@ def _own(
     missing = None
     if backend == "kernels":
         missing = why_unavailable(device, dtype)
+    elif backend == "triton":
+        missing = why_not_symmetric(device, dtype)
     elif backend == "compile":
         missing = why_not_compiled()
     options: dict[str, Any] = {

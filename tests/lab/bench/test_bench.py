@@ -236,11 +236,13 @@ def test_our_polar_errors_follow_from_the_polynomial():
 def test_ways_that_cannot_run_here_are_described_all_the_same():
     ours = own(dtypes=("float32", "bfloat16", "float32"), coefficients=("jordan", "polar_express"))
     names = [one.name for one in ours]
-    assert len(set(names)) == len(names) == 9 + 3
+    assert len(set(names)) == len(names) == 12 + 3
     assert names[0] == "NorMuon auto float32"
     assert names[-1] == "NorMuon auto bfloat16 polar_express"
     kernels = [one for one in ours if "kernels" in one.name]
     assert [one.missing for one in kernels] == ["they run on CUDA devices, not on cpu"] * 3
+    triton = [one.missing for one in ours if "triton" in one.name]
+    assert triton == ["Triton kernels run on CUDA devices, not on cpu"] * 3
 
 
 def test_every_peer_says_how_to_get_it(monkeypatch):
