@@ -186,7 +186,7 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
         if key in ("skipped_steps", "weight_residual") and value is None:
             continue  # Turned on since the checkpoint was written: starts at zero.
         if key == "step" and isinstance(value, (int, float)):
-            value = torch.tensor(float(value), device=tensor.device)
+            value = torch.full((), float(value), device=tensor.device)
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{label}: the checkpoint has no {key!r} for it (it has "

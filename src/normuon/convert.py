@@ -135,8 +135,9 @@ def convert_state(
             else:
                 report.started.append(name or f"parameter {index}")
             index += 1
-    report.advice = _advice([group for found in saved_groups for group in found], groups)
     if not quiet:
+        # A learning rate that is a tensor is read here, for people, and nowhere else.
+        report.advice = _advice([group for found in saved_groups for group in found], groups)
         print(report)
     return {"state": state, "param_groups": new_groups}
 

@@ -1,4 +1,4 @@
-"""`normuon doctor`: versions, devices, and what NorMuon would choose on each of them.
+"""`normuon doctor`: versions, devices, what NorMuon chooses on each, and what is proved of it.
 
 What it says is what a report of a problem should begin with: no host name, no user, no paths.
 """
@@ -17,7 +17,7 @@ from normuon_lab.machine import processor_name
 if TYPE_CHECKING:
     import torch
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PACKAGES = {
     "library": ("normuon", "torch"),
@@ -28,10 +28,47 @@ PACKAGES = {
 EXAMPLE_SHAPE = (4096, 14336)
 """A matrix whose method `auto` is told: Llama-3-8B's down projection."""
 
+ON_A_FAKE_DEVICE = (
+    "tests/accelerator",
+    "on a fake device, a step reads nothing, copies nothing from or to the host and keeps no new "
+    "memory, with every option, sharded parameters included",
+)
+PROVED = {
+    "cpu": (
+        ("tests/unit, tests/property", "a step is a float64 oracle's, and torch's Muon and AdamW"),
+        (
+            "tests/distributed",
+            "real processes over Gloo take the step of one process on every layout, exactly, and "
+            "teams to rounding",
+        ),
+    ),
+    "cuda": (
+        ON_A_FAKE_DEVICE,
+        (
+            "tests/gpu",
+            "on one GPU, a step never waits, can be captured into a graph, and is the CPU's to "
+            "rounding, with Triton kernels and without: run tests/gpu or `make gpu` on this "
+            "machine to prove it here",
+        ),
+    ),
+}
+"""By device type, which tests prove what."""
+
+NOT_PROVED = {
+    "cpu": ("more than one machine",),
+    "cuda": (
+        "NCCL, and more than one GPU",
+        "Triton kernels on compute capabilities other than 9.0",
+        "ROCm",
+    ),
+}
+PROVED_ELSEWHERE = (ON_A_FAKE_DEVICE,)
+NOT_PROVED_ELSEWHERE = ("anything on a real device of this kind: none has ever been tried",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
-    """Print versions, devices, and which method, backend and dtype NorMuon would choose."""
+    """Print versions, devices, what NorMuon would choose on them, and what is proved of them."""
 
     json: bool = False
     """Print everything as JSON."""
@@ -72,7 +109,7 @@ def examine() -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """A device and the choices that `auto` and `ns_dtype=None` make on it for float32 weights."""
+    """A device, what is chosen on it for float32 weights, and what is proved of its kind."""
     import torch
 
     from normuon.orthogonalize import (
@@ -82,6 +119,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         resolve_ns_dtype,
     )
     from normuon.orthogonalize.flops import num_panels
+    from normuon.orthogonalize.fused import why_not_fused
     from normuon.orthogonalize.kernels import why_unavailable
     from normuon.orthogonalize.segments import plain_segments, segments_for
 
@@ -99,6 +137,12 @@ def _device(device: torch.device) -> dict[str, Any]:
         "kernels_unavailable": why_unavailable(device, dtype),
         "orthogonalizer": "newton_schulz" if segments == plain_segments(coefficients) else "gram",
         "example_shape": [m, n],
+        "fused_unavailable": why_not_fused(device.type),
+        "proved": [
+            {"tests": tests, "what": what}
+            for tests, what in PROVED.get(device.type, PROVED_ELSEWHERE)
+        ],
+        "not_proved": list(NOT_PROVED.get(device.type, NOT_PROVED_ELSEWHERE)),
     }
 
 
@@ -143,5 +187,15 @@ def as_text(found: dict[str, Any]) -> str:
             f"  ns_backend='auto' takes {device['ns_backend']!r}"
             + (f"; not 'kernels': {kernels}" if kernels else ""),
             f"  orthogonalizer='auto' takes {device['orthogonalizer']!r} for {m} x {n}",
+            f"  fused=None takes {fused_choice(device['fused_unavailable'])}",
+            *(f"  proved by {proof['tests']}: {proof['what']}" for proof in device["proved"]),
+            f"  not proved: {'; '.join(device['not_proved'])}",
         ]
     return "\n".join(lines)
+
+
+def fused_choice(unavailable: str | None) -> str:
+    """What ``fused=None`` takes, in words."""
+    if unavailable is None:
+        return "Triton kernels"
+    return f"torch's own operations: {unavailable}"

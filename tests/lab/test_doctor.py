@@ -6,13 +6,17 @@ import json
 import platform
 import socket
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
 from normuon.orthogonalize import resolve_backend, resolve_ns_dtype
+from normuon.orthogonalize.fused import why_not_fused
 from normuon_lab.cli import main
-from normuon_lab.doctor import PACKAGES, as_text, examine
+from normuon_lab.doctor import NOT_PROVED, PACKAGES, PROVED, PROVED_ELSEWHERE, as_text, examine
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,3 +64,40 @@ def test_a_device_that_multiplies_bfloat16_slowly_is_told_so():
     found = examine()
     found["devices"][0]["bfloat16_is_native"] = False
     assert "bfloat16 products are emulated" in as_text(found)
+
+
+def test_each_device_says_what_is_proved_of_its_kind(told):
+    assert told["schema_version"] == 2
+    cpu = told["devices"][0]
+    assert [proof["tests"] for proof in cpu["proved"]] == [tests for tests, _ in PROVED["cpu"]]
+    assert "real processes over Gloo" in cpu["proved"][-1]["what"]
+    assert cpu["not_proved"] == list(NOT_PROVED["cpu"])
+    assert cpu["fused_unavailable"] == why_not_fused("cpu")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_what_is_proved_of_other_devices_is_not_claimed_of_this_machine(kind, monkeypatch):
+    """CUDA's is to be proved by a run of `tests/gpu`; of others, no real one was ever tried."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr("normuon_lab.doctor._device_name", lambda device: device.type)
+    monkeypatch.setattr("normuon.orthogonalize.resolve_backend", lambda *_, **__: "eager")
+    monkeypatch.setattr("normuon.orthogonalize.kernels.why_unavailable", lambda *_: "absent")
+    found = examine()
+    device, text = found["devices"][1], as_text(found)
+    if kind == "cuda":
+        assert "run tests/gpu or `make gpu` on this machine" in text
+        assert "not proved: NCCL, and more than one GPU; Triton kernels on compute" in text
+        assert "ROCm" in text
+        return
+    assert device["proved"] == [{"tests": tests, "what": what} for tests, what in PROVED_ELSEWHERE]
+    assert "not proved: anything on a real device of this kind" in text
+    assert "fused=None takes torch's own operations: Triton kernels run on CUDA devices" in text
+
+
+def test_the_tests_that_prove_something_exist():
+    proofs = [*(proof for kind in PROVED.values() for proof in kind), *PROVED_ELSEWHERE]
+    for tests, _ in proofs:
+        for folder in tests.split(", "):
+            assert any((REPOSITORY / folder).glob("test_*.py")), folder

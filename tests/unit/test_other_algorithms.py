@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from normuon import NorMuon
+from normuon.step import adamw
 
 
 def twins(*shapes: tuple[int, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -100,3 +101,82 @@ def test_one_schedule_drives_both_halves():
         schedule.step()
         assert torch.equal(matrix, before[0]) == (expected == 0)
         assert torch.equal(bias, before[1]) == (expected == 0)
+
+
+def without_fused_kernels(monkeypatch) -> None:
+    """As on a device for which torch has none, and whose `step` its multi-tensor AdamW reads."""
+    monkeypatch.setattr(adamw, "has_fused_kernel", lambda device_type: False)
+
+
+def rates(kind: str) -> dict[str, object]:
+    numbers = {"lr": 3e-3, "weight_decay": 0.05}
+    if kind == "numbers":
+        return numbers
+    return {
+        name: torch.full((1,) if "dim" in kind else (), value, dtype=torch.float64)
+        for name, value in numbers.items()
+    }
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", ["numbers", "tensors", "tensors of one dim"])
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.0, 0.999)])
+def test_our_own_multi_tensor_adamw_is_torchs(betas, kind, maximize, monkeypatch):
+    """float64 on both sides, for accelerators on which torch's would wait at every step.
+
+    Ours adds and divides in another order: some 2^-52 of a step of 3e-3 each time, thirty times.
+    """
+    monkeypatch.setattr(adamw, "_kernels_for", lambda *_, **__: "own")
+    ours = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((9, 4), (7,), ())]
+    theirs = [nn.Parameter(param.detach().clone()) for param in ours]
+    options = {"betas": betas, "maximize": maximize}
+    optimizer = NorMuon(
+        [{"params": ours, "algorithm": "adamw"}], adamw_eps=1e-7, **options, **rates(kind)
+    )
+    twin = torch.optim.AdamW(theirs, eps=1e-7, foreach=True, **options, **rates("numbers"))
+    for _ in range(30):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        twin.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-15 if a.ndim == 0 else 1e-14)
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(optimizer.state[a][key], twin.state[b][key])
+
+
+def test_adamw_takes_a_tensor_lr_for_gradients_laid_out_otherwise():
+    """torch's fused kernel needs equal strides, and its multi-tensor one refuses a tensor lr."""
+    (ours,), (theirs,) = twins((6, 4))
+    optimizer = NorMuon([{"params": [ours], "algorithm": "adamw"}], lr=torch.tensor(3e-3))
+    twin = torch.optim.AdamW(
+        [theirs], lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, foreach=True
+    )
+    for _ in range(10):
+        grad = torch.randn(4, 6).mT
+        ours.grad, theirs.grad = grad, grad.clone()
+        optimizer.step()
+        twin.step()
+    # Ten steps of 3e-3, each right to a few units of float32's 6e-8.
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+def test_our_own_adamw_leaves_what_is_skipped(kind, monkeypatch):
+    """Bit by bit, `step` included, and counts it."""
+    without_fused_kernels(monkeypatch)
+    param = nn.Parameter(torch.randn(5))
+    optimizer = NorMuon(
+        [{"params": [param], "algorithm": "adamw"}], skip_nonfinite=True, **rates(kind)
+    )
+    param.grad = torch.randn(5)
+    optimizer.step()
+    weights = param.detach().clone()
+    state = {key: value.clone() for key, value in optimizer.state[param].items()}
+    param.grad = torch.full((5,), float("nan"))
+    optimizer.step()
+    assert torch.equal(param, weights)
+    assert int(optimizer.state[param]["skipped_steps"]) == 1
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(optimizer.state[param][key], state[key])

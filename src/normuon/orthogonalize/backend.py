@@ -130,7 +130,8 @@ def _by_method(
     backend: Backend,
     workspace: Workspace,
 ) -> Tensor:
-    if backend == "auto" and is_fake(x_BMN):
+    # `resolve_backend` keeps what is traced eager, and torch.compile cannot trace the question.
+    if backend == "auto" and not torch.compiler.is_compiling() and is_fake(x_BMN):
         backend = "eager"  # A kernel needs real memory.
     chosen = resolve_backend(backend, device=x_BMN.device, dtype=x_BMN.dtype)
     count, m, n = x_BMN.shape
