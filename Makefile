@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
-.PHONY: compare results reproduce-quick test test-all lint types docs format install clean
+.PHONY: compare gpu results reproduce-quick test test-all lint types docs format install clean
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
 $(LAB): pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ install: $(STAMP)
 
 compare: $(LAB)
 	$(BIN)/normuon compare $(ARGS)
+
+# Everything about one GPU in ten minutes, with the Python that has torch for CUDA; installs nothing.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m normuon_lab.bench.suite $(ARGS)
 
 # Six published runs again, on two seeds: about five minutes on two cores.
 reproduce-quick: $(LAB)

@@ -22,7 +22,7 @@ class BenchCommand:
     """Time one optimizer step of NorMuon and of installed peers on this machine.
 
     Writes bench.json, bench.png and bench.svg. Steps are interleaved in one process; every figure
-    is defined in docs/lab/bench.md.
+    is defined in docs/lab/bench.md. With --suite gpu, everything about one GPU in ten minutes.
     """
 
     model: str | None = None
@@ -54,11 +54,26 @@ class BenchCommand:
     """The paper's authors' normuon.py, of github.com/zichongli5/NorMuon."""
     seed: int = 0
     """Of weights and gradients."""
-    out: Path = Path("runs/bench")
-    """Folder for bench.json, bench.png and bench.svg."""
+    out: Path | None = None
+    """Folder for the results; by default runs/bench, or runs/gpu with --suite."""
+    suite: Literal["gpu"] | None = None
+    """In place of a model: tests, step table, accuracy, training step and loss on one GPU, written
+    as gpu.json and gpu.html; a dry run on a CPU."""
+    seconds: float = 540.0
+    """With --suite: for all of it."""
+    parts: tuple[str, ...] = ()
+    """With --suite: only these of machine, tests, step, accuracy, training and comparison."""
+    tests: bool = True
+    """With --suite: --no-tests leaves tests/gpu out."""
+    tokens_per_step: int = 65_536
+    """With --suite: of the training step."""
+    lr: float = 1e-3
+    """With --suite: of both optimizers whose losses are compared."""
 
     def run(self) -> int:
         """Do it and return the exit code."""
+        if self.suite is not None:
+            return self._run_suite()
         self._check()
         # Read when torch is loaded: its profiler otherwise comments on each use on stderr.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -89,19 +104,41 @@ class BenchCommand:
             seed=self.seed,
             command=shlex.join(["normuon", *sys.argv[1:]]),
         )
+        out = self.out or Path("runs/bench")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot make --out {self.out}: {error.strerror}") from None
+            raise InputError(f"cannot make --out {out}: {error.strerror}") from None
         console = Console()
         with Console(stderr=True).status("starting") as status:
             contents = run_bench(request, say=status.update)
-        write_json(self.out / "bench.json", contents)
+        write_json(out / "bench.json", contents)
         for suffix in ("png", "svg"):
-            write_figure(contents, self.out / f"bench.{suffix}")
+            write_figure(contents, out / f"bench.{suffix}")
         print_bench(contents, console)
-        console.print(f"Written: {self.out / 'bench.json'}", highlight=False, soft_wrap=True)
+        console.print(f"Written: {out / 'bench.json'}", highlight=False, soft_wrap=True)
         return 0
+
+    def _run_suite(self) -> int:
+        from normuon_lab.bench.suite.options import SuiteOptions
+        from normuon_lab.bench.suite.run import exit_code, run_suite
+
+        for name in ("model", "shapes", "layers"):
+            require(getattr(self, name) is None, f"--{name} is not for --suite {self.suite}")
+        options = SuiteOptions(
+            out=self.out or Path("runs/gpu"),
+            seconds=self.seconds,
+            device=self.device,
+            dion=self.dion,
+            only=self.only,
+            parts=self.parts,
+            tests=self.tests,
+            tokens_per_step=self.tokens_per_step,
+            lr=self.lr,
+            seed=self.seed,
+            command=shlex.join(["normuon", *sys.argv[1:]]),
+        )
+        return exit_code(run_suite(options))
 
     def _check(self) -> None:
         """Everything that can be wrong without knowing the machine."""

@@ -1,8 +1,8 @@
 """Bytes that the elementwise passes of a step move through memory, beside the fewest possible.
 
-Counted pass by pass: every operand that a pass reads and every result that it writes, once each, for
-float32 momenta and gradients. The matrix products are not counted but for what they take and give:
-the least is what any step must move whose products are somebody else's.
+Counted pass by pass: every operand that a pass reads and every result that it writes, once each.
+Of the matrix products only what they take and give is counted: the least is what any step must move
+whose products are somebody else's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""How far one step's direction is from the polar factor, by dtype and backend.
+
+The first update from zero weights is compared, without neuron scaling: see `normuon_lab.bench`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from normuon_lab.bench.contender import Contender
+from normuon_lab.bench.own import own_contenders
+from normuon_lab.bench.peers import PeerPaths, peer_contenders
+from normuon_lab.bench.polar import polar_errors, polar_factor
+from normuon_lab.bench.suite.part import PartContext
+from normuon_lab.bench.suite.record import in_words
+from normuon_lab.bench.suite.states import NO_TIME
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def run(context: PartContext) -> dict[str, Any]:
+    """Errors of every contender on every shape; those that compile come last."""
+    device = context.device
+    torch.manual_seed(context.options.seed)
+    values: dict[str, Any] = {"shapes": [], "contenders": [], "not_run": {}}
+    samples = []
+    for rows, cols in context.sizes.accuracy_shapes:
+        context.say(f"polar factor of {rows} x {cols}")
+        gradient = torch.randn(rows, cols, device=device)
+        samples.append((gradient, polar_factor(gradient)))
+        values["shapes"].append([rows, cols])
+    for contender in contenders(device):
+        reason = contender.missing
+        if reason is None and contender.compiles and context.is_dry:
+            reason = "it compiles, which a dry run leaves out"
+        if reason is None and context.seconds_left() < _seconds_of(contender, context):
+            reason = NO_TIME
+        if reason is None:
+            context.say(contender.name)
+            try:
+                errors = [polar_errors(contender, *sample) for sample in samples]
+            except Exception as error:  # Whoever fails is a finding, and the others still run.
+                reason = in_words(error)
+            else:
+                values["contenders"].append(
+                    {"name": contender.name, "ns_dtype": contender.ns_dtype, "errors": errors}
+                )
+        if reason is not None:
+            values["not_run"][contender.name] = reason
+        context.keep(values)
+    return values
+
+
+def contenders(device: torch.device) -> list[Contender]:
+    """NorMuon in every dtype and backend, and torch.optim.Muon."""
+    ours = [
+        one
+        for dtype in DTYPES
+        for one in own_contenders(dtypes=(dtype,), coefficients=("jordan",), device=device)
+        if one.method == "auto"
+    ]
+    peers = peer_contenders(ns_dtype=DTYPES[0], device=device, paths=PeerPaths())
+    torchs = [one for one in peers if one.package == "torch"]
+    quick = [one for one in ours if one.name == _eager_name(one)]
+    kernels = [one for one in ours if one not in quick and not one.compiles]
+    return [*quick, *torchs, *kernels, *(one for one in ours if one.compiles)]
+
+
+def _eager_name(contender: Contender) -> str:
+    return f"NorMuon auto {contender.ns_dtype}"
+
+
+def _seconds_of(contender: Contender, context: PartContext) -> float:
+    """What it needs at least: those that compile do so for every shape and dtype."""
+    return 0.5 * context.sizes.compile_seconds if contender.compiles else 0.0

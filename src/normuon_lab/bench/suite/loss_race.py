@@ -1,0 +1,184 @@
+"""Loss after the same number of steps: NorMuon and AdamW from the same weights on the same text.
+
+One seed, one learning rate for both and no tuning: it shows that training works here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from normuon_lab.bench.measure import synchronize
+from normuon_lab.bench.suite.decoder import Decoder, loss_of, make_decoder, train_step
+from normuon_lab.bench.suite.local_text import LocalText, local_text, windows
+from normuon_lab.bench.suite.options import DecoderSize
+from normuon_lab.bench.suite.overhead import ARMS, make_optimizer
+from normuon_lab.bench.suite.part import PartContext
+
+EVALUATIONS = 10
+SPEED_STEPS = 3
+TIME_SHARE = 0.8
+"""Of the time left that the steps are planned to take."""
+WARMUP_SHARE = 0.1
+
+
+@dataclass(slots=True)
+class Arm:
+    """One optimizer and its model.
+
+    Attributes:
+        name: for people.
+        model: trained.
+        optimizer: of its parameters.
+        losses: of the training batches since the last evaluation, on the device.
+        curve: steps, mean training loss since the last point, and held-out loss, in nats.
+    """
+
+    name: str
+    model: Decoder
+    optimizer: Optimizer
+    losses: list[Tensor] = field(default_factory=list)
+    curve: list[dict[str, float | None]] = field(default_factory=list)
+
+
+def run(context: PartContext) -> dict[str, Any]:
+    """Both arms step for step, so that a run that is cut has as many of each."""
+    size, options = context.sizes.comparison, context.options
+    context.say("reading Python's own library")
+    text = local_text(context.sizes.text_bytes)
+    steps = planned_steps(text, context)
+    context.say(f"{steps} steps of {' and '.join(ARMS)}")
+    held_out = held_out_batches(text, context)
+    arms = [make_arm(name, size, context) for name in ARMS]
+    values: dict[str, Any] = {
+        "text": "the .py files of Python's standard library, as bytes",
+        "train_bytes": len(text.train),
+        "held_out_bytes": len(text.held_out),
+        "files": list(text.files),
+        "parameters": sum(param.numel() for param in arms[0].model.parameters()),
+        "steps": steps,
+        "tokens_per_step": size.micro_batch * size.sequence_length,
+        "lr": options.lr,
+        "schedule": "linear up over a tenth of the steps, then linear to zero",
+        "seed": options.seed,
+        "note": "one seed and one learning rate, which nobody tuned: no claim",
+    }
+    generator = torch.Generator().manual_seed(options.seed)
+    marks = {round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+    cut = False
+    for step in range(steps):
+        batch = next_batch(text, size, generator).to(context.device)
+        for arm in arms:
+            set_lr_(arm.optimizer, options.lr * schedule(step, steps))
+            arm.losses.append(train_step(arm.model, arm.optimizer, [batch]))
+        cut = context.seconds_left() < 0
+        if step + 1 in marks or cut:
+            for arm in arms:
+                add_point(arm, step + 1, held_out)
+            context.keep({**values, **curves(arms), "cut": cut})
+        if cut:
+            break
+    return {**values, **curves(arms), "cut": cut}
+
+
+def planned_steps(text: LocalText, context: PartContext) -> int:
+    """As many steps of both as fit in the time left, by the speed of a few."""
+    size = context.sizes.comparison
+    generator = torch.Generator().manual_seed(context.options.seed)
+    seconds = 0.0
+    for name in ARMS:
+        arm = make_arm(name, size, context)
+        spent = []
+        for _ in range(1 + SPEED_STEPS):
+            batch = next_batch(text, size, generator).to(context.device)
+            started = time.perf_counter()
+            train_step(arm.model, arm.optimizer, [batch])
+            synchronize(context.device)
+            spent.append(time.perf_counter() - started)
+        seconds += statistics.median(spent[1:])
+    # An evaluation's batch takes at most a third of a step's.
+    left = context.seconds_left() - EVALUATIONS * context.sizes.eval_batches * seconds / 3
+    fewest, most = context.sizes.steps
+    return max(fewest, min(most, int(TIME_SHARE * left / seconds)))
+
+
+def make_arm(name: str, size: DecoderSize, context: PartContext) -> Arm:
+    """An arm at its first step; all begin with the same weights."""
+    model = make_decoder(size, seed=context.options.seed, device=context.device)
+    return Arm(name, model, make_optimizer(name, model, lr=context.options.lr))
+
+
+def next_batch(text: LocalText, size: DecoderSize, generator: torch.Generator) -> Tensor:
+    """``[micro_batch, sequence_length + 1]`` bytes of the training part."""
+    return windows(
+        text.train,
+        count=size.micro_batch,
+        length=size.sequence_length + 1,
+        generator=generator,
+    )
+
+
+def held_out_batches(text: LocalText, context: PartContext) -> list[Tensor]:
+    """The same for every evaluation."""
+    size = context.sizes.comparison
+    generator = torch.Generator().manual_seed(context.options.seed + 1)
+    length = size.sequence_length + 1
+    return [
+        windows(text.held_out, count=size.micro_batch, length=length, generator=generator).to(
+            context.device
+        )
+        for _ in range(context.sizes.eval_batches)
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Of the learning rate: up over the first tenth, then down to zero.
+
+    Example:
+        >>> [round(schedule(step, 10), 2) for step in (0, 1, 5, 9)]
+        [1.0, 1.0, 0.56, 0.11]
+    """
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def set_lr_(optimizer: Optimizer, lr: float) -> None:
+    """Sets every group's learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def add_point(arm: Arm, step: int, held_out: Sequence[Tensor]) -> None:
+    """Evaluates an arm and adds a point to its curve."""
+    losses = [loss_of(arm.model, batch).item() for batch in held_out]
+    arm.curve.append(
+        {
+            "step": step,
+            "train_loss": torch.stack(arm.losses).mean().item(),
+            "held_out_loss": statistics.mean(losses),
+        }
+    )
+    arm.losses.clear()
+
+
+def curves(arms: Sequence[Arm]) -> dict[str, Any]:
+    """Plain values of what the arms have reached."""
+    return {
+        "arms": [
+            {
+                "name": arm.name,
+                "curve": list(arm.curve),
+                "held_out_loss": arm.curve[-1]["held_out_loss"] if arm.curve else None,
+            }
+            for arm in arms
+        ],
+        "steps_taken": arms[0].curve[-1]["step"] if arms[0].curve else 0,
+    }

@@ -1,0 +1,270 @@
+"""What a run of the suite is asked for, and the sizes that its parts take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from normuon_lab.bench.matrices import MatrixClass, parse_shapes
+from normuon_lab.errors import require
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+DEFAULT_SECONDS = 540.0
+
+PARTS = ("machine", "tests", "step", "accuracy", "training", "comparison")
+"""In the order in which they run."""
+
+MODEL_SHAPES = {
+    "gpt2-124m": "12x2304x768,12x768x768,12x3072x768,12x768x3072",
+    "llama-1.1b": "32x2048x2048,32x512x2048,32x8192x2048,16x2048x8192",
+    "llama3-8b-layer": "2x4096x4096,2x1024x4096,2x14336x4096,1x4096x14336",
+}
+"""What `model_matrices` finds in the presets (one layer of llama3-8b), without transformers, which
+takes longer to load than these take to step."""
+
+TINY_DIVISOR, TINY_COUNT = 64, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteOptions:
+    """What to measure.
+
+    Attributes:
+        out: folder for gpu.json and gpu.html.
+        seconds: for everything.
+        device: "auto" is a CUDA device where there is one.
+        dion: a checkout of microsoft/dion.
+        only: patterns of contenders' names in the step table; empty for everyone.
+        parts: which to run; empty for all.
+        models: of the step table, names of `MODEL_SHAPES` or of presets.
+        tests: whether the part "tests" runs.
+        tokens_per_step: of the part "training"; a dry run takes its own.
+        lr: of both optimizers in the part "comparison".
+        seed: of weights, gradients and data.
+        command: what was typed.
+
+    Raises:
+        InputError: a value that cannot be used.
+    """
+
+    out: Path = Path("runs/gpu")
+    seconds: float = DEFAULT_SECONDS
+    device: DeviceChoice = "auto"
+    dion: Path | None = None
+    only: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    models: tuple[str, ...] = tuple(MODEL_SHAPES)
+    tests: bool = True
+    tokens_per_step: int = 65_536
+    lr: float = 1e-3
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.seconds > 0, f"--seconds {self.seconds}: give more than 0")
+        require(self.lr > 0, f"--lr {self.lr}: give more than 0")
+        require(self.tokens_per_step >= 1, f"--tokens-per-step {self.tokens_per_step}: at least 1")
+        require(bool(self.models), "--models: give at least one")
+        unknown = sorted(set(self.parts) - set(PARTS))
+        require(not unknown, f"--parts {' '.join(unknown)}: known are {', '.join(PARTS)}")
+        require(
+            self.dion is None or (self.dion / "dion" / "__init__.py").is_file(),
+            f"--dion {self.dion}: it has no dion/__init__.py; give a checkout of "
+            "github.com/microsoft/dion",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `from_json` makes the same options."""
+        values = asdict(self)
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SuiteOptions:
+        """Options from `to_json`."""
+        given = {one.name: values[one.name] for one in fields(cls)}
+        for name in ("out", "dion"):
+            given[name] = None if given[name] is None else Path(given[name])
+        for name in ("only", "parts", "models"):
+            given[name] = tuple(given[name])
+        return cls(**given)
+
+    def left_out(self, part: str) -> str | None:
+        """Why a part was not asked for, or None."""
+        if self.parts and part not in self.parts:
+            return "not asked for"
+        if part == "tests" and not self.tests:
+            return "left out by --no-tests"
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSize:
+    """A GPT-2-shaped decoder and its batches.
+
+    Attributes:
+        layers: blocks.
+        width: of the residual stream; the MLP is four times as wide.
+        heads: of attention.
+        vocabulary: tokens that are known.
+        sequence_length: tokens of one sequence.
+        micro_batch: sequences in one forward pass.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    sequence_length: int
+    micro_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How large everything is.
+
+    Attributes:
+        shares: of the time, by part; what a part leaves over goes to those after it.
+        least_seconds: what a part needs at least; with less it is not started.
+        overtime_seconds: beyond all time given, in which parts are still begun.
+        copy_bytes: of the buffer that measures memory bandwidth.
+        matmul_sides: of the square products that measure the device.
+        rounds: timed steps of each contender, at least and at most.
+        compile_seconds: reckoned for the first step of a contender that compiles.
+        accuracy_shapes: of the matrices whose directions are compared.
+        training: the model of the part "training".
+        tokens_per_step: of it; None for what the options say.
+        blocks: timed blocks of each optimizer, at least and at most.
+        block_steps: steps in a block.
+        comparison: the model of the part "comparison".
+        text_bytes: of the text that it reads, at most.
+        steps: of each optimizer in it, at least and at most.
+        eval_batches: held-out micro-batches of one evaluation.
+    """
+
+    shares: Mapping[str, float]
+    least_seconds: Mapping[str, float]
+    overtime_seconds: float
+    copy_bytes: int
+    matmul_sides: tuple[int, ...]
+    rounds: tuple[int, int]
+    compile_seconds: float
+    accuracy_shapes: tuple[tuple[int, int], ...]
+    training: DecoderSize
+    tokens_per_step: int | None
+    blocks: tuple[int, int]
+    block_steps: int
+    comparison: DecoderSize
+    text_bytes: int
+    steps: tuple[int, int]
+    eval_batches: int
+
+
+FULL = Sizes(
+    shares={
+        "machine": 0.03,
+        "tests": 0.17,
+        "step": 0.42,
+        "accuracy": 0.06,
+        "training": 0.14,
+        "comparison": 0.18,
+    },
+    least_seconds={
+        "machine": 1.0,
+        "tests": 10.0,
+        "step": 20.0,
+        "accuracy": 5.0,
+        "training": 15.0,
+        "comparison": 20.0,
+    },
+    overtime_seconds=0.0,
+    copy_bytes=2**30,
+    matmul_sides=(4096, 8192),
+    rounds=(7, 21),
+    compile_seconds=30.0,
+    accuracy_shapes=((768, 3072), (2048, 2048)),
+    training=DecoderSize(
+        layers=12, width=768, heads=12, vocabulary=50_304, sequence_length=1024, micro_batch=8
+    ),
+    tokens_per_step=None,
+    blocks=(5, 21),
+    block_steps=2,
+    comparison=DecoderSize(
+        layers=12, width=768, heads=12, vocabulary=256, sequence_length=1024, micro_batch=8
+    ),
+    text_bytes=32_000_000,
+    steps=(20, 3000),
+    eval_batches=16,
+)
+"""On a GPU."""
+
+_TINY_DECODER = DecoderSize(
+    layers=2, width=32, heads=2, vocabulary=256, sequence_length=32, micro_batch=2
+)
+DRY = Sizes(
+    # Mostly the time that Python and torch take to start.
+    shares={
+        "machine": 0.06,
+        "tests": 0.36,
+        "step": 0.26,
+        "accuracy": 0.09,
+        "training": 0.09,
+        "comparison": 0.14,
+    },
+    least_seconds={
+        "machine": 2.0,
+        "tests": 8.0,
+        "step": 8.0,
+        "accuracy": 6.0,
+        "training": 6.0,
+        "comparison": 6.0,
+    },
+    overtime_seconds=30.0,
+    copy_bytes=2**22,
+    matmul_sides=(128, 256),
+    rounds=(7, 7),
+    compile_seconds=30.0,
+    accuracy_shapes=((48, 96), (64, 64)),
+    training=_TINY_DECODER,
+    tokens_per_step=128,
+    blocks=(3, 3),
+    block_steps=2,
+    comparison=_TINY_DECODER,
+    text_bytes=200_000,
+    steps=(4, 20),
+    eval_batches=2,
+)
+"""On a CPU: every part runs, and no number means anything."""
+
+
+def matrices_of(model: str, *, tiny: bool) -> tuple[MatrixClass, ...]:
+    """The matrices that a step of `model` takes.
+
+    Args:
+        model: a name of `MODEL_SHAPES`, or what `model_matrices` takes.
+        tiny: sides divided by 64 and two matrices of a shape at most, for a dry run.
+
+    Example:
+        >>> [str(one) for one in matrices_of("gpt2-124m", tiny=True)]
+        ['2x36x12', '2x12x12', '2x48x12', '2x12x48']
+    """
+    if model in MODEL_SHAPES:
+        classes: Iterable[MatrixClass] = parse_shapes(MODEL_SHAPES[model])
+    else:
+        from normuon_lab.bench.matrices import model_matrices
+
+        classes = model_matrices(model)
+    if not tiny:
+        return tuple(classes)
+    return tuple(
+        MatrixClass(
+            max(1, one.rows // TINY_DIVISOR),
+            max(1, one.cols // TINY_DIVISOR),
+            min(one.count, TINY_COUNT),
+        )
+        for one in classes
+    )

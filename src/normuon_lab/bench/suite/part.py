@@ -1,0 +1,125 @@
+"""One part of the suite: what it is given, how it runs, and what its failure leaves behind."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from normuon_lab.bench.suite.options import DRY, FULL, Sizes, SuiteOptions
+from normuon_lab.bench.suite.record import (
+    in_words,
+    json_path,
+    read_record,
+    write_record,
+)
+from normuon_lab.bench.suite.states import DONE, FAILED, RUNNING
+
+MODULES = {
+    "machine": "roofs",
+    "tests": "gpu_tests",
+    "step": "step_table",
+    "accuracy": "directions",
+    "training": "overhead",
+    "comparison": "loss_race",
+}
+"""The module of each part, whose `run` measures it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartContext:
+    """What a part is given.
+
+    Attributes:
+        options: of the whole run.
+        sizes: how large everything is.
+        device: where.
+        deadline: when the part should have ended, on `time.monotonic`'s clock.
+        found: the values of parts that have run, by name.
+        keep: writes down what the part has found so far.
+        say: tells the user what is being done.
+    """
+
+    options: SuiteOptions
+    sizes: Sizes
+    device: torch.device
+    deadline: float
+    found: Mapping[str, Mapping[str, Any]]
+    keep: Callable[[Mapping[str, Any]], None]
+    say: Callable[[str], None]
+
+    @property
+    def is_dry(self) -> bool:
+        """Whether this is a dry run."""
+        return self.device.type != "cuda"
+
+    def seconds_left(self) -> float:
+        """Until the deadline; negative after it."""
+        return self.deadline - time.monotonic()
+
+
+Run = Callable[[PartContext], Mapping[str, Any]]
+
+
+def run_part(
+    name: str,
+    options: SuiteOptions,
+    *,
+    device: torch.device,
+    budget_seconds: float,
+    run: Run | None = None,
+) -> None:
+    """Runs a part and writes its findings into gpu.json; a failure is a finding too.
+
+    Args:
+        name: of the part.
+        options: of the run, whose folder has a gpu.json.
+        device: where.
+        budget_seconds: for this part.
+        run: what to call in place of the part's own module.
+    """
+    started = time.monotonic()
+    record = read_record(json_path(options.out))
+    entry = record["parts"][name]
+    entry.update(status=RUNNING, reason=None, budget_seconds=budget_seconds, values={})
+
+    def write(status: str, reason: str | None = None) -> None:
+        spent = time.monotonic() - started
+        record["elapsed_seconds"] += spent - (entry["seconds"] or 0.0)
+        entry.update(status=status, reason=reason, seconds=spent)
+        write_record(record, options.out)
+
+    def keep(values: Mapping[str, Any]) -> None:
+        entry["values"] = dict(values)
+        write(RUNNING)
+
+    entry["seconds"] = 0.0
+    write(RUNNING)
+    context = PartContext(
+        options=options,
+        sizes=DRY if device.type != "cuda" else FULL,
+        device=device,
+        deadline=started + budget_seconds,
+        found={part: values["values"] for part, values in record["parts"].items()},
+        keep=keep,
+        say=lambda text: print(f"{name}: {text}", flush=True),
+    )
+    try:
+        entry["values"] = dict((run or part_function(name))(context))
+    except Exception as error:  # The suite goes on, and what the part kept stays.
+        traceback.print_exc()
+        write(FAILED, in_words(error))
+    else:
+        write(DONE)
+
+
+def part_function(name: str) -> Run:
+    """What measures a part."""
+    module = importlib.import_module(f"normuon_lab.bench.suite.{MODULES[name]}")
+    run: Run = module.run
+    return run

@@ -1,0 +1,251 @@
+"""The step table: milliseconds, memory and FLOPs of one step of every contender on every model."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import statistics
+from collections.abc import Mapping, Sequence
+from operator import truediv
+from typing import Any
+
+import torch
+from torch import nn
+
+from normuon_lab.bench.matrices import MatrixClass
+from normuon_lab.bench.measure import Gradients
+from normuon_lab.bench.suite.options import matrices_of
+from normuon_lab.bench.suite.part import PartContext
+from normuon_lab.bench.suite.record import in_words
+from normuon_lab.bench.suite.roofs import rate_of
+from normuon_lab.bench.suite.states import NO_TIME
+from normuon_lab.bench.suite.step_contenders import StepContender, step_contenders
+from normuon_lab.bench.suite.step_timing import Runner, UnusableStepError, prepare
+
+WEIGHT_SCALE = 0.02
+WARM_ROUNDS = 1
+ROUNDS_SHARE = 0.5
+"""Of the time left, for rounds beyond the fewest."""
+
+
+def run(context: PartContext) -> dict[str, Any]:
+    """Two races on every model: first those that do not compile, then those that do.
+
+    NorMuon takes part in both, and everyone is compared with it in the same race.
+    """
+    contenders = step_contenders(
+        context.device, dion=context.options.dion, only=context.options.only
+    )
+    first, others = contenders[0], contenders[1:]
+    quick = (first, *(one for one in others if not one.compiles))
+    slow = tuple(one for one in others if one.compiles)
+    values: dict[str, Any] = {"weights_dtype": "float32", "models": []}
+    reckoned: dict[str, float] = {}
+    for title in context.options.models:
+        try:
+            matrices = matrices_of(title, tiny=context.is_dry)
+        except Exception as error:  # One model that cannot be had costs no other.
+            values["models"].append({"title": title, "error": in_words(error), "races": []})
+            continue
+        values["models"].append({"title": title, "error": None, **model_values(matrices)})
+    for racers in (quick, slow):
+        if len(racers) + (racers is slow) < 2:
+            continue
+        for model in values["models"]:
+            if model["error"] is not None:
+                continue
+            matrices = tuple(MatrixClass(**one) for one in model["matrices"])
+            field = racers if racers is quick else (first, *racers)
+            context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
+            model["races"].append(race(field, matrices, context, reckoned))
+            context.keep(values)
+    return values
+
+
+def model_values(matrices: Sequence[MatrixClass]) -> dict[str, Any]:
+    """A model's matrices as plain values, with an empty list of races."""
+    return {
+        "matrices": [{"rows": m.rows, "cols": m.cols, "count": m.count} for m in matrices],
+        "elements": sum(one.numel for one in matrices),
+        "races": [],
+    }
+
+
+def race(
+    contenders: Sequence[StepContender],
+    matrices: Sequence[MatrixClass],
+    context: PartContext,
+    reckoned: dict[str, float],
+) -> dict[str, Any]:
+    """Times all contenders that can be made ready, round by round.
+
+    Args:
+        contenders: the others are compared with the first of them that runs.
+        matrices: what each steps.
+        context: of the part.
+        reckoned: seconds that each took to be made ready; written to.
+
+    Returns:
+        Plain values: contenders that ran, and why the others did not, by name.
+    """
+    device = context.device
+    not_run = {
+        one.name: reason
+        for one in contenders[1:]
+        if (reason := one.missing or too_long(one, context, reckoned)) is not None
+    }
+    if len(not_run) == len(contenders) - 1 > 0:
+        return {"rounds": 0, "reference": None, "contenders": [], "not_run": not_run}
+    params, gradients = material(matrices, seed=context.options.seed, device=device)
+    runners: list[Runner] = []
+    for contender in contenders:
+        reason = contender.missing or too_long(contender, context, reckoned)
+        if reason is None:
+            runner, reason = ready(contender, params, gradients, context)
+            if runner is not None:
+                runners.append(runner)
+                reckoned[contender.name] = runner.figures["first_step_seconds"]
+        if reason is not None:
+            not_run[contender.name] = reason
+            give_back(device)
+    rounds = take_rounds(runners, params, gradients, context)
+    entries = [entry(one, runners[0], matrices, context) for one in runners]
+    runners.clear()
+    del params, gradients
+    # A later model must not fall back to eager steps because torch.compile's limit of variants was
+    # reached before it.
+    torch.compiler.reset()
+    give_back(device)
+    not_run = {one.name: not_run[one.name] for one in contenders if one.name in not_run}
+    reference = entries[0]["name"] if entries else None
+    return {"rounds": rounds, "reference": reference, "contenders": entries, "not_run": not_run}
+
+
+def material(
+    matrices: Sequence[MatrixClass], *, seed: int, device: torch.device
+) -> tuple[list[nn.Parameter], Gradients]:
+    """Weights that all contenders step in turn, and the gradients of every step.
+
+    One set of weights serves all, because a step's time does not depend on their values and eight
+    sets of a large model do not fit.
+    """
+    torch.manual_seed(seed)
+    shapes = [one.shape for one in matrices for _ in range(one.count)]
+    params = [nn.Parameter(torch.randn(shape, device=device) * WEIGHT_SCALE) for shape in shapes]
+    return params, Gradients([torch.randn(shape, device=device) for shape in shapes])
+
+
+def ready(
+    contender: StepContender,
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
+    context: PartContext,
+) -> tuple[Runner | None, str | None]:
+    """A contender that can be timed, or why there is none."""
+    context.say(f"  {contender.name}")
+    try:
+        return prepare(contender, params, gradients, context.device), None
+    except UnusableStepError as error:
+        with torch.no_grad():
+            for param in params:
+                param.normal_(std=WEIGHT_SCALE)
+        return None, str(error)
+    except Exception as error:  # Whoever fails is a finding, and the others still run.
+        return None, in_words(error)
+
+
+def too_long(
+    contender: StepContender, context: PartContext, reckoned: Mapping[str, float]
+) -> str | None:
+    """Why a contender that compiles is not even begun, or None."""
+    if not contender.compiles:
+        return None if context.seconds_left() > 0 else NO_TIME
+    needed = reckoned.get(contender.name, context.sizes.compile_seconds)
+    return None if context.seconds_left() > needed else NO_TIME
+
+
+def take_rounds(
+    runners: Sequence[Runner],
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
+    context: PartContext,
+) -> int:
+    """Times everyone in turn: the fewest rounds in any case, more while there is time."""
+    fewest, most = context.sizes.rounds
+    until = context.seconds_left() * (1 - ROUNDS_SHARE)
+    taken = 0
+    for number in range(WARM_ROUNDS + most):
+        if number >= WARM_ROUNDS + fewest and context.seconds_left() < until:
+            break
+        for runner in runners:
+            gradients.hand_out(params)
+            runner.take_round(context.device)
+            if number < WARM_ROUNDS:
+                runner.step_ms.clear()
+                runner.host_ms.clear()
+        taken = max(0, number + 1 - WARM_ROUNDS)
+    return taken if runners else 0
+
+
+def entry(
+    runner: Runner, first: Runner, matrices: Sequence[MatrixClass], context: PartContext
+) -> dict[str, Any]:
+    """One contender's figures as plain values."""
+    contender = runner.contender
+    median = statistics.median(runner.step_ms)
+    model = contender.flops_per_matrix
+    modelled = sum(m.count * model(m.rows, m.cols) for m in matrices) if model else None
+    # A counter sees only some of the products where others are in kernels of one's own.
+    figures = {**runner.figures, **({"flops": None} if contender.hides_products else {})}
+    flops = figures["flops"] or modelled
+    rate = rate_of(context.found["machine"], contender.ns_dtype)
+    share = flops / (1e-3 * median * rate) if flops and rate else None
+    return {
+        "name": contender.name,
+        "ns_dtype": contender.ns_dtype,
+        "step_ms": runner.step_ms,
+        "median_ms": median,
+        "quartiles_ms": quartiles(runner.step_ms),
+        "ratio_to_first": statistics.median(map(truediv, runner.step_ms, first.step_ms)),
+        "host_ms": statistics.median(runner.host_ms) if not context.is_dry else None,
+        **figures,
+        "flops_by_model": modelled,
+        "share_of_measured_rate": share,
+        "elementwise": elementwise(contender, matrices, context),
+    }
+
+
+def elementwise(
+    contender: StepContender, matrices: Sequence[MatrixClass], context: PartContext
+) -> dict[str, Any] | None:
+    """Bytes that NorMuon's elementwise passes move, and their time at the measured bandwidth."""
+    if contender.fused is None:
+        return None
+    try:
+        count = importlib.import_module("normuon_lab.bench.traffic").elementwise_bytes
+    except (ModuleNotFoundError, AttributeError):
+        return None
+    per_matrix = [(one.count, count(one.rows, one.cols, fused=contender.fused)) for one in matrices]
+    moved = sum(number * found["moved"] for number, found in per_matrix)
+    least = sum(number * found["least"] for number, found in per_matrix)
+    bandwidth = context.found["machine"].get("copy_bytes_per_second")
+    return {
+        "moved_bytes": moved,
+        "least_bytes": least,
+        "ms_at_copy_bandwidth": 1e3 * moved / bandwidth if bandwidth else None,
+    }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First and third."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def give_back(device: torch.device) -> None:
+    """Frees what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
