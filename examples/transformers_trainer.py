@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-import normuon
+from normuon.integrations.transformers import trainer_optimizer
 
 
 class Counting(torch.utils.data.Dataset):
@@ -39,6 +39,8 @@ def train(steps: int, out: Path, resume: bool = False) -> list[float]:
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
+        learning_rate=2e-3,
+        weight_decay=0.1,
         per_device_train_batch_size=8,
         logging_steps=1,
         save_steps=steps // 2,
@@ -49,12 +51,9 @@ def train(steps: int, out: Path, resume: bool = False) -> list[float]:
         model=model,
         args=arguments,
         train_dataset=Counting(),
-        # "params" replaces the groups that the Trainer would make for AdamW. `optimizers=` takes a
-        # NorMuon that is built already.
-        optimizer_cls_and_kwargs=(
-            normuon.NorMuon,
-            {"params": normuon.param_groups(model), "lr": 2e-3, "weight_decay": 0.1},
-        ),
+        # Rates, decay and schedule are those of `arguments`. `optimizers=` takes a NorMuon that is
+        # built already.
+        optimizer_cls_and_kwargs=trainer_optimizer(arguments, quiet=resume),
     )
     trainer.train(resume_from_checkpoint=f"{out}/checkpoint-{steps // 2}" if resume else None)
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

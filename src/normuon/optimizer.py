@@ -33,6 +33,7 @@ from normuon.state import (
     adopt_params_,
     check_param_fits,
     check_vectors_fit,
+    compute_device_of,
     follow_param_,
     initial_state,
     is_dtensor,
@@ -43,6 +44,7 @@ from normuon.step.adamw import step_adamw_
 from normuon.step.local import LocalMatrices
 from normuon.step.pieces import gradient_of
 from normuon.step.rule import AdjustLrFn, NeuronAxis
+from normuon.step.staging import Stagings
 
 if TYPE_CHECKING:
     # What several ranks share loads torch.distributed, which a single device never needs.
@@ -97,6 +99,10 @@ class NorMuon(Optimizer):
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
         momentum_dtype: dtype of the momentum; None: the parameter's.
+        compute_device: for parameters on the host: where Newton-Schulz runs and what ranks exchange
+            is. Momentum and weights are stepped on the host; only directions and O travel, bucket
+            by bucket. None: the current device of the kind that a DTensor's mesh is of, so that
+            FSDP2's `CPUOffloadPolicy` needs nothing; the host for plain parameters.
         equilibrate: divide each row and column of a direction by the square root of its norm
             before it is orthogonalised: one pass of Ruiz's equilibration, after MuonEq (arXiv
             2603.28254). Not in the paper. It takes no state. For `normuon` and `muon` groups.
@@ -162,6 +168,7 @@ class NorMuon(Optimizer):
         ns_backend: Backend = "auto",
         ns_dtype: torch.dtype | None = None,
         momentum_dtype: torch.dtype | None = None,
+        compute_device: torch.device | str | None = None,
         equilibrate: bool = False,
         cautious_weight_decay: bool = False,
         skip_nonfinite: bool = False,
@@ -186,7 +193,7 @@ class NorMuon(Optimizer):
         self._sharing = Sharing(balance=balance, bucket_bytes=bucket_bytes, teams=teams)
         self._sharded_steps: list[ShardedStep] | None = None
         self._forget_layouts()
-        self._workspace = Workspace()
+        self._workspace, self._stagings = Workspace(), Stagings()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -286,6 +293,8 @@ class NorMuon(Optimizer):
                 continue
             if not is_shared:
                 alone.append(index)
+                if group["compute_device"] is not None and group["algorithm"] != "adamw":
+                    compute_device_of(param_label(group, index), param, group)  # Or it raises.
             if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
@@ -316,7 +325,7 @@ class NorMuon(Optimizer):
             )
             if not is_traced:
                 self._local_matrices[number] = matrices
-        matrices.step_(MatrixOptions.from_group(group), self._workspace)
+        matrices.step_(MatrixOptions.from_group(group), self._workspace, self._stagings)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _agree(self) -> None:
@@ -343,7 +352,7 @@ class NorMuon(Optimizer):
             from normuon.step.shared_params import shared_params
 
             self._sharded_steps = [
-                ShardedStep(shared, self._sharing)
+                ShardedStep(shared, self._sharing, self._stagings)
                 for shared in shared_params(
                     self.param_groups, self.state, process_group=self._process_group
                 )
@@ -354,9 +363,9 @@ class NorMuon(Optimizer):
         """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
 
         What describes the model, the program or the machine (views, reasons, ``orthogonalizer``,
-        ``ns_backend``, ``ns_dtype``, ``max_scratch_bytes``) is there to be read, and taken from the
-        live optimizer when the state is loaded. The parameters' names are beside the groups, in
-        ``param_names``.
+        ``ns_backend``, ``ns_dtype``, ``compute_device``, ``max_scratch_bytes``) is there to be
+        read, and taken from the live optimizer when the state is loaded. The parameters' names are
+        beside the groups, in ``param_names``.
         """
         self._adopt_params()
         return saved_form(super().state_dict())
@@ -428,7 +437,7 @@ class NorMuon(Optimizer):
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
         self._forget_layouts()
-        self._workspace = Workspace()
+        self._workspace, self._stagings = Workspace(), Stagings()
         # Process groups and plans belong to the processes that run, not to what is saved.
         for name, default in (
             ("_process_group", None),

@@ -43,7 +43,7 @@ as ``max_momentum`` (0.8), are further away."""
 PROGRAM_KEYS = frozenset(
     {
         *("view", "reasons", "orthogonalizer"),
-        *("ns_backend", "ns_dtype", "max_scratch_bytes", "fused"),
+        *("ns_backend", "ns_dtype", "compute_device", "max_scratch_bytes", "fused"),
     }
 )
 """Group keys that describe the model, the program or the machine, not the run: never loaded."""
@@ -78,6 +78,7 @@ class MatrixOptions:
     orthogonalizer: str | Orthogonalizer
     ns_backend: Backend
     ns_dtype: torch.dtype | None
+    compute_device: torch.device | str | None
     equilibrate: bool
     skip_nonfinite: bool
     maximize: bool
@@ -98,6 +99,7 @@ class MatrixOptions:
             orthogonalizer=group["orthogonalizer"],
             ns_backend=group["ns_backend"],
             ns_dtype=group["ns_dtype"],
+            compute_device=group["compute_device"],
             equilibrate=group["equilibrate"],
             skip_nonfinite=group["skip_nonfinite"],
             maximize=group["maximize"],
@@ -180,6 +182,18 @@ def _backend(name: str, value: object) -> None:
     check_backend(value)  # type: ignore[arg-type]
 
 
+def _device(name: str, value: object) -> None:
+    try:
+        if not isinstance(value, (str, torch.device)):
+            raise TypeError
+        torch.get_device_module(torch.device(value))
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"{name}={value!r} is not a device that torch can compute on; pass one, such as "
+            "'cuda', or None"
+        ) from None
+
+
 def _process_group(name: str, value: object) -> None:
     if not hasattr(value, "rank"):
         raise ValueError(
@@ -211,6 +225,7 @@ OPTIONS: Mapping[str, Check] = {
     "ns_backend": _backend,
     "ns_dtype": _dtype,
     "momentum_dtype": _dtype,
+    "compute_device": _or_none(_device),
     "equilibrate": _switch,
     "cautious_weight_decay": _switch,
     "skip_nonfinite": _switch,
@@ -311,8 +326,34 @@ def check_param(group: Mapping[str, Any], index: int) -> None:
     """
     label, param = param_label(group, index), group["params"][index]
     check_trainable_tensor(label, param)
+    check_compute_device(label, param, group["compute_device"])
     if group["algorithm"] != "adamw":
         check_matrix_param(label, param, group)
+
+
+def check_compute_device(label: str, param: Tensor, given: torch.device | str | None) -> None:
+    """Checks that a parameter's matrices can be taken to where its group computes.
+
+    Raises:
+        ValueError: its mesh is of another kind of device, or it is on another accelerator already;
+            names the parameter.
+    """
+    mesh = getattr(param, "device_mesh", None)
+    if given is None or param.is_meta:
+        return
+    wanted = torch.device(given)
+    if mesh is not None and mesh.device_type != wanted.type:
+        raise ValueError(
+            f"{label}: compute_device={str(given)!r}, but the parameter's mesh is of "
+            f"{mesh.device_type} devices, where its ranks exchange; leave compute_device at None"
+        )
+    own = param.device
+    same = wanted.type == own.type and wanted.index in (None, own.index)
+    if own.type != "cpu" and not same:
+        raise ValueError(
+            f"{label}: compute_device={str(given)!r}, but the parameter is on {own}; only what is "
+            "on the host is taken elsewhere: leave compute_device at None"
+        )
 
 
 def check_sharing(balance: str, bucket_bytes: int, teams: str) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from normuon.models.view import DimOf, MatrixView
 from normuon.models.wrappers import USE_FSDP2, check_not_flattened
-from normuon.options import check_param, param_label
+from normuon.options import check_compute_device, check_param, param_label
 from normuon.step.normalizer import normalizer_of
-from normuon.step.pieces import MatrixParam, State
+from normuon.step.pieces import MatrixParam, State, local_tensor
 
 _LINEAR = MatrixView.linear()
 
@@ -63,7 +63,8 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
         state["weight_residual"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     if group["skip_nonfinite"]:
         state["skipped_steps"] = _replicated_counts(param, num_matrices)
-    return {key: value.detach() for key, value in state.items()}
+    # DTensors are made where their mesh is; offloaded parameters keep their state on the host.
+    return {key: value.detach().to(param.device) for key, value in state.items()}
 
 
 def keeps_residual(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -122,6 +123,41 @@ def matrix_param(label: str, param: Tensor, group: Mapping[str, Any], state: Sta
         for name, dim_of in vector_dims_of(group, view, param).items()
     }
     return MatrixParam(label, param, group, state, view, dims)
+
+
+def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where a parameter's matrices are orthogonalised, and what its ranks exchange is.
+
+    Where it lies, if that is an accelerator. For a parameter on the host the group's
+    ``compute_device``, or the current device of the kind that its mesh is of.
+
+    Raises:
+        ValueError: it cannot be taken there, this machine has no such device, or its group asks for
+            kernels that the host does not run; names it.
+    """
+    own, given = local_tensor(param).device, group["compute_device"]
+    mesh = getattr(param, "device_mesh", None)
+    if given is None and mesh is None:
+        return own
+    check_compute_device(label, param, given)
+    if own.type != "cpu":
+        return own
+    wanted = torch.device(given if mesh is None or given is not None else mesh.device_type)
+    if wanted.type == "cpu":
+        return own
+    module = torch.get_device_module(wanted)
+    if not module.is_available():
+        raise ValueError(
+            f"{label}: its matrices are to be computed on {str(wanted)!r}, and torch finds no such "
+            "device here"
+        )
+    if group["fused"]:
+        raise ValueError(
+            f"{label}: fused=True, but it is stepped on the host, where no Triton kernel runs; "
+            "leave fused at None"
+        )
+    index = module.current_device() if wanted.index is None else wanted.index
+    return torch.device(wanted.type, index)
 
 
 def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 
 from normuon import NorMuon
 from normuon.distributed import plan as plan_module
-from normuon.step import sharded
+from normuon.step import owners, sharded
 from normuon.step.sharded import ShardedStep
 from tests.distributed.parity import (
     differing,
@@ -73,14 +73,14 @@ def one_route_dropped(rank):
 @contextmanager
 def stale_second_moments(rank):
     """The owner uses the new v and sends the old one back."""
-    update = sharded.orthogonalize_
+    update = owners.orthogonalize_
 
     def wrong(direction, state, **kwargs):
         found = update(direction, state, **kwargs)
         found.state = dict(state)
         return found
 
-    with mock.patch.object(sharded, "orthogonalize_", wrong):
+    with mock.patch.object(owners, "orthogonalize_", wrong):
         yield
 
 

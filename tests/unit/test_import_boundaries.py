@@ -37,6 +37,7 @@ ORDER = [
     "step.triton_passes",
     "step.fused_neurons",
     "step.addresses",
+    "step.staging",
     "models",
     "models.view",
     "models.wrappers",
@@ -56,6 +57,7 @@ ORDER = [
     "step.shared_params",
     "step.bucket",
     "step.flags",
+    "step.owners",
     "step.sharded",
     "models.rules",
     "models.heads",
@@ -66,6 +68,8 @@ ORDER = [
     "planning",
     "integrations",
     "integrations.torchtitan",
+    "integrations.transformers",
+    "integrations.lightning",
     "",
 ]
 
@@ -99,7 +103,7 @@ def test_imports_point_down(path):
 
 ON_ONE_DEVICE = [
     *("rule", "normalizer", "pieces", "order", "local", "adamw"),
-    *("addresses", "fused", "fused_neurons", "triton_passes"),
+    *("addresses", "fused", "fused_neurons", "triton_passes", "staging"),
 ]
 """The files of `step` that know nothing of ranks."""
 

@@ -40,8 +40,8 @@ def test_the_public_names_are_these():
             normuon.NorMuon,
             "params lr weight_decay momentum beta2 nesterov ns_coefficients ns_steps eps "
             "adjust_lr_fn",
-            "neuron_axis orthogonalizer ns_backend ns_dtype momentum_dtype equilibrate "
-            "cautious_weight_decay skip_nonfinite maximize kahan_sum betas adamw_eps "
+            "neuron_axis orthogonalizer ns_backend ns_dtype momentum_dtype compute_device "
+            "equilibrate cautious_weight_decay skip_nonfinite maximize kahan_sum betas adamw_eps "
             "max_scratch_bytes fused process_group balance bucket_bytes teams",
         ),
         (normuon.param_groups, "model", "overrides hidden other split_heads hidden_required"),

@@ -15,6 +15,7 @@ from normuon.step.adamw import is_finite
 from normuon.step.order import GRADIENT, NONFINITE, finite_pieces
 from normuon.step.pieces import PieceBatch
 from normuon.step.shared_params import SharedMatrix, SharedParams, SharedVector
+from normuon.step.staging import Loan, Staging
 
 
 def reading_is_free(device: torch.device) -> bool:
@@ -33,12 +34,13 @@ class GradientFlags:
     none, and options that have become different between ranks.
     """
 
-    def __init__(self, shared: SharedParams, num_matrices: Sequence[int]) -> None:
+    def __init__(self, shared: SharedParams, num_matrices: Sequence[int], staging: Staging) -> None:
         """Numbers the flags.
 
         Args:
             shared: the parameters.
             num_matrices: of each parameter of matrices.
+            staging: to where ranks exchange. Its memory is used from one agreement to the next.
         """
         self._shared = shared
         self._params: list[SharedMatrix | SharedVector] = [*shared.matrices, *shared.vectors]
@@ -50,7 +52,7 @@ class GradientFlags:
             size += number
         self._numbers = {id(matrix.owner): n for n, matrix in enumerate(shared.matrices)}
         self._size = size
-        self._is_host = reading_is_free(shared.device)
+        self._is_host = reading_is_free(shared.compute_device)
         # On a CPU, for each shard that has copies, one flag that a copy has a gradient and one that
         # a copy lacks it; then two for the options.
         self._copies: dict[int, int] = {}
@@ -63,7 +65,10 @@ class GradientFlags:
                 self._param_of_shard += [number] * num_shards
         device = shared.device
         total = size + 2 * len(self._param_of_shard) + 2 * self._is_host
+        self._staging = staging
         self._flags = torch.zeros(total, device=device)
+        self._agreed = self._flags
+        self._coming: Loan | None = None
         self._said = torch.zeros(total, device=device)
         self._present: tuple[bool, ...] | None = None
         self._stored: list[list[int]] = [[] for _ in num_matrices]
@@ -76,12 +81,12 @@ class GradientFlags:
             number = self._numbers[id(owner)]
             self._stored[number].append(self._first[number] + index)
             found.append(self._stored[number][-1])
-        return torch.tensor(found, device=self._flags.device)
+        return torch.tensor(found, device=self._shared.device)
 
     def index_of_tasks(self, tasks: Sequence[tuple[SharedMatrix, int]]) -> Tensor:
-        """The flags of matrices, each given by its parameter and its place there."""
+        """The flags of matrices, each given by its parameter and its place there, for owners."""
         found = [self._first[self._numbers[id(m.owner)]] + index for m, index in tasks]
-        return torch.tensor(found, device=self._flags.device)
+        return torch.tensor(found, device=self._shared.compute_device)
 
     def agree_(self, batches: Sequence[tuple[PieceBatch, Tensor]]) -> None:
         """Takes the maximum over all ranks; nothing has moved yet.
@@ -94,6 +99,9 @@ class GradientFlags:
                 different; on every rank.
         """
         self._say_presence()
+        if self._coming is not None:  # Nobody asked.
+            self._coming.give_back()
+            self._coming = None
         self._flags.copy_(self._said)
         for batch, index in batches:
             grads = [run.owner.grad for run in batch.runs]
@@ -106,9 +114,32 @@ class GradientFlags:
                 at.copy_(torch.where(is_finite(vector.grad), at, NONFINITE))
         if self._is_host:
             self._say_options()
-        dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._shared.group)
+        self._agreed = self._sent()
+        dist.all_reduce(self._agreed, op=dist.ReduceOp.MAX, group=self._shared.group)
+        if self._staging.is_needed:
+            self._coming = self._staging.lend("flags home", [(len(self._flags), torch.float32)])
+            self._coming.down_(0, self._agreed)
         if self._is_host:
             self._check_what_ranks_said()
+
+    def _sent(self) -> Tensor:
+        """What this rank says, where ranks exchange."""
+        if not self._staging.is_needed:
+            return self._flags
+        loan = self._staging.lend("flags up", [(len(self._flags), torch.float32)])
+        loan.parts[0].copy_(self._flags)
+        sent = loan.up(0)
+        loan.give_back()
+        return sent
+
+    def _here(self) -> Tensor:
+        """What ranks have agreed on, where the parameters are."""
+        if self._coming is not None:
+            self._coming.wait()
+            self._flags.copy_(self._coming.parts[0])
+            self._coming.give_back()
+            self._coming = None
+        return self._flags
 
     def _say_presence(self) -> None:
         present = tuple(param.local_grad is not None for param in self._params)
@@ -136,10 +167,11 @@ class GradientFlags:
         self._flags[-2:] = self._said[-2:]
 
     def _check_what_ranks_said(self) -> None:
-        if self._flags[-2:].sum() != 0:
+        flags = self._here()
+        if flags[-2:].sum() != 0:
             lines = self._shared.option_lines()
-            check_agreement(self._shared.group, lines, device=self._shared.device)
-        pairs = self._flags[self._size : -2].view(-1, 2)
+            check_agreement(self._shared.group, lines, device=self._shared.compute_device)
+        pairs = flags[self._size : -2].view(-1, 2)
         if pairs.amin(1).any() if len(pairs) else False:
             wrong = {
                 self._params[number].label
@@ -152,14 +184,18 @@ class GradientFlags:
             )
 
     def moves(self, index: Tensor) -> Tensor:
-        """Booleans: which of some matrices are stepped."""
-        return self._flags[index] == GRADIENT
+        """Booleans: which of some matrices are stepped, where the parameters are."""
+        return self._here()[index] == GRADIENT
+
+    def moves_at_owner(self, index: Tensor) -> Tensor:
+        """The same where matrices are orthogonalised; ``index`` is from `index_of_tasks`."""
+        return self._agreed[index] == GRADIENT
 
     def skips(self, number: int) -> Tensor:
         """Booleans: which matrices of a parameter are skipped, their gradient not being finite."""
         first = self._first[number]
-        return self._flags[first : first + self._num_flags[number]] == NONFINITE
+        return self._here()[first : first + self._num_flags[number]] == NONFINITE
 
     def of_vector(self, number: int) -> Tensor:
         """The flag of an `adamw` parameter."""
-        return self._flags[self._first[len(self._shared.matrices) + number]]
+        return self._here()[self._first[len(self._shared.matrices) + number]]

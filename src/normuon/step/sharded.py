@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from math import prod
 
 import torch
 import torch.distributed as dist
@@ -21,39 +19,37 @@ from normuon.step.adamw import step_shared_adamw_
 from normuon.step.bucket import Bucket, OwnedMatrices, SharedTasks, StoredPieces
 from normuon.step.flags import GradientFlags
 from normuon.step.fused import Passes, passes_for
-from normuon.step.local import step_whole_batch_, whole_batches
-from normuon.step.order import (
-    advance_,
-    apply_,
-    direction_dtype,
-    matrices_per_batch,
-    orthogonalize_,
-    stats_dtype,
-    step_dtype,
-)
+from normuon.step.local import step_staged_batches_, step_whole_batch_, whole_batches
+from normuon.step.order import advance_, apply_, direction_dtype, stats_dtype, step_dtype
+from normuon.step.owners import Owners
 from normuon.step.pieces import PieceBatch, local_tensor
 from normuon.step.shared_params import SharedParams
-from normuon.step.slabs import update_slab
-from normuon.step.team import Part, run_together
+from normuon.step.staging import Leg, Loan, Sizes, Stagings, bytes_of, cut
 
 NUM_SLOTS = 2
 """Buckets of one direction in flight at once: every second one uses the same memory."""
-
-ALIGNMENT = 64
 
 
 class ShardedStep:
     """Steps what one set of ranks shares, by a plan drawn up once."""
 
-    def __init__(self, shared: SharedParams, sharing: Sharing) -> None:
+    def __init__(
+        self, shared: SharedParams, sharing: Sharing, stagings: Stagings | None = None
+    ) -> None:
         """Draws up the plan, proves that all ranks drew up the same, and lays out the messages.
+
+        Args:
+            shared: the parameters.
+            sharing: how ranks share their matrices.
+            stagings: host memory for copies between devices, where others use it too.
 
         Raises:
             ValueError: ranks differ in their parameters or options; on every rank.
         """
         self.shared = shared
-        self.device = shared.device
         self.rank = dist.get_rank(shared.group)
+        places = (shared.device, shared.compute_device)
+        self._staging = (stagings or Stagings()).between(*places)
         tasks_by_param = [matrix.tasks() for matrix in shared.matrices]
         self.plan = make_plan(
             [task for tasks in tasks_by_param for task in tasks],
@@ -64,9 +60,11 @@ class ShardedStep:
             teams=sharing.teams,
         )
         lines = [*shared.lines(), *self.plan.lines()]
-        check_agreement(shared.group, lines, device=self.device)
+        check_agreement(shared.group, lines, device=shared.compute_device)
         shared.check_copies()
-        self.flags = GradientFlags(shared, [len(tasks) for tasks in tasks_by_param])
+        # Memory of its own: all sets of ranks agree before any of them steps.
+        num_matrices = [len(tasks) for tasks in tasks_by_param]
+        self.flags = GradientFlags(shared, num_matrices, Stagings().between(*places))
         self._workspace = Workspace()
         tasks = SharedTasks(self.plan, self.rank, shared.matrices)
         self.buckets = self._lay_out(tasks)
@@ -75,20 +73,16 @@ class ShardedStep:
         # What this rank stores pieces of, with the flags of their matrices.
         self._flagged = [(batch, self.flags.index_of(batch)) for batch in (*batches, *self._alone)]
         self._index_of = {id(batch): index for batch, index in self._flagged}
-        self._owned_flags = [
-            [
-                self.flags.index_of_tasks(
-                    [(tasks.param_of(i), self.plan.tasks[i].index) for i in owned.tasks]
-                )
-                for owned in bucket.owned
-            ]
-            for bucket in self.buckets
-        ]
+        self._owners = Owners(
+            shared, tasks, self.buckets, flags=self.flags, workspace=self._workspace
+        )
         self._idle_vectors = [(m, list(m.idle_vectors())) for m in shared.matrices]
         self._options: dict[int, MatrixOptions] = {}
         self._matrices_here: dict[int, list[Tensor]] = {}
         self._vectors_here: dict[int, dict[int, Tensor]] = {}
         self._passes: dict[int, Passes | None] = {}
+        self._arrivals: dict[int, Leg] = {}
+        self._coming_home: dict[int, Loan] = {}
 
     def _lay_out(self, tasks: SharedTasks) -> list[Bucket]:
         dtypes = [tasks.param_of(bucket[0]).wire for bucket in self.plan.buckets]
@@ -97,7 +91,7 @@ class ShardedStep:
                 self.plan,
                 direction,
                 group=self.shared.group,
-                device=self.device,
+                device=self.shared.compute_device,
                 dtypes=dtypes,
                 num_slots=NUM_SLOTS,
             )
@@ -157,14 +151,14 @@ class ShardedStep:
         if buckets:
             self._start_gather(0)
         step_shared_adamw_(self.shared.vectors, self.flags.of_vector)
-        for batch in self._alone:
-            options = self._options[id(batch.first.group)]
-            step_whole_batch_(batch, options=options, workspace=self._workspace, moves=self._moves)
+        self._step_alone()
         for bucket in buckets:
             if bucket + 1 in buckets:
                 self._start_gather(bucket + 1)
             self._compute(bucket)
             self.buckets[bucket].back.start()
+            if self._staging.is_needed:
+                self._bring_home(bucket)
             if bucket:
                 self._finish(bucket - 1)
         if buckets:
@@ -175,6 +169,17 @@ class ShardedStep:
             matrix.owner.grad = None  # Gradients live as long as their parameters say.
         for vector in self.shared.vectors:
             vector.grad = None
+
+    def _step_alone(self) -> None:
+        """The matrices that no message is needed for."""
+        pairs = [(batch, self._options[id(batch.first.group)]) for batch in self._alone]
+        workspace, moves = self._workspace, self._moves
+        if self._staging.is_needed:
+            staged = [(batch, options, self._staging) for batch, options in pairs]
+            step_staged_batches_(staged, workspace=workspace, moves=moves)
+            return
+        for batch, options in pairs:
+            step_whole_batch_(batch, options=options, workspace=workspace, moves=moves)
 
     def _moves(self, batch: PieceBatch) -> Tensor | None:
         """Which matrices of a batch are stepped; None where this rank's own gradients say all."""
@@ -190,196 +195,146 @@ class ShardedStep:
         One class of pieces after another, in the same memory: a second copy of all that a rank
         stores would be half of a step's memory.
         """
-        bucket = self.buckets[number]
-        matrices = self._slabs(
+        bucket, staging, device = self.buckets[number], self._staging, self.shared.compute_device
+        matrices = self._matrices_here[number] = self._slabs(
             f"matrices {number % (NUM_SLOTS + 1)}",
             [(len(o.tasks) * o.task.numel, o.matrix.wire[0]) for o in bucket.owned],
+            device,
         )
-        self._matrices_here[number] = matrices
-        self._vectors_here[number] = {
-            owned.first_vector + vector: self._empty_vectors(owned, len(owned.tasks), vector).view(
-                -1
-            )
-            for owned in bucket.owned
-            for vector in range(len(owned.vector_sizes))
-        }
+        vectors_here = self._vectors_here[number] = _empty_vectors(bucket.owned, device)
+        sizes = _sizes_of_vectors(bucket.stored)
+        num_vectors = len(sizes)
+        if staging.is_needed:
+            sizes += [(s.num_sent * _numel(s), s.matrix.wire[0]) for s in bucket.stored]
+        loan = staging.lend(f"gather {number % NUM_SLOTS}", sizes)
         sent, copies = bucket.gather.sent, bucket.there
         vectors: dict[int, Tensor] = {}
         for place, stored in enumerate(bucket.stored):
-            directions = {place: self._advance(stored)}
-            copies.into_message[0].run_(directions, [sent.elements], source=place)
-            copies.within[0].run_(directions, matrices, source=place)
-            options = self._options[id(stored.batch.first.group)]
-            dims = options.normalizer.state_dims(*stored.task.matrix_shape)
-            for vector, name in enumerate(dims):
-                slab_KV = self._empty_vectors(stored, stored.batch.count, vector)
-                stored.batch.load_vectors(name, slab_KV)
-                vectors[stored.first_vector + vector] = slab_KV.view(-1)
-        copies.into_message[1].run_(vectors, [sent.entries])
-        copies.within[1].run_(vectors, self._vectors_here[number])
-        bucket.gather.start()
+            part = num_vectors + place
+            flat = self._advance(stored, loan.parts[part] if staging.is_needed else None)
+            loaded = self._load_vectors(stored, loan)
+            with staging.going_up():
+                directions = {place: loan.up(part) if staging.is_needed else flat}
+                copies.into_message[0].run_(directions, [sent.elements], source=place)
+                copies.within[0].run_(directions, matrices, source=place)
+                vectors |= {vector: loan.up(vector) for vector in loaded}
+        with staging.going_up() as self._arrivals[number]:
+            copies.into_message[1].run_(vectors, [sent.entries])
+            copies.within[1].run_(vectors, vectors_here)
+            bucket.gather.start()
+        loan.give_back()
 
-    def _advance(self, stored: StoredPieces) -> Tensor:
-        """Line 2 for pieces of one class, and the directions of those that are sent, flat."""
+    def _advance(self, stored: StoredPieces, into: Tensor | None) -> Tensor:
+        """Line 2 for pieces of one class, and the directions of those that are sent, flat.
+
+        Args:
+            stored: the pieces.
+            into: where to put them, in the dtype in which they travel; None for scratch.
+        """
         batch = stored.batch
         options = self._options[id(batch.first.group)]
         passes = self._passes[id(batch)] = passes_for(batch, options.fused)
         dtype = direction_dtype(batch, passes, ns_dtype=stored.matrix.ns_dtype)
-        shape = (stored.num_sent, batch.rows, batch.cols)
-        (flat,) = self._slabs("pieces", [(prod(shape), dtype)])
+        flat = into
+        if flat is None or flat.dtype != dtype:
+            size = stored.num_sent * _numel(stored)
+            (flat,) = self._slabs("pieces", [(size, dtype)], self.shared.device)
         advance_(
             batch,
-            flat.view(shape) if stored.num_sent else None,
+            flat.view(stored.num_sent, batch.rows, batch.cols) if stored.num_sent else None,
             options=options,
             passes=passes,
             moves_K=self._moves(batch),
         )
+        if into is not None and into is not flat:
+            into.copy_(flat)
         return flat
+
+    def _load_vectors(self, stored: StoredPieces, loan: Loan) -> list[int]:
+        """Copies the state's vectors of pieces of one class into a loan; says which these are."""
+        options = self._options[id(stored.batch.first.group)]
+        names = options.normalizer.state_dims(*stored.task.matrix_shape)
+        loaded = []
+        for number, name in enumerate(names, start=stored.first_vector):
+            stored.batch.load_vectors(name, loan.parts[number].view(stored.batch.count, -1))
+            loaded.append(number)
+        return loaded
 
     # At the owners.
 
     def _compute(self, number: int) -> None:
         """Lines 3 to 6 for the matrices that this rank owns."""
         bucket = self.buckets[number]
+        self._arrivals.pop(number).join()
         bucket.gather.finish()
         received, copies = bucket.gather.received, bucket.there
         matrices, vectors = self._matrices_here[number], self._vectors_here[number]
         copies.out_of_message[0].run_([received.elements], matrices)
         copies.out_of_message[1].run_([received.entries], vectors)
-        flags = self._owned_flags[number]
-        for owned, slab, index in zip(bucket.owned, matrices, flags, strict=True):
-            if owned.task.slab is None:
-                self._orthogonalize(owned, slab, vectors, index)
-        self._orthogonalize_slabs(number, matrices, vectors)
+        self._owners.orthogonalize_(number, matrices, vectors, self._options)
         sent = bucket.back.sent
         bucket.home.into_message[0].run_(matrices, [sent.elements])
         bucket.home.into_message[1].run_(vectors, [sent.entries])
 
-    def _orthogonalize(
-        self, owned: OwnedMatrices, slab: Tensor, vectors: dict[int, Tensor], index: Tensor
-    ) -> None:
-        matrix, task = owned.matrix, owned.task
-        param = matrix.owner.param
-        options = self._options[id(matrix.owner.group)]
-        limit = matrices_per_batch(
-            task.rows,
-            task.cols,
-            ns_dtype=matrix.ns_dtype,
-            param_dtype=param.dtype,
-            device_type=self.device.type,
-            max_scratch_bytes=options.max_scratch_bytes,
-        )
-        names = list(options.normalizer.state_dims(task.rows, task.cols))
-        slab_BMN = slab.view(len(owned.tasks), task.rows, task.cols)
-        slabs_BV = [
-            vectors[owned.first_vector + n].view(len(owned.tasks), size)
-            for n, size in enumerate(owned.vector_sizes)
-        ]
-        moves_B = None if self._moves_surely(owned) else self.flags.moves(index)
-        for start in range(0, len(owned.tasks), limit):
-            part = slice(start, start + limit)
-            update = orthogonalize_(
-                slab_BMN[part],
-                {name: slabs_BV[n][part] for n, name in enumerate(names)},
-                options=options,
-                ns_dtype=matrix.ns_dtype,
-                workspace=self._workspace,
-                moves_B=None if moves_B is None else moves_B[part],
-            )
-            # Compared by storage, since a fake tensor has no address.
-            if update.o_BMN.untyped_storage()._cdata != slab_BMN.untyped_storage()._cdata:
-                slab_BMN[part].copy_(update.o_BMN)
-            found = [*(update.state[name] for name in names), *update.summary.values()]
-            for slab_BV, vector in zip(slabs_BV, found, strict=True):
-                slab_BV[part].copy_(vector)
-
-    def _orthogonalize_slabs(
-        self, number: int, matrices: list[Tensor], vectors: dict[int, Tensor]
-    ) -> None:
-        """Lines 3 to 6 for the slabs that this rank has of matrices that teams divide."""
-        num_swaps = self.plan.num_swaps(number)
-        if not num_swaps:
-            return
-        parts: dict[int, Part] = {}
-        places: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
-        flags = self._owned_flags[number]
-        for owned, slab, index in zip(self.buckets[number].owned, matrices, flags, strict=True):
-            for place, task in enumerate(owned.tasks if owned.task.slab else ()):
-                found = self._slab(owned, place, slab, vectors)
-                parts[task], into = found
-                places[task] = (*into, self.flags.moves(index[place : place + 1]))
-        # By matrix: members list what they have of two matrices in the same order.
-        tasks = self.plan.tasks
-        order = sorted(parts, key=lambda task: (tasks[task].param, tasks[task].index))
-        updates = run_together(
-            [parts[task] for task in order],
-            num_swaps,
-            group=self.shared.group,
-            device=self.device,
-        )
-        for task, (o_MN, state, summary) in zip(order, updates, strict=True):
-            matrix_MN, vectors_1V, moves_1 = places[task]
-            matrix_MN.copy_(o_MN)
-            for old_1V, new_1V in zip(vectors_1V, state.values(), strict=False):
-                old_1V.copy_(torch.where(moves_1[:, None], new_1V, old_1V))
-            for into_1V, new_1V in zip(vectors_1V[len(state) :], summary.values(), strict=True):
-                into_1V.copy_(new_1V)
-
-    def _slab(
-        self, owned: OwnedMatrices, place: int, slab: Tensor, vectors: dict[int, Tensor]
-    ) -> tuple[Part, tuple[Tensor, list[Tensor]]]:
-        """The program of one slab, and where its results go."""
-        task = self.plan.tasks[owned.tasks[place]]
-        assert task.slab is not None
-        assert task.split is not None
-        matrix_MN = slab.view(len(owned.tasks), task.rows, task.cols)[place]
-        vectors_1V = [
-            vectors[owned.first_vector + n].view(len(owned.tasks), size)[place : place + 1]
-            for n, size in enumerate(owned.vector_sizes)
-        ]
-        options = self._options[id(owned.matrix.owner.group)]
-        names = options.normalizer.state_dims(*task.matrix_shape)
-        program = update_slab(
-            matrix_MN,
-            dict(zip(names, vectors_1V, strict=False)),
-            slab=task.slab,
-            split=task.split,
-            options=options,
-            ns_dtype=owned.matrix.ns_dtype,
-        )
-        return Part(program, task.slab.ranks), (matrix_MN, vectors_1V)
-
-    def _moves_surely(self, owned: OwnedMatrices) -> bool:
-        """Whether this rank's own gradients say that all of these are stepped."""
-        if owned.matrix.owner.group["skip_nonfinite"] or not owned.are_stored_here:
-            return False
-        return all(matrix.owner.grad is not None for matrix in owned.matrices)
-
     # Back at the shards.
+
+    def _bring_home(self, number: int) -> None:
+        """Gives the device all that brings a bucket back to the host, beside the next one."""
+        bucket, device = self.buckets[number], self.shared.compute_device
+        sizes = _sizes_of_vectors(bucket.stored)
+        num_vectors = len(sizes)
+        sizes += [(s.batch.count * _numel(s), s.matrix.wire[0]) for s in bucket.stored]
+        loan = self._coming_home[number] = self._staging.lend(f"home {number % NUM_SLOTS}", sizes)
+        with self._staging.coming_down():
+            for place, vector in self._returned_vectors(number, device).items():
+                loan.down_(place, vector)
+            for place, (size, dtype) in enumerate(sizes[num_vectors:]):
+                slab = torch.empty(size, dtype=dtype, device=device)
+                self._unpack(number, place, slab)
+                loan.down_(num_vectors + place, slab)
 
     def _finish(self, number: int) -> None:
         """Line 7 for the pieces that this rank stores, and the state that came back with them."""
-        bucket = self.buckets[number]
-        bucket.back.finish()
-        vectors = {
-            stored.first_vector + vector: self._empty_vectors(
-                stored, stored.batch.count, vector
-            ).view(-1)
-            for stored in bucket.stored
-            for vector in range(len(stored.vector_sizes))
-        }
-        received, copies = bucket.back.received, bucket.home
-        copies.out_of_message[1].run_([received.entries], vectors)
-        copies.within[1].run_(self._vectors_here.pop(number), vectors)
-        matrices = self._matrices_here.pop(number)
+        bucket, loan = self.buckets[number], self._coming_home.pop(number, None)
+        if loan is None:
+            vectors = self._returned_vectors(number, self.shared.device)
+        else:
+            loan.wait()
+            num_vectors = len(loan.parts) - len(bucket.stored)
+            vectors = dict(enumerate(loan.parts[:num_vectors]))
         for place, stored in enumerate(bucket.stored):
             batch = stored.batch
-            size = batch.count * batch.rows * batch.cols
             dtype = step_dtype(batch, self._passes[id(batch)], o_dtype=stored.matrix.wire[0])
-            (slab,) = self._slabs("pieces", [(size, dtype)])
-            copies.out_of_message[0].run_([received.elements], {place: slab}, target=place)
-            copies.within[0].run_(matrices, {place: slab}, target=place)
+            slab = None if loan is None else loan.parts[num_vectors + place]
+            if slab is None or slab.dtype != dtype:
+                size = batch.count * _numel(stored)
+                (wide,) = self._slabs("pieces", [(size, dtype)], self.shared.device)
+                if slab is None:
+                    self._unpack(number, place, wide)
+                else:
+                    wide.copy_(slab)
+                slab = wide
             self._apply(stored, slab, vectors)
+        # The device has done with a bucket when the host has what came back of it.
+        del self._vectors_here[number], self._matrices_here[number]
+        if loan is not None:
+            loan.give_back()
+
+    def _returned_vectors(self, number: int, device: torch.device) -> dict[int, Tensor]:
+        """The vectors of pieces, when their message has arrived."""
+        bucket = self.buckets[number]
+        bucket.back.finish()
+        vectors = _empty_vectors(bucket.stored, device)
+        bucket.home.out_of_message[1].run_([bucket.back.received.entries], vectors)
+        bucket.home.within[1].run_(self._vectors_here[number], vectors)
+        return vectors
+
+    def _unpack(self, number: int, place: int, slab: Tensor) -> None:
+        """The pieces of one class, from the message and from the matrices of this rank."""
+        bucket = self.buckets[number]
+        received, into = bucket.back.received, {place: slab}
+        bucket.home.out_of_message[0].run_([received.elements], into, target=place)
+        bucket.home.within[0].run_(self._matrices_here[number], into, target=place)
 
     def _apply(self, stored: StoredPieces, slab: Tensor, vectors: dict[int, Tensor]) -> None:
         batch, group = stored.batch, stored.matrix.owner.group
@@ -414,7 +369,10 @@ class ShardedStep:
                     vector = local_tensor(matrix.owner.state[name])
                     if vector.numel():
                         group = matrix.owner.param.device_mesh.get_group(axis)
-                        dist.broadcast(vector, group=group, group_src=0)
+                        sent = vector.to(self.shared.compute_device)
+                        dist.broadcast(sent, group=group, group_src=0)
+                        if self._staging.is_needed:
+                            vector.copy_(sent)
 
     def _count_skipped(self) -> None:
         counts, skipped = [], []
@@ -425,20 +383,33 @@ class ShardedStep:
         if counts:
             torch._foreach_add_(counts, skipped)
 
-    # Memory.
+    def _slabs(self, name: str, sizes: Sizes, device: torch.device) -> list[Tensor]:
+        """Flat tensors of some sizes, cut from one piece of memory that the next step uses too."""
+        shape = (bytes_of(sizes),)
+        return cut(self._workspace.empty(name, shape, dtype=torch.uint8, device=device), sizes)
 
-    def _empty_vectors(self, of: StoredPieces | OwnedMatrices, count: int, vector: int) -> Tensor:
-        dtype = stats_dtype(of.matrix.owner.param.dtype)
-        return torch.empty((count, of.vector_sizes[vector]), dtype=dtype, device=self.device)
 
-    def _slabs(self, name: str, sizes: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-        """Flat tensors of some sizes, cut from one piece of memory."""
-        num_bytes = [-(-size * dtype.itemsize // ALIGNMENT) * ALIGNMENT for size, dtype in sizes]
-        memory = self._workspace.empty(
-            name, (sum(num_bytes),), dtype=torch.uint8, device=self.device
-        )
-        starts = accumulate(num_bytes, initial=0)
-        return [
-            memory[start : start + size * dtype.itemsize].view(dtype)
-            for start, (size, dtype) in zip(starts, sizes, strict=False)
-        ]
+def _numel(stored: StoredPieces) -> int:
+    return stored.batch.rows * stored.batch.cols
+
+
+def _sizes_of_vectors(
+    classes: Sequence[StoredPieces | OwnedMatrices],
+) -> list[tuple[int, torch.dtype]]:
+    """The vectors of all pieces or matrices, as `first_vector` counts them."""
+    return [
+        (_count(of) * size, stats_dtype(of.matrix.owner.param.dtype))
+        for of in classes
+        for size in of.vector_sizes
+    ]
+
+
+def _empty_vectors(
+    classes: Sequence[StoredPieces | OwnedMatrices], device: torch.device
+) -> dict[int, Tensor]:
+    sizes = enumerate(_sizes_of_vectors(classes))
+    return {n: torch.empty(size, dtype=dtype, device=device) for n, (size, dtype) in sizes}
+
+
+def _count(of: StoredPieces | OwnedMatrices) -> int:
+    return of.batch.count if isinstance(of, StoredPieces) else len(of.tasks)

@@ -16,7 +16,7 @@ from normuon.distributed.dtensor import Shards, axes_with_idle_ranks, group_of_m
 from normuon.distributed.task import MatrixTask
 from normuon.options import OPTIONS, MatrixOptions, param_label, planned_name
 from normuon.orthogonalize import resolve_ns_dtype
-from normuon.state import matrix_param
+from normuon.state import compute_device_of, matrix_param
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
 from normuon.step.pieces import MatrixParam, State, local_tensor
 
@@ -30,12 +30,14 @@ class SharedMatrix:
         name: as the plan lists it.
         place: its group and its index there.
         shards: which rank stores what.
+        compute_device: where Newton-Schulz runs.
     """
 
     owner: MatrixParam
     name: str
     place: tuple[int, int]
     shards: Shards
+    compute_device: torch.device
 
     @property
     def tensor(self) -> Tensor:
@@ -57,7 +59,7 @@ class SharedMatrix:
         """The dtype of Newton-Schulz."""
         param = self.owner.param
         given: Any = self.owner.group["ns_dtype"]
-        return resolve_ns_dtype(given, param_dtype=param.dtype, device=param.device)
+        return resolve_ns_dtype(given, param_dtype=param.dtype, device=self.compute_device)
 
     @property
     def wire(self) -> tuple[torch.dtype, torch.dtype]:
@@ -76,7 +78,7 @@ class SharedMatrix:
             options=MatrixOptions.from_group(self.owner.group),
             param_dtype=param.dtype,
             ns_dtype=self.ns_dtype,
-            device_type=param.device.type,
+            device_type=self.compute_device.type,
             wire=self.wire,
         )
 
@@ -120,11 +122,13 @@ class SharedParams:
         group: the ranks.
         matrices: parameters of `normuon` and `muon` groups.
         vectors: parameters of `adamw` groups.
+        compute_device: where matrices are orthogonalised and what the ranks exchange is.
     """
 
     group: dist.ProcessGroup
     matrices: list[SharedMatrix]
     vectors: list[SharedVector]
+    compute_device: torch.device
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +161,7 @@ class SharedParams:
         plain = [param for param in every if not isinstance(param.tensor, DTensor)]
         if not plain:
             return
-        sums = torch.stack([_checksum(param.tensor) for param in plain])
+        sums = torch.stack([_checksum(param.tensor) for param in plain]).to(self.compute_device)
         bounds = torch.cat([sums, -sums])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self.group)
         differs = bounds[: len(plain)] != -bounds[len(plain) :]
@@ -171,13 +175,13 @@ class SharedParams:
             )
 
     def cost_model(self) -> CostModel:
-        """Rough rates of the device.
+        """Rough rates of the device that computes.
 
         They decide only whether replicas compute a matrix once or each for itself, and which
         matrices teams divide; they are constants by device type, because every rank must decide
         alike.
         """
-        if self.device.type == "cpu":
+        if self.compute_device.type == "cpu":
             # One thread of a CPU, and Gloo over loopback or a 10 Gbit/s network.
             return CostModel(
                 flops_per_second=5e10,
@@ -205,6 +209,8 @@ def options_text(group: Mapping[str, Any]) -> str:
         value = group[name]
         if isinstance(value, Tensor):
             value = "a tensor"  # Reading it would wait for the device.
+        elif name == "compute_device" and value is not None:
+            value = torch.device(value).type  # Every rank has its own of that type.
         elif callable(value):
             # Its repr would hold an address, which differs between processes.
             value = getattr(value, "__qualname__", type(value).__qualname__)
@@ -239,8 +245,8 @@ def shared_params(
         order, whatever the order of their parameters.
 
     Raises:
-        ValueError: a placement or view that cannot be exchanged, or a parameter on another device
-            than the rest; names it.
+        ValueError: a placement or view that cannot be exchanged, or a parameter that is or computes
+            on another device than the rest; names it.
     """
     found: dict[tuple[int, ...], SharedParams] = {}
     _make_groups(groups)
@@ -252,7 +258,8 @@ def shared_params(
                 continue
             label = param_label(group, index)
             ranks = tuple(dist.get_process_group_ranks(shared_by))
-            shared = found.setdefault(ranks, SharedParams(shared_by, [], []))
+            compute_device = compute_device_of(label, param, group)
+            shared = found.setdefault(ranks, SharedParams(shared_by, [], [], compute_device))
             place = (number, index)
             if group["algorithm"] == "adamw":
                 shared.vectors.append(SharedVector(label, place, param, group, state[param]))
@@ -261,12 +268,18 @@ def shared_params(
                 _check_vectors(owner)
                 shards = shards_of(param, label=label, process_group=shared_by)
                 name = planned_name(group, number, index)
-                shared.matrices.append(SharedMatrix(owner, name, place, shards))
+                matrix = SharedMatrix(owner, name, place, shards, compute_device)
+                shared.matrices.append(matrix)
             device = local_tensor(param).device
             if device != shared.device:
                 raise ValueError(
                     f"{label}: it is on {device}, and others that the same ranks share are on "
                     f"{shared.device}; move the model to one device"
+                )
+            if compute_device != shared.compute_device:
+                raise ValueError(
+                    f"{label}: its group computes on {compute_device}, and others that the same "
+                    f"ranks share on {shared.compute_device}; give their groups one compute_device"
                 )
     return [found[ranks] for ranks in sorted(found)]
 

@@ -1,0 +1,122 @@
+"""NorMuon in transformers' Trainer, and in trainers made from it, such as TRL's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from normuon.models.groups import Override, Pattern, describe_groups, param_groups
+from normuon.optimizer import NorMuon
+
+
+def trainer_optimizer(
+    args: Any,
+    *,
+    overrides: Mapping[Pattern, Override] | None = None,
+    hidden: Mapping[str, Any] | None = None,
+    other: Mapping[str, Any] | None = None,
+    split_heads: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
+    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes: NorMuon by the Trainer's arguments.
+
+    The optimizer is built when the Trainer asks for it, from the model as it is then, sharded or
+    wrapped. ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of
+    hidden matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The
+    schedule is the Trainer's own. ``args.optim`` means nothing here.
+
+    Args:
+        args: the ``TrainingArguments`` that the Trainer gets.
+        overrides: as for `normuon.param_groups`.
+        hidden: as for `normuon.param_groups`.
+        other: as for `normuon.param_groups`.
+        split_heads: as for `normuon.param_groups`.
+        quiet: print nothing. Otherwise the main process prints which parameters take which
+            algorithm, and the rates.
+        options: as for `NorMuon`; they win over ``args``.
+
+    Returns:
+        A factory and its arguments.
+
+    Raises:
+        ValueError: ``args.optim_args`` is set, which would mean nothing.
+    """
+    if getattr(args, "optim_args", None):
+        raise ValueError(
+            f"TrainingArguments.optim_args={args.optim_args!r} is for optimizers that transformers "
+            "makes; pass NorMuon's options to trainer_optimizer(args, ...)"
+        )
+    grouping = {
+        "overrides": overrides,
+        "hidden": hidden,
+        "other": other,
+        "split_heads": split_heads,
+    }
+    return TrainerOptimizer, {
+        "args": args,
+        "grouping": grouping,
+        "options": options,
+        "quiet": quiet,
+    }
+
+
+class TrainerOptimizer:
+    """The factory that the Trainer calls; see `trainer_optimizer`."""
+
+    def __init__(self, *params: Any, **kwargs: Any) -> None:
+        """Takes nothing: a Trainer that passes parameters knows no factories.
+
+        Raises:
+            ImportError: transformers is too old.
+        """
+        if params or kwargs:
+            import transformers
+
+            raise ImportError(
+                f"the Trainer of transformers {transformers.__version__} takes optimizer classes "
+                "only: upgrade it (pip install -U transformers), or pass "
+                'optimizer_cls_and_kwargs=(NorMuon, {"params": param_groups(model), "lr": ...})'
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        args: Any,
+        grouping: Mapping[str, Any],
+        options: Mapping[str, Any],
+        quiet: bool,
+    ) -> NorMuon:
+        """Builds the optimizer."""
+        given = {
+            "lr": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "adamw_eps": args.adam_epsilon,
+            **options,
+        }
+        optimizer = NorMuon(param_groups(model, **grouping), **given)
+        if not quiet and args.should_log:
+            print(told(optimizer, options, args))
+        return optimizer
+
+
+def told(optimizer: NorMuon, options: Mapping[str, Any], args: Any) -> str:
+    """What was built and where its rates are from, for people."""
+
+    def source(name: str, argument: str) -> str:
+        value = optimizer.defaults[name]
+        origin = "given" if name in options else f"TrainingArguments.{argument}"
+        return f"{name} {value:g} ({origin})"
+
+    rates = ", ".join(
+        (source("lr", "learning_rate"), source("weight_decay", "weight_decay") + " of matrices")
+    )
+    kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    return (
+        f"{describe_groups(optimizer.param_groups, collapse=True)}\n"
+        f"NorMuon: {rates}; schedule {kind}"
+    )
