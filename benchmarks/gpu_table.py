@@ -2,9 +2,8 @@
 
     python benchmarks/gpu_table.py
 
-reads benchmarks/results/gpu_h200.json and gpu_h200_peers.json, two runs of the suite on one kind of
-card. Milliseconds are medians over interleaved rounds; a ratio is the median of a run's own rounds,
-so that no figure of one run is divided by one of the other.
+reads benchmarks/results/gpu_h200.json. Milliseconds are medians over interleaved rounds, and a ratio
+is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = [ROOT / "benchmarks" / "results" / f"gpu_h200{part}.json" for part in ("", "_peers")]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu_h200.json"
 PAGE = ROOT / "docs" / "explanation" / "costs.md"
 START, END = "<!-- table: gpu_table.py -->\n", "<!-- end of table -->\n"
 MIB = 2**20
@@ -23,35 +22,28 @@ MIB = 2**20
 Suite = Mapping[str, Any]
 
 
-def contenders(suites: list[Suite]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every contender of every race with its model, the first of a name only."""
-    seen = set()
-    models: dict[str, list[dict[str, Any]]] = {}
-    for suite in suites:
-        for model in suite["parts"]["step"]["values"]["models"]:
-            models.setdefault(model["title"], []).extend(model["races"])
-    for title, races in models.items():
-        for race in races:
+def contenders(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every contender with its model."""
+    for model in suite["parts"]["step"]["values"]["models"]:
+        for race in model["races"]:
             for one in race["contenders"]:
-                if (title, one["name"]) not in seen:
-                    seen.add((title, one["name"]))
-                    yield title, one
+                yield model["title"], one
 
 
-def table(suites: list[Suite]) -> str:
+def table(suite: Suite) -> str:
     """The table, and what it was measured on."""
     lines = [
         "| matrices of | step | ms | over NorMuon's | host ms | device ms | launches | scratch |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for title, one in contenders(suites):
+    for title, one in contenders(suite):
         scratch = one["scratch_kept_bytes"] + one["scratch_peak_bytes"]
         lines.append(
             f"| {title} | {one['name']} | {one['median_ms']:.2f} | {one['ratio_to_first']:.2f} | "
             f"{one['host_ms']:.2f} | {one['device_ms']:.2f} | {one['launches']:,} | "
             f"{scratch / MIB:,.0f} MiB |"
         )
-    return "\n".join([*lines, "", said(suites[0])]) + "\n"
+    return "\n".join([*lines, "", said(suite)]) + "\n"
 
 
 def said(suite: Suite) -> str:
@@ -78,10 +70,5 @@ def page_with(text: str, page: str) -> str:
     return before + START + "\n" + text + "\n" + END + rest.partition(END)[2]
 
 
-def read() -> list[Suite]:
-    """The files."""
-    return [json.loads(path.read_text()) for path in RESULTS]
-
-
 if __name__ == "__main__":
-    PAGE.write_text(page_with(table(read()), PAGE.read_text()))
+    PAGE.write_text(page_with(table(json.loads(RESULTS.read_text())), PAGE.read_text()))

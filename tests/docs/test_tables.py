@@ -39,6 +39,31 @@ def test_the_table_of_learning_rates_is_its_files(monkeypatch):
             sys.modules.pop(name, None)
 
 
+def test_the_gpu_table_is_its_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    import gpu_table
+
+    try:
+        page = gpu_table.PAGE.read_text()
+        suite = json.loads(gpu_table.RESULTS.read_text())
+        assert gpu_table.page_with(gpu_table.table(suite), page) == page
+        figures = {
+            (title, one["name"]): one["median_ms"] for title, one in gpu_table.contenders(suite)
+        }
+        readme = (DOCS.parent / "README.md").read_text()
+        for model, ours in (("llama-1.1b", "NorMuon"), ("gpt2-124m", "NorMuon captured")):
+            mine, theirs = figures[model, ours], figures[model, "torch.optim.Muon"]
+            assert any(
+                f"{mine:.{digits}f} ms (torch.optim.Muon" in readme
+                and f"{theirs:.1f} ms)" in readme
+                for digits in (1, 2)
+            )
+        training = suite["parts"]["training"]["values"]
+        assert f"over AdamW's | {training['overhead_percent']:+.1f}% |" in readme
+    finally:
+        sys.modules.pop("gpu_table", None)
+
+
 def test_the_table_of_bfloat16_weights_is_its_file():
     results = DOCS.parent / "benchmarks" / "results" / "bfloat16_weights.json"
     means = {

@@ -118,14 +118,12 @@ def test_a_symmetric_product(shape, dtype, tall):
     z = symmetric_product_fused(r, r, add=r, beta=0.5, alpha=0.3)
     exact = 0.5 * r.double() + 0.3 * r.double() @ r.double()
     assert torch.linalg.norm(z.double() - exact) <= eps * torch.linalg.norm(exact)
-    blocks = z.unfold(1, 128, 128).unfold(2, 128, 128)
-    assert torch.equal(blocks[:, 0, -1], blocks[:, -1, 0].mT), "halves are equal bit by bit"
+    assert torch.equal(z, z.mT), "halves are equal bit by bit"
 
 
 @pytest.mark.skipif(not MULTIPLIES_SYMMETRIC, reason="the symmetric product does not run here")
 @pytest.mark.parametrize("shape", [(2048, 2048), (2048, 4096), (4096, 2048)])
-def test_orthogonalised_about_as_well_as_by_full_products(shape):
-    """Rounding errors of two equal halves are equal, where those of a full product average out."""
+def test_orthogonalised_as_well_as_by_full_products(shape):
     x = torch.randn(4, *shape, device="cuda")
     exact = newton_schulz(normalize_frobenius(x.double(), dtype=torch.float64), JORDAN)
     options = {"coefficients": JORDAN, "dtype": torch.bfloat16}
@@ -134,7 +132,7 @@ def test_orthogonalised_about_as_well_as_by_full_products(shape):
         o = orthogonalize(x, backend=backend, **options).double()
         return float(torch.linalg.norm(o - exact) / torch.linalg.norm(exact))
 
-    assert error("triton") <= 1.3 * error("eager")
+    assert error("triton") <= 1.1 * error("eager")
 
 
 def test_another_device_than_the_current_one():

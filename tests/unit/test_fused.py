@@ -219,6 +219,10 @@ def test_a_symmetric_product(kernels, shape, tall):
     r = r / r.norm()
     found = symmetric_product_fused(r, r, add=r, beta=0.5, alpha=2.0)
     torch.testing.assert_close(found, 0.5 * r + 2 * r @ r, rtol=0, atol=1e-5)
+    # Of factors that do not quite commute too, in the diagonal's tiles as well.
+    other = torch.randn(2, shape[0], shape[0], generator=generator(1))
+    found = symmetric_product_fused(r, other + other.mT)
+    assert torch.equal(found, found.mT)
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])

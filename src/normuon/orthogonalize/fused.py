@@ -151,7 +151,7 @@ def symmetric_product_fused(
         out: where to write; must overlap no argument.
 
     Returns:
-        ``[B, s, s]``; outside the diagonal's tiles its halves are equal bit by bit.
+        ``[B, s, s]``, whose halves are equal bit by bit.
     """
     from normuon.orthogonalize.triton_symmetric import (
         INNER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,12 +176,44 @@ def test_who_compiles_is_not_begun_without_time(tmp_path: Path) -> None:
     options = SuiteOptions(out=tmp_path, device="cpu")
     matrices = parse_shapes("8x4")
     short = context_of(options, seconds=DRY.compile_seconds / 2)
-    assert step_table.race((first, slow), matrices, short, {})["not_run"] == {
+
+    def forget(found: Any) -> None:
+        """Nothing is kept."""
+
+    assert step_table.race((first, slow), matrices, short, {}, forget)["not_run"] == {
         "slow": "no time left"
     }
     # It is known to be quick from another model.
-    known = step_table.race((first, slow), matrices, short, {"slow": 0.1})
+    known = step_table.race((first, slow), matrices, short, {"slow": 0.1}, forget)
     assert [one["name"] for one in known["contenders"]] == ["NorMuon", "slow"]
+
+
+def test_who_compiles_forever_costs_nobody_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was timed is written down before anything is compiled that may never end."""
+    first = step_contenders(CPU, dion=None)[0]
+    kept: list[Mapping[str, Any]] = []
+    seen: list[list[str]] = []
+
+    def never_ends(_: Any) -> Any:
+        race = kept[-1]["models"][0]["races"][-1]
+        assert all(len(one["step_ms"]) == race["rounds"] for one in race["contenders"])
+        seen.append([one["name"] for one in race["contenders"]])
+        raise RuntimeError("ended from outside")
+
+    quick = replace(first, name="quick", compiles=True)
+    slow = replace(first, name="slow", compiles=True, build=never_ends)
+    monkeypatch.setattr(step_table, "step_contenders", lambda *a, **k: (first, quick, slow))
+    options = SuiteOptions(out=tmp_path, device="cpu", models=("gpt2-124m", "llama-1.1b"))
+    context = replace(context_of(options), keep=lambda values: kept.append(deepcopy(values)))
+    models = step_table.run(context)["models"]
+    assert seen == [["NorMuon", "quick"]] * 2
+    assert len(kept[0]["models"][1]["races"]) == 0, "the race of another model is not touched"
+    for model in models:
+        (race,) = model["races"]
+        assert [one["name"] for one in race["contenders"]] == ["NorMuon", "quick"]
+        assert race["not_run"] == {"slow": "RuntimeError: ended from outside"}
 
 
 def test_only_keeps_the_first_and_says_whom_it_knows() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import truediv
 from typing import Any
 
@@ -57,9 +57,24 @@ def run(context: PartContext) -> dict[str, Any]:
             matrices = tuple(MatrixClass(**one) for one in model["matrices"])
             field = racers if racers is quick else (first, *racers)
             context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
-            model["races"].append(race(field, matrices, context, reckoned))
+            races = model["races"]
+
+            def keep(found: dict[str, Any], races: list[Any] = races) -> None:
+                context.keep({**values, "models": with_race(values["models"], races, found)})
+
+            races.append(race(field, matrices, context, reckoned, keep))
             context.keep(values)
     return values
+
+
+def with_race(
+    models: Sequence[dict[str, Any]], races: list[Any], found: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The models as they are, but for one more race of that whose races these are."""
+    return [
+        {**model, "races": [*races, found]} if model["races"] is races else model
+        for model in models
+    ]
 
 
 def model_values(matrices: Sequence[MatrixClass]) -> dict[str, Any]:
@@ -76,14 +91,18 @@ def race(
     matrices: Sequence[MatrixClass],
     context: PartContext,
     reckoned: dict[str, float],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Times all contenders that can be made ready, round by round.
+
+    Whoever compiles may take all the time that is left, so that those before it are timed first.
 
     Args:
         contenders: the others are compared with the first of them that runs.
         matrices: what each steps.
         context: of the part.
         reckoned: seconds that each took to be made ready; written to.
+        keep: given what is known so far.
 
     Returns:
         Plain values: contenders that ran, and why the others did not, by name.
@@ -96,29 +115,48 @@ def race(
     }
     if len(not_run) == len(contenders) - 1 > 0:
         return {"rounds": 0, "reference": None, "contenders": [], "not_run": not_run}
+    values = timed_race(contenders, matrices, context, reckoned, not_run, keep)
+    # A later model must not fall back to eager steps because torch.compile's limit of variants was
+    # reached before it.
+    torch.compiler.reset()
+    give_back(device)
+    return values
+
+
+def timed_race(
+    contenders: Sequence[StepContender],
+    matrices: Sequence[MatrixClass],
+    context: PartContext,
+    reckoned: dict[str, float],
+    not_run: dict[str, str],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """`race` where more than one may run; ``not_run`` says who does not, and is written to."""
+    device = context.device
     params, gradients = material(matrices, seed=context.options.seed, device=device)
     runners: list[Runner] = []
-    for contender in contenders:
+
+    def timed(most: int) -> dict[str, Any]:
+        rounds = take_rounds(runners, params, gradients, context, most=most)
+        entries = [entry(one, runners[0], matrices, context) for one in runners]
+        known = {one.name: not_run[one.name] for one in contenders if one.name in not_run}
+        reference = entries[0]["name"] if entries else None
+        return {"rounds": rounds, "reference": reference, "contenders": entries, "not_run": known}
+
+    fewest, most = context.sizes.rounds
+    for number, contender in enumerate(contenders):
         reason = contender.missing or too_long(contender, context, reckoned)
         if reason is None:
             runner, reason = ready(contender, params, gradients, context)
             if runner is not None:
                 runners.append(runner)
                 reckoned[contender.name] = runner.figures["first_step_seconds"]
+                if len(runners) > 1 and any(one.compiles for one in contenders[number + 1 :]):
+                    keep(timed(fewest))
         if reason is not None:
             not_run[contender.name] = reason
             give_back(device)
-    rounds = take_rounds(runners, params, gradients, context)
-    entries = [entry(one, runners[0], matrices, context) for one in runners]
-    runners.clear()
-    del params, gradients
-    # A later model must not fall back to eager steps because torch.compile's limit of variants was
-    # reached before it.
-    torch.compiler.reset()
-    give_back(device)
-    not_run = {one.name: not_run[one.name] for one in contenders if one.name in not_run}
-    reference = entries[0]["name"] if entries else None
-    return {"rounds": rounds, "reference": reference, "contenders": entries, "not_run": not_run}
+    return timed(most)
 
 
 def material(
@@ -169,9 +207,14 @@ def take_rounds(
     params: Sequence[nn.Parameter],
     gradients: Gradients,
     context: PartContext,
+    *,
+    most: int,
 ) -> int:
-    """Times everyone in turn: the fewest rounds in any case, more while there is time."""
-    fewest, most = context.sizes.rounds
+    """Times everyone anew and in turn: the fewest rounds in any case, more while there is time."""
+    fewest = context.sizes.rounds[0]
+    for runner in runners:
+        runner.step_ms.clear()
+        runner.host_ms.clear()
     until = context.seconds_left() * (1 - ROUNDS_SHARE)
     taken = 0
     for number in range(WARM_ROUNDS + most):
