@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_table.py
 
-reads benchmarks/results/gpu_h200.json. Milliseconds are medians over interleaved rounds, and a ratio
-is the median of the rounds' ratios.
+reads benchmarks/results/gpu_h200.json. Milliseconds are medians over interleaved rounds, and a
+ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations

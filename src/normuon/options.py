@@ -90,8 +90,8 @@ class MatrixOptions:
     def from_group(cls, group: Mapping[str, Any]) -> MatrixOptions:
         """Reads a param group as it stands now, so that schedulers and users may change it."""
         return cls(
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
+            lr=_without_dims(group["lr"]),
+            weight_decay=_without_dims(group["weight_decay"]),
             momentum=group["momentum"],
             nesterov=group["nesterov"],
             normalizer=normalizer_of(group),
@@ -118,6 +118,11 @@ class MatrixOptions:
             device_type=device_type,
             orthogonalizer=self.orthogonalizer,
         )
+
+
+def _without_dims(value: float | Tensor) -> float | Tensor:
+    """A number, or a tensor that goes to a kernel by value if it is on the host."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _number(low: float, below: float = math.inf) -> Check:
