@@ -107,7 +107,7 @@ class NorMuon(Optimizer):
             before it is orthogonalised: one pass of Ruiz's equilibration, after MuonEq (arXiv
             2603.28254). Not in the paper. It takes no state. For `normuon` and `muon` groups.
         cautious_weight_decay: decay only entries that the step moves towards zero (arXiv
-            2510.12402). For `normuon` and `muon` groups.
+            2510.12402).
         skip_nonfinite: leave a matrix with a NaN or infinity in its gradient, and all its state,
             untouched on that step, without waiting for the device, and count it in
             ``state["skipped_steps"]``. By default it propagates, as in any torch optimizer.

@@ -303,13 +303,6 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: names the option or the parameter, and what to do.
     """
     check_options(group)
-    adamw = group["algorithm"] == "adamw"
-    if adamw and group["cautious_weight_decay"] and group["weight_decay"] != 0:
-        raise ValueError(
-            "cautious_weight_decay=True is for 'normuon' and 'muon' groups; this 'adamw' group "
-            f"has weight_decay={group['weight_decay']}: set it to 0, or "
-            "'cautious_weight_decay': False in the group"
-        )
     params = group["params"]
     entries = [params] if isinstance(params, Tensor) else list(params)
     named = [entry for entry in entries if isinstance(entry, tuple)]

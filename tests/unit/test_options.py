@@ -133,12 +133,6 @@ def test_an_option_out_of_range_is_refused(options, message, where):
             {},
             "w [4, 3]: sparse parameters (torch.sparse_coo) are not supported",
         ),
-        (
-            matrix(5),
-            {"algorithm": "adamw", "cautious_weight_decay": True},
-            "cautious_weight_decay=True is for 'normuon' and 'muon' groups; this 'adamw' group has "
-            "weight_decay=0.1: set it to 0, or 'cautious_weight_decay': False in the group",
-        ),
     ],
 )
 def test_a_parameter_its_group_cannot_train_is_refused(param, group, message):

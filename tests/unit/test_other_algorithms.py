@@ -180,3 +180,59 @@ def test_our_own_adamw_leaves_what_is_skipped(kind, monkeypatch):
     assert int(optimizer.state[param]["skipped_steps"]) == 1
     for key in ("exp_avg", "exp_avg_sq", "step"):
         assert torch.equal(optimizer.state[param][key], state[key])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"maximize": True},
+        {"lr": torch.tensor(0.05, dtype=torch.float64)},
+        {"weight_decay": torch.tensor(0.5, dtype=torch.float64)},
+        {"skip_nonfinite": True},
+    ],
+    ids=str,
+)
+def test_cautious_decay_of_the_adamw_half_is_its_formula(options):
+    """Entries decay that the step moves towards zero: ``W <- W - lr wd W [W u >= 0] - lr u``."""
+    given = {"lr": 0.05, "weight_decay": 0.5, **options}
+    param = nn.Parameter(torch.randn(6, 5, dtype=torch.float64))
+    expected, mean, square = param.detach().clone(), torch.zeros(6, 5).double(), torch.zeros(6, 5)
+    optimizer = NorMuon(
+        [{"params": [param], "algorithm": "adamw"}], cautious_weight_decay=True, **given
+    )
+    lr, decay = float(given["lr"]), float(given["weight_decay"])
+    square = square.double()
+    for step in range(1, 6):
+        param.grad = torch.randn(6, 5, dtype=torch.float64)
+        if options.get("skip_nonfinite"):
+            bad = param.grad.clone()
+            bad[0, 0] = float("nan")
+            kept, param.grad = param.grad, bad
+            before = param.detach().clone()
+            optimizer.step()
+            assert torch.equal(param, before), "a step that is skipped decays nothing"
+            param.grad = kept
+        optimizer.step()
+        grad = -param.grad if options.get("maximize") else param.grad
+        mean = 0.9 * mean + 0.1 * grad
+        square = 0.95 * square + 0.05 * grad * grad
+        update = mean / (1 - 0.9**step) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
+        shrinks = expected * update >= 0
+        expected = expected - lr * decay * expected * shrinks - lr * update
+        torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-12)
+
+
+def test_kahan_sums_keep_a_cautious_decay_that_bfloat16_would_round_away():
+    def trained(dtype, **options):
+        param = nn.Parameter(torch.full((4,), 1.0, dtype=dtype))
+        group = {"params": [param], "algorithm": "adamw"}
+        optimizer = NorMuon([group], lr=1e-4, cautious_weight_decay=True, **options)
+        for _ in range(200):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        return param.detach().double()
+
+    exact = trained(torch.float64)
+    torch.testing.assert_close(trained(torch.bfloat16, kahan_sum=True), exact, rtol=2**-8, atol=0)
+    assert (trained(torch.bfloat16) == 1).all()

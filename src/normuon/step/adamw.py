@@ -127,6 +127,10 @@ def adamw_(
     if group["kahan_sum"] and compensated:
         _step_compensated(compensated, group, found_inf)
         entries = [entry for entry in entries if "weight_residual" not in entry[2]]
+    decay = group["weight_decay"]
+    if group["cautious_weight_decay"] and (isinstance(decay, Tensor) or decay != 0):
+        _decay_cautiously_(entries, group, found_inf)
+        group = {**group, "weight_decay": 0.0}
     has_tensor_lr = isinstance(group["lr"], Tensor)
     chosen: dict[Kernels, list[tuple[Tensor, Tensor, State]]] = {}
     for entry in entries:
@@ -147,6 +151,24 @@ def adamw_(
         if found_inf is not None and restores:
             for tensor, value in zip(tensors, old, strict=True):
                 tensor.copy_(torch.where(found_inf != 0, value, tensor))
+
+
+def _decay_cautiously_(
+    entries: Sequence[tuple[Tensor, Tensor, State]],
+    group: Mapping[str, Any],
+    found_inf: Tensor | None,
+) -> None:
+    """Cautious weight decay (arXiv 2510.12402): entries that the coming step moves towards zero.
+
+    AdamW's step has the sign of its new first moment.
+    """
+    decay = _scalar(group["lr"]) * _scalar(group["weight_decay"])
+    for param, grad, state in entries:
+        mean = state["exp_avg"].lerp(-grad if group["maximize"] else grad, 1 - group["betas"][0])
+        shrinks = param * mean >= 0
+        if found_inf is not None:
+            shrinks &= found_inf == 0
+        param.sub_(param * shrinks * decay)
 
 
 def _step_compensated(
