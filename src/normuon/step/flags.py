@@ -153,7 +153,9 @@ class GradientFlags:
                 said[position] = GRADIENT
             if number in self._copies:
                 said[self._copies[number] + (not has_grad)] = 1.0
-        self._said.copy_(torch.tensor(said, device="cpu"))
+        # Pinned, or the copy would wait for all that the device still has to do.
+        values = torch.tensor(said, device="cpu", pin_memory=self._said.is_cuda)
+        self._said.copy_(values, non_blocking=True)
         self._present = present
 
     def _say_options(self) -> None:
