@@ -1,6 +1,7 @@
 """The state of another optimizer as NorMuon's, so that a run can switch in its middle.
 
-Known are the state_dicts of torch.optim.AdamW, torch.optim.Muon and the authors' released NorMuon.
+Known are the state_dicts of torch.optim.AdamW and Muon, the authors' released NorMuon, dion's Muon
+and NorMuon, and Muon with ``use_muon`` groups as DeepSpeed has it.
 """
 
 from __future__ import annotations
@@ -8,25 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from normuon.convert_sources import Kind, canonical_state, kind_of
 from normuon.learning_rate import suggest_lr
 from normuon.models.wrappers import bare_name
 from normuon.state import view_of
 
-Kind = Literal["AdamW", "Muon", "NorMuon"]
 Groups = Sequence[Mapping[str, Any]]
-
-NEEDED_STATE: dict[Kind, tuple[str, ...]] = {
-    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
-    "Muon": ("momentum_buffer",),
-    "NorMuon": ("momentum_buffer", "second_momentum_buffer"),
-}
-MUON_KEYS = {"momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +70,14 @@ def convert_state(
     """A state_dict for NorMuon from the state of the optimizers that trained the model so far.
 
     First moments are carried over: AdamW's ``exp_avg``, Muon's ``momentum_buffer`` and NorMuon's
-    are all ``b x + (1 - b) g``. Parameters that AdamW still trains keep its whole state. Second
-    moments per neuron come from the authors' NorMuon, and start at zero from the others, as in
-    a new run: their scale divides out of the step. The learning rate is not converted, but what
-    to do with it is printed.
+    are all ``b x + (1 - b) g``; dion's, which are sums, become that. Parameters that AdamW still
+    trains keep its whole state. Second moments per neuron come from the authors' NorMuon and
+    dion's, and start at zero from the others, as in a new run: their scale divides out of the step.
+    The learning rate is not converted, but what to do with it is printed.
 
     Args:
         sources: optimizers, or their state_dicts: one AdamW, or Muon and the AdamW beside it.
+            Those of ZeRO are flat parts of parameters and are refused.
         to: the groups that NorMuon will train, from `param_groups`, or that NorMuon. Give the
             optimizer where its constructor sets ``neuron_axis``.
         params: only for state_dicts without parameter names, which is what an optimizer built from
@@ -155,44 +150,15 @@ def _groups_of(source: Optimizer | Mapping[str, Any]) -> Groups:
     )
 
 
-def _kind_of(group: Mapping[str, Any]) -> Kind:
-    """Which known algorithm a saved group's options belong to."""
-    keys = group.keys()
-    if "adamw_eps" in keys:
-        raise ValueError("this is a NorMuon's state already: give it to load_state_dict as it is")
-    if keys >= MUON_KEYS:
-        return "Muon"
-    if {"momentum", "beta2"} <= keys and group.get("use_muon", True):
-        return "NorMuon"
-    if {"betas", "eps"} <= keys and ("amsgrad" in keys or group.get("use_muon") is False):
-        if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-            raise ValueError(
-                f"torch.optim.Adam with weight_decay={group['weight_decay']} has the decay inside "
-                "its first moment, which cannot be carried over; only AdamW's, or Adam's without"
-            )
-        return "AdamW"
-    options = sorted(str(key) for key in keys - {"params", "param_names"})
-    raise ValueError(
-        f"a group with the options {options} belongs to no optimizer that convert_state knows: "
-        "torch.optim.AdamW, torch.optim.Muon and the authors' NorMuon"
-    )
-
-
 def _saved_params(source: Optimizer | Mapping[str, Any], groups: Groups) -> Iterator[SavedParam]:
     states = source.state if isinstance(source, Optimizer) else source["state"]
     for number, group in enumerate(groups):
-        kind = _kind_of(group)
+        kind = kind_of(group)
         names = group.get("param_names")
         for index, key in enumerate(group["params"]):
             name = names[index] if names else key if isinstance(key, str) else None
             label = name or f"param_groups[{number}]['params'][{index}]"
-            state = states.get(key, {})
-            missing = [needed for needed in NEEDED_STATE[kind] if needed not in state]
-            if state and missing:
-                raise ValueError(
-                    f"{label}: its state has {sorted(map(str, state))}, and {kind}'s has {missing} "
-                    "too; it was written by another optimizer"
-                )
+            state = canonical_state(kind, group, states.get(key, {}), label)
             param = key if isinstance(key, Tensor) else None
             yield SavedParam(kind, label, name, param, state)
 
@@ -302,7 +268,7 @@ def _second_moments(
 
 def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
     """What to do with each learning rate of the old optimizers, each line once."""
-    kinds = [_kind_of(group) for group in saved_groups]
+    kinds = [kind_of(group) for group in saved_groups]
     lines = []
     for kind, group in zip(kinds, saved_groups, strict=True):
         lr = float(group.get("initial_lr", group["lr"]))
@@ -310,7 +276,16 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
             continue
         if kind == "AdamW" and set(kinds) != {"AdamW"}:
             lines.append(f"AdamW's {lr:g} was for the other half: other={{'lr': {lr:g}}} keeps it")
-        elif kind == "AdamW" or group.get("adjust_lr_fn") == "match_rms_adamw":
+        elif kind != "AdamW" and group.get("adjust_lr") == "spectral_norm":
+            lines.append(
+                f"dion's {lr:g} with adjust_lr='spectral_norm' is that of adjust_lr_fn='original' "
+                "for matrices with no more columns than rows, and sqrt(m / n) of it for others"
+            )
+        elif (
+            kind == "AdamW"
+            or group.get("adjust_lr_fn") == "match_rms_adamw"
+            or group.get("adjust_lr") == "rms_norm"
+        ):
             lines.append(f"{kind}'s {lr:g} serves: both step by about 0.2 lr RMS")
         else:
             equal = suggest_lr(lr, coming_from="muon_original", to=groups)

@@ -44,10 +44,9 @@ class Event:
 class Stream:
     """One stream."""
 
-    device = torch.device(NAME, 0)
-
     def __init__(self, line: Timeline, name: str) -> None:
         self.line, self.name = line, name
+        self.device = torch.device(NAME, 0)  # Known where the device has been registered.
         line.clocks.setdefault(name, {})
 
     def wait_stream(self, other: Stream) -> None:

@@ -272,3 +272,152 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
 def test_what_cannot_be_converted_is_refused(convert, message):
     with pytest.raises(ValueError, match=message):
         convert(small_model())
+
+
+class DionsNorMuon(torch.optim.Optimizer):
+    """dion's NorMuon without its parallel parts: what its state means is what is tested."""
+
+    def __init__(self, params, **options):
+        defaults = {
+            "lr": 0.01,
+            "mu": 0.95,
+            "muon_beta2": 0.95,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "step": 0,
+        }
+        defaults |= {
+            "weight_decay": 0.0,
+            "cautious_wd": False,
+            "algorithm": "normuon",
+            "epsilon": 1e-8,
+        }
+        defaults |= {"nesterov": False, "flatten": False, "adjust_lr": "rms_norm"}
+        super().__init__(params, {**defaults, **options})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                if group["algorithm"] == "adamw":
+                    self._step_adamw(param, state, group)
+                    continue
+                state.setdefault("variance_neuron", torch.zeros_like(param[..., 0:1]))
+                m, n = param.shape
+                o = quintic(state["momentum"].mul_(group["mu"]).add_(param.grad))
+                v = state["variance_neuron"].lerp_(o.square().mean(-1, keepdim=True), 0.05)
+                normalized = o / (v.sqrt() + 1e-8)
+                size = o.norm() / normalized.norm() * 0.2 * max(m, n) ** 0.5
+                param.sub_(normalized * size * group["lr"])
+
+    def _step_adamw(self, param: Tensor, state: dict, group: dict) -> None:
+        state.setdefault("variance", torch.zeros_like(param))
+        state.setdefault("step_dev", torch.zeros(())).add_(1)
+        mean = state["momentum"].lerp_(param.grad, 0.1)
+        square = state["variance"].mul_(0.95).addcmul_(param.grad, param.grad, value=0.05)
+        step = int(state["step_dev"])
+        root = (square / (1 - 0.95**step)).sqrt() + 1e-8
+        param.sub_(mean / (1 - 0.9**step) / root * group["lr"])
+
+
+def dions_groups(model: nn.Module) -> list[dict]:
+    groups = groups_of(model)
+    return [
+        {"params": [p for _, p in group["params"]], "algorithm": group["algorithm"]}
+        for group in groups
+    ]
+
+
+def test_dions_state_goes_on_as_ours(capsys):
+    """The next momentum is the mean of the same gradients, and v and AdamW's half are kept."""
+    model = small_model()
+    dion = DionsNorMuon(dions_groups(model))
+    train(model, [dion], 4)
+    groups = groups_of(model)
+    optimizer = NorMuon(groups, lr=0.01, nesterov=False, weight_decay=0.0)
+    optimizer.load_state_dict(convert_state(dion, to=optimizer))
+    assert "dion" not in capsys.readouterr().err
+    twin = small_model()
+    ours = NorMuon(groups_of(twin), lr=0.01, nesterov=False, weight_decay=0.0)
+    twin.load_state_dict(model.state_dict())
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        theirs = dion.state[param]
+        state = optimizer.state[param]
+        if "variance" in theirs:
+            assert torch.equal(state["exp_avg"], theirs["momentum"])
+            assert torch.equal(state["exp_avg_sq"], theirs["variance"])
+            assert float(state["step"]) == 4
+        else:
+            torch.testing.assert_close(state["momentum_buffer"], 0.05 * theirs["momentum"])
+            assert torch.equal(state["second_momentum_buffer"], theirs["variance_neuron"][:, 0])
+        ours.state[other].update({key: value.clone() for key, value in state.items()})
+    # One more step of both: theirs keeps O's own norm, which five Newton-Schulz steps bring near
+    # to that of an orthogonal matrix, where ours sets it.
+    start = [param.detach().clone() for param in model.parameters()]
+    train(model, [dion], 1, first=4)
+    train(twin, [ours], 1, first=4)
+    for before, theirs, mine in zip(start, model.parameters(), twin.parameters(), strict=True):
+        moved, expected = (mine - before).detach().flatten(), (theirs - before).detach().flatten()
+        cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=0)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=1e-6)
+
+
+def test_dions_older_state_has_its_step_in_the_group():
+    model = small_model()
+    dion = DionsNorMuon(dions_groups(model))
+    train(model, [dion], 3)
+    for state in dion.state.values():
+        state.pop("step_dev", None)
+    found = convert_state(dion, to=groups_of(model), quiet=True)
+    steps = {float(state["step"]) for state in found["state"].values() if "step" in state}
+    assert steps == {3.0}
+
+
+def test_dions_spectral_scaling_is_told(capsys):
+    model = small_model()
+    dion = DionsNorMuon(dions_groups(model), adjust_lr="spectral_norm")
+    train(model, [dion], 1)
+    convert_state(dion, to=groups_of(model))
+    printed = capsys.readouterr().out
+    assert "adjust_lr='spectral_norm' is that of adjust_lr_fn='original' for matrices" in printed
+
+
+def test_dions_lion_is_refused():
+    model = small_model()
+    groups = dions_groups(model)
+    groups[-1]["algorithm"] = "lion"
+    dion = DionsNorMuon(groups)
+    dion.state[groups[-1]["params"][0]] = {"momentum": torch.zeros(1)}
+    with pytest.raises(ValueError, match="dion's with algorithm='lion' cannot be carried over"):
+        convert_state(dion, to=groups_of(model))
+
+
+def test_deepspeeds_muon(capsys):
+    """The real one, without ZeRO: its momentum is a mean, and its other half AdamW's."""
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    model = small_model()
+    by_kind = {group["algorithm"]: group["params"] for group in groups_of(model)}
+    adamw = [p for g in groups_of(model) if g["algorithm"] == "adamw" for _, p in g["params"]]
+    muon = MuonWithAuxAdam(
+        [
+            {"params": [p for _, p in by_kind["normuon"]], "use_muon": True, "lr": 0.02},
+            {"params": adamw, "use_muon": False, "lr": 1e-3},
+        ]
+    )
+    with torch.compiler.set_stance("force_eager"):
+        train(model, [muon], 3)
+    optimizer = NorMuon(groups_of(model), lr=1e-3)
+    optimizer.load_state_dict(convert_state(muon, to=optimizer))
+    for param in model.parameters():
+        theirs, state = muon.state[param], optimizer.state[param]
+        for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            assert (name in theirs) == (name in state)
+            if name in theirs:
+                assert torch.equal(state[name], theirs[name])
+    assert "2 x Muon's first moment carried over" in capsys.readouterr().out

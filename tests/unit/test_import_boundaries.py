@@ -63,6 +63,7 @@ ORDER = [
     "models.heads",
     "models.attention",
     "models.groups",
+    "convert_sources",
     "convert",
     "optimizer",
     "planning",
