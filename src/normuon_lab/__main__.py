@@ -2,7 +2,7 @@
 
 import sys
 
-from normuon_lab.cli import main
+from normuon_lab.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,6 +31,43 @@ def write_bytes(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def prove_file(path: Path, what: str) -> None:
+    """Makes the file's folder and finds out whether the file could be written, before any work.
+
+    Args:
+        path: of a file that will be written.
+        what: how messages begin, such as ``"--out runs/tuned.json"``.
+
+    Raises:
+        InputError: it could not be.
+    """
+    require(not os.path.isdir(path), f"{what} is a folder; give a file")
+    prove_folder(path.parent, what)
+
+
+def prove_folder(folder: Path, what: str) -> None:
+    """Makes a folder and finds out whether files can be written in it, before any work.
+
+    Args:
+        folder: in which files will be written.
+        what: how messages begin, such as ``"--out runs/compare"``.
+
+    Raises:
+        InputError: they cannot.
+    """
+    # Not Path's own questions, which raise for a name that is too long.
+    above = (folder, *folder.absolute().parents)
+    standing = next(part for part in above if os.path.exists(part))
+    require(os.path.isdir(standing), f"{what}: {standing} is a file and no folder")
+    probe = folder / f".normuon.{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{what} cannot be written: {error.strerror}") from None
+
+
 def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
     """Read a file of ours.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import require
 
 if TYPE_CHECKING:
     from normuon_lab.bench.matrices import MatrixClass
@@ -81,7 +81,7 @@ class BenchCommand:
         import torch
         from rich.console import Console
 
-        from normuon_lab.atomic_files import write_json
+        from normuon_lab.atomic_files import prove_folder, write_json
         from normuon_lab.bench.contents import BenchRequest, run_bench
         from normuon_lab.bench.figure import write_figure
         from normuon_lab.bench.peers import PeerPaths
@@ -105,10 +105,7 @@ class BenchCommand:
             command=shlex.join(["normuon", *sys.argv[1:]]),
         )
         out = self.out or Path("runs/bench")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make --out {out}: {error.strerror}") from None
+        prove_folder(out, f"--out {out}")
         console = Console()
         with Console(stderr=True).status("starting") as status:
             contents = run_bench(request, say=status.update)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json
+from normuon_lab.atomic_files import prove_folder, read_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.runs.records import RunRecord
@@ -155,10 +155,7 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
             not out.exists() or not any(out.iterdir()),
             f"--out {out} holds other files; give an empty or a new folder",
         )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be made: {error.strerror}") from error
+        prove_folder(out, f"--out {out}")
         return new
     require(
         resume,

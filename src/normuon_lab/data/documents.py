@@ -159,16 +159,27 @@ class DocumentReader:
 
 
 def open_rows(group: DocumentGroup) -> IterableDataset:
-    """The group's rows as a streaming data set."""
+    """The group's rows as a streaming data set.
+
+    Raises:
+        InputError: all its files are empty.
+    """
     import datasets
 
     datasets.disable_progress_bars()
     options: dict[str, Any] = {"split": group.split}
     if group.paths:
-        options = {"data_files": [str(path.resolve()) for path in group.paths], "split": "train"}
+        # An empty file among others ends the reading of those after it.
+        filled = [str(path.resolve()) for path in group.paths if path.stat().st_size]
+        require(bool(filled), f"no text was found in {', '.join(map(str, group.paths))}")
+        options = {"data_files": filled, "split": "train"}
     if group.builder == "text":
         options["sample_by"] = "document"
-    rows = datasets.load_dataset(group.builder, group.config, streaming=True, **options)
+    try:
+        rows = datasets.load_dataset(group.builder, group.config, streaming=True, **options)
+    except StopIteration:  # What its reader of JSON makes of compressed files without a row.
+        files = ", ".join(map(str, group.paths))
+        raise InputError(f"no text was found in {files}, or not in the first of them") from None
     assert isinstance(rows, datasets.IterableDataset)
     return rows
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from normuon_lab.atomic_files import prove_folder
 from normuon_lab.errors import InputError, require
 
 # The command line is read before torch is imported, which takes seconds.
@@ -178,3 +179,4 @@ def _check_out(out: Path) -> None:
     require(not out.exists() or out.is_dir(), f"{out} is a file; name a folder")
     entries = list(out.iterdir()) if out.is_dir() else []
     require(not entries, f"{out} is not empty; name another folder")
+    prove_folder(out.parent, str(out))

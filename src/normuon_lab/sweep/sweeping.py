@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from normuon_lab.arms import check_arms
-from normuon_lab.atomic_files import read_json, write_json
+from normuon_lab.atomic_files import prove_file, read_json, write_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
@@ -147,8 +147,9 @@ def run_sweep(request: SweepRequest, console: Console, *, command: str) -> dict[
         RunsFailedError: a run failed; finished rounds are kept.
         InterruptedRunsError: Ctrl-C came; finished rounds are kept.
     """
+    prove_file(request.out, f"--out {request.out}")
+    prove_file(request.storage, f"--storage {request.storage}")
     task = load_task(request.experiment)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     contents = _opened(request, task)
     contents["command"] = command
     studies = Studies(request.storage, request.name)

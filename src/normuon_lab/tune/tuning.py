@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon_lab.arms import ARMS, check_arms
-from normuon_lab.atomic_files import write_json
+from normuon_lab.atomic_files import prove_file, write_json
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.runs.config import Experiment, RunSpec
@@ -173,8 +173,8 @@ def run_tuning(request: TuneRequest, console: Console, *, command: str) -> dict[
         RunsFailedError: a run failed; the rounds before are kept.
         InterruptedRunsError: Ctrl-C came; finished rounds are kept.
     """
+    prove_file(request.out, f"--out {request.out}")
     task = load_task(request.experiment)
-    request.out.parent.mkdir(parents=True, exist_ok=True)
     jobs_at_once = len(request.arms) * len(request.rates) * request.num_seeds
     provenance = {
         "corpus": task.to_json(),

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import normuon_lab
+from normuon_lab.atomic_files import prove_folder
 from normuon_lab.bench.suite.options import DRY, FULL, PARTS, SuiteOptions
 from normuon_lab.bench.suite.part import run_part
 from normuon_lab.bench.suite.record import (
@@ -28,7 +29,7 @@ from normuon_lab.bench.suite.record import (
     write_record,
 )
 from normuon_lab.bench.suite.states import CUT, DONE, FAILED, NO_TIME, NOT_RUN
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import require
 from normuon_lab.machine import utc_now
 
 PATIENCE = 1.4
@@ -54,10 +55,7 @@ def run_suite(options: SuiteOptions, *, start: Start | None = None) -> dict[str,
     has_cuda = torch.cuda.is_available()
     require(has_cuda or options.device != "cuda", "--device cuda: torch finds no CUDA device")
     device = torch.device("cuda:0" if has_cuda and options.device != "cpu" else "cpu")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make --out {options.out}: {error.strerror}") from None
+    prove_folder(options.out, f"--out {options.out}")
     page_path(options.out).unlink(missing_ok=True)
     dry_run = device.type != "cuda"
     # The device's name is the first part's: asking for it here would take memory from all parts.

@@ -1,0 +1,95 @@
+"""Every path that a command writes to is proved before any work: one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normuon_lab.atomic_files import prove_file, prove_folder
+from normuon_lab.cli import main
+from normuon_lab.errors import InputError
+
+
+def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    prove_file(tmp_path / "new" / "deeper" / "file.json", "--out file.json")
+    assert list((tmp_path / "new" / "deeper").iterdir()) == []
+    prove_folder(tmp_path / "new", "--out new")
+
+
+def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("the user's")
+    with pytest.raises(InputError, match=r"^--out x: .*file is a file and no folder$"):
+        prove_folder(tmp_path / "file" / "deeper", "--out x")
+    with pytest.raises(InputError, match=r"^--out x is a folder; give a file$"):
+        prove_file(tmp_path, "--out x")
+    with pytest.raises(InputError, match=r"^--out x cannot be written: File name too long$"):
+        prove_folder(tmp_path / ("a" * 300), "--out x")
+    assert (tmp_path / "file").read_text() == "the user's"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tune", "--out", "FILE/tuned.json"],
+        ["sweep", "--out", "FILE/sweep.json"],
+        ["sweep", "--out", "sweep.json", "--storage", "FILE/sweep.db"],
+        ["compare", "--out", "FILE/compare"],
+        ["bench", "--shapes", "8x8", "--out", "FILE/bench"],
+        ["bench", "--suite", "gpu", "--device", "cpu", "--out", "FILE/suite"],
+        ["train", "--preset", "llama-tiny", "--out", "FILE/run"],
+        ["data", "prepare", "stdlib", "--out", "FILE/data"],
+        ["plan", "gpt2-124m", "--mesh", "dp_shard=2", "--html", "FILE/plan.html"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_below_a_file_is_refused_before_any_work(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("the user's")
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("normuon: error: ")
+    assert "FILE" in line
+    assert Path("FILE").read_text() == "the user's"
+    assert {path.name for path in tmp_path.iterdir()} <= {"FILE"}
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.jsonl.gz", "empty.txt"])
+def test_empty_files_hold_no_text(name: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    assert main(["data", "prepare", str(path), "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("normuon: error: no text was found in ")
+
+
+def test_an_empty_file_among_others_is_passed_over(tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text('{"text": "some text"}\n')
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    assert main(["data", "prepare", *files, "--out", str(tmp_path / "out")]) == 0
+    assert "1 documents" in capsys.readouterr().out
+
+
+def test_the_module_says_which_extra_is_missing() -> None:
+    """`python -m normuon_lab`, as `normuon` does."""
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['tyro'] = None\n"
+        "sys.argv = ['normuon', 'doctor']\n"
+        "runpy.run_module('normuon_lab', run_name='__main__')\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 2
+    assert found.stderr.strip() == (
+        "normuon: error: the normuon command needs tyro: pip install 'normuon[lab]'"
+    )
