@@ -9,6 +9,9 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from importlib import metadata
 from typing import Annotated
 
 import tyro
@@ -65,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Errors of input are one line on stderr and exit code 2; failed runs 1; Ctrl-C 130.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["--version"]:
+        print(f"normuon {metadata.version('normuon')}")
+        return 0
     try:
         return parse(words).run()
     except InputError as error:
@@ -101,14 +107,67 @@ def parse(words: list[str]) -> AnyCommand:
     except SystemExit as leaving:
         if leaving.code in (0, None):
             raise
-        raise InputError(f"{_first_message(shown.getvalue())} (see normuon --help)") from None
+        raise InputError(_words_for(shown.getvalue(), words)) from None
     return command
+
+
+def _words_for(box: str, words: Sequence[str]) -> str:
+    """What was not understood of a command line, from tyro's box, and where to read on."""
+    text = _first_message(box)
+    name = _subcommand(words)
+    unknown = re.match(r"Unrecognized (?:or misplaced )?options: (.+)", text)
+    if unknown:
+        given = re.findall(
+            r"[^\s,]+", re.sub(r"\(applied to [^)]*\)|Arguments are .*", "", unknown[1])
+        )
+        # What follows an unknown option is most likely its value.
+        option = next((word for word in given if word.startswith("--")), given[0])
+        of = "an option of" if option.startswith("-") else "a word of"
+        text = f"{option} is not {of} {name}"
+        close = get_close_matches(option, _known_words(name), n=1)
+        if close:
+            text += f"; did you mean {close[0]}?"
+    number = re.match(r"Error parsing (--\S+): .*(int\(\)|to float).*: '(.*)'$", text)
+    if number:
+        kind = "a whole number" if number[2] == "int()" else "a number"
+        text = f"{number[1]} {number[3]}: give {kind}"
+    return f"{text} (see {name} --help)"
+
+
+def _subcommand(words: Sequence[str]) -> str:
+    """The command as far as it was named right: ``normuon``, ``normuon train``."""
+    named = ["normuon"]
+    for word in words:
+        if word not in _known_words(" ".join(named)) or word.startswith("-"):
+            break
+        named.append(word)
+    return " ".join(named)
+
+
+@lru_cache(maxsize=16)
+def _known_words(name: str) -> tuple[str, ...]:
+    """The options and the subcommands that the help of a command names."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(
+            Command,  # type: ignore[arg-type]
+            prog="normuon",
+            args=[*name.split()[1:], "--help"],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    text = shown.getvalue()
+    subcommands = re.search(r"\{([\w,-]+)\}", text)
+    names = subcommands[1].split(",") if subcommands else []
+    return (*sorted(set(re.findall(r"--[a-z][\w.-]*", text))), *names)
 
 
 def _first_message(box: str) -> str:
     """The message inside one of tyro's boxes: what stands above its first rule, on one line."""
-    inside = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    message = itertools.takewhile(lambda line: not line.startswith("──"), inside)
+    lines = [line.strip("│ ").strip() for line in box.splitlines()]
+    is_rule = re.compile("[╭╰─-]{3,}.*|[╭╰].*").fullmatch
+    # Above the first is nothing, or where the output is not UTF-8 the title.
+    inside = itertools.dropwhile(lambda line: not is_rule(line), lines)
+    message = itertools.takewhile(lambda line: not is_rule(line), itertools.islice(inside, 1, None))
     text = " ".join(" ".join(message).split())
     # What a group of options says of itself needs no name of the group, least of all tyro's.
     text = re.sub(r"^Error parsing __tyro-dummy-inner__\S*: ", "", text)
@@ -116,5 +175,7 @@ def _first_message(box: str) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"normuon: {text}", file=sys.stderr)
+    # Names of files may hold bytes that are no text.
+    printable = f"normuon: {text}".encode("utf-8", "backslashreplace").decode()
+    print(printable, file=sys.stderr)
     return code

@@ -5,12 +5,15 @@ Nothing here needs more than the standard library; the command itself is `cli.py
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 EXIT_BAD_INPUT = 2
+EXIT_NOBODY_READS = 141
+"""As a shell says it of a process that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         needed = f"the normuon command needs {package}: pip install 'normuon[{extra}]'"
         print(f"normuon: error: {needed}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # Whoever read has gone, as `head` does; Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_NOBODY_READS
 
 
 def extra_with(package: str) -> str | None:

@@ -125,7 +125,7 @@ def test_a_flag_out_of_range_is_one_line(tmp_path: Path) -> None:
     outcome = Job(["train", "--lr", -1], tmp_path).wait()
     assert outcome.codes == (2,)
     (said,) = outcome.stderr
-    assert said == "normuon: error: lr -1.0: give a positive number (see normuon --help)\n"
+    assert said == "normuon: error: lr -1.0: give a positive number (see normuon train --help)\n"
 
 
 def test_the_slurm_example_asks_for_what_there_is() -> None:
