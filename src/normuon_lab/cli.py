@@ -150,7 +150,7 @@ def _known_words(name: str) -> tuple[str, ...]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         tyro.cli(
-            Command,  # type: ignore[arg-type]
+            Command,
             prog="normuon",
             args=[*name.split()[1:], "--help"],
             config=(tyro.conf.FlagCreatePairsOff,),
