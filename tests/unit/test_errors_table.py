@@ -262,8 +262,9 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "a group with the options ['differentiable', 'eps', 'foreach', 'fused', "
         "'initial_accumulator_value', 'lr', 'lr_decay', 'maximize', 'weight_decay'] belongs to no "
-        "optimizer that convert_state knows: torch.optim.AdamW, torch.optim.Muon and the authors' "
-        "NorMuon",
+        "optimizer that convert_state knows: torch.optim.AdamW, torch.optim.Muon, the authors' "
+        "NorMuon, dion's Muon and NorMuon, and Muon with 'use_muon' groups, as Keller Jordan's and "
+        "DeepSpeed's",
     ),
     "an unknown origin of a learning rate": (
         lambda: suggest_lr(0.02, coming_from="lion"),
