@@ -128,7 +128,7 @@ def bad_outcomes(
         ("short text", "the text is too short"),
         ("zero steps", "steps must be at least 1, got 0"),
         ("negative steps", "steps must be at least 1, got -3"),
-        ("no number", "Error parsing --steps"),
+        ("no number", "give a whole number"),
         ("tiny vocabulary", "a BPE has the 256 bytes and more, up to 65536 tokens; got 4"),
         ("no seeds", "--seeds must be at least 1, got 0"),
         ("unknown arm", "unknown arm 'sgd': choose from adamw, muon, normuon, "),
