@@ -95,6 +95,7 @@ def assert_alike(fused, plain, *, atol=1e-6):
         {"adjust_lr_fn": "original", "neuron_axis": "short"},
         {"equilibrate": True},
         {"orthogonalizer": "newton_schulz"},
+        {"ns_dtype": torch.float64},
         {"eps": 1e-3, "beta2": 0.2},
         {"max_scratch_bytes": 1},
         {"rate": torch.tensor(1e-2)},

@@ -123,7 +123,7 @@ class NeuronNormalizer:
     def update(self, o_BMN: Tensor, state: Vectors) -> tuple[Vectors, Vectors]:
         """``v`` and ``0.2 sqrt(m n) / ||Oh||_F``."""
         shape = (o_BMN.shape[-2], o_BMN.shape[-1])
-        if self.fused is not False and runs_fused(state["second_momentum_buffer"]):
+        if self.fused is not False and runs_fused(o_BMN, state["second_momentum_buffer"]):
             return self._update_by_kernel(o_BMN, state["second_momentum_buffer"], shape)
         v_BV, sums = self._moments(self._mean_square(o_BMN, shape), state)
         return self._found(v_BV, sums, shape)
@@ -133,10 +133,8 @@ class NeuronNormalizer:
     ) -> tuple[Vectors, Vectors]:
         """`update` in two launches."""
         dim = rule.neuron_dim(*shape, self.neuron_axis)
-        reduced = -1 if dim == -2 else -2
-        norm_BV = torch.linalg.vector_norm(o_BMN, dim=reduced, dtype=torch.float32)
         new_BV, scale_B1 = neurons_fused(
-            norm_BV,
+            rule.norm_per_neuron(o_BMN, dim=dim),
             v_BV,
             shape=shape,
             beta2=self.beta2,

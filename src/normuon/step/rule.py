@@ -110,11 +110,25 @@ def mean_square_per_neuron(o_BMN: Tensor, *, dim: int, num_inputs: int | None = 
         >>> mean_square_per_neuron(o, dim=-2), mean_square_per_neuron(o, dim=-1)
         (tensor([[12.5000,  2.0000]]), tensor([[ 4.5000, 10.0000]]))
     """
-    reduced = -1 if dim == -2 else -2
+    norm_BV = norm_per_neuron(o_BMN, dim=dim)
+    return torch.square(norm_BV) / (num_inputs or o_BMN.shape[-1 if dim == -2 else -2])
+
+
+def norm_per_neuron(o_BMN: Tensor, *, dim: int) -> Tensor:
+    """``[B, V]``: the norm of each neuron's entries of O, in at least float32.
+
+    Args:
+        o_BMN: orthogonalised directions, any floating dtype.
+        dim: the neuron dim, -2 (rows) or -1 (columns).
+
+    Example:
+        >>> norm_per_neuron(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), dim=-2)
+        tensor([[5., 2.]])
+    """
     # A norm accumulates in float32 without writing the float32 copy of O that a product would.
     dtype = torch.promote_types(o_BMN.dtype, torch.float32)
-    norm_BV = torch.linalg.vector_norm(o_BMN, dim=reduced, dtype=dtype)
-    return torch.square(norm_BV) / (num_inputs or o_BMN.shape[reduced])
+    norm_BV: Tensor = torch.linalg.vector_norm(o_BMN, dim=-1 if dim == -2 else -2, dtype=dtype)
+    return norm_BV
 
 
 def update_second_moment(v_BV: Tensor, mean_square_BV: Tensor, *, beta2: float) -> Tensor:
