@@ -1,6 +1,8 @@
 """What every test shares: fixed seeds and one thread, so that results repeat."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,3 +17,21 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def _settings_of_the_process() -> dict[str, object]:
+    return {
+        "denormals are flushed": sys.float_info.min / 2 == 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients are recorded": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _settings_are_left_as_they_were() -> Iterator[None]:
+    """What one call leaves set changes the numbers of every later one."""
+    before = _settings_of_the_process()
+    yield
+    assert _settings_of_the_process() == before

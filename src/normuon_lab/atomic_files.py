@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from normuon_lab.errors import InputError, require
+
+PROBE = ".normuon."
+"""How the name of a file begins that only finds out whether a folder can be written."""
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -23,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write bytes beside `path` and rename them there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         beside.write_bytes(content)
         beside.replace(path)
@@ -59,11 +64,11 @@ def prove_folder(folder: Path, what: str) -> None:
     above = (folder, *folder.absolute().parents)
     standing = next(part for part in above if os.path.exists(part))
     require(os.path.isdir(standing), f"{what}: {standing} is a file and no folder")
-    probe = folder / f".normuon.{os.getpid()}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        # Without a name where the system can, so that others who look into the folder see nothing.
+        with TemporaryFile(dir=folder, prefix=PROBE):
+            pass
     except OSError as error:
         raise InputError(f"{what} cannot be written: {error.strerror}") from None
 

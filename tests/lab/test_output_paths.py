@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from normuon_lab.atomic_files import prove_file, prove_folder
+from normuon_lab.atomic_files import prove_file, prove_folder, write_json
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
 
@@ -18,6 +20,20 @@ def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
     prove_file(tmp_path / "new" / "deeper" / "file.json", "--out file.json")
     assert list((tmp_path / "new" / "deeper").iterdir()) == []
     prove_folder(tmp_path / "new", "--out new")
+
+
+def test_threads_may_prove_the_same_folder_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: prove_folder(tmp_path / "new", "--out new"), range(400)))
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_threads_may_write_the_same_file_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_json(file, {"written by": i}), range(400)))
+    assert "written by" in json.loads(file.read_text())
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from normuon_lab.atomic_files import prove_folder, read_json, write_json, write_text
+from normuon_lab.atomic_files import PROBE, prove_folder, read_json, write_json, write_text
 from normuon_lab.config_difference import first_difference
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
 from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
@@ -280,7 +280,7 @@ def _make_folder(out: Path) -> None:
     """Make the folder, unless it is ours: then its lock is the first file in it."""
     require(not out.exists() or out.is_dir(), f"{out} is a file; name a folder")
     prove_folder(out, f"--out {out}")
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir() if not path.name.startswith(PROBE)}
     require(
         not names or bool(names & {LOCK, PROGRESS, MANIFEST}),
         f"{out} holds other files, such as {min(names, default='')}; name another folder",

@@ -19,6 +19,7 @@ from normuon_lab.arms import PRETRAINING_ARMS
 from normuon_lab.data.loading import open_data
 from normuon_lab.data.pretrain_data import PretrainData
 from normuon_lab.errors import require
+from normuon_lab.machine import denormals_flushed
 from normuon_lab.pretrain.checkpoint import newest_complete
 from normuon_lab.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
@@ -60,11 +61,9 @@ def train(request: TrainRequest, console: Console) -> None:
     """
     config = request.config
     check_trackers(config.metrics.trackers)
-    with StopRequest() as stop, joined(config.parallel) as ranks:
+    with StopRequest() as stop, denormals_flushed(), joined(config.parallel) as ranks:
         # A process alone saves and loads alone; torch would say so each time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        if ranks.device.type == "cpu":
-            torch.set_flush_denormal(True)  # Denormal numbers are slow there.
         model = build_model(config.model, seed=config.seed)
         torch.manual_seed(config.seed + ranks.data_rank)  # For dropout.
         model_config = config_values(model)

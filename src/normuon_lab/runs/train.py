@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from normuon_lab.arms import ARMS
+from normuon_lab.machine import denormals_flushed
 from normuon_lab.runs.config import Experiment, RunSpec
 from normuon_lab.runs.models import (
     build_model,
@@ -175,12 +176,11 @@ class _Run:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic kernels, and no denormal numbers, which are slow on CPUs; undone at the end."""
+    """Deterministic kernels, and no denormal numbers; undone at the end."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    torch.set_flush_denormal(True)
     try:
-        yield
+        with denormals_flushed():
+            yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.set_flush_denormal(False)
