@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normuon_lab.runs.corpus import Corpus, load_corpus
+from normuon_lab.train.runs.corpus import Corpus, load_corpus
 
 STEPS, WARM_UP, BATCH = 150, 10, 32
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"

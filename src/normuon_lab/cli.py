@@ -17,17 +17,17 @@ from typing import Annotated
 import tyro
 
 from normuon_lab.bench.command import BenchCommand
-from normuon_lab.compare.command import CompareCommand
 from normuon_lab.data.command import DataCommand
 from normuon_lab.doctor import DoctorCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError
-from normuon_lab.evidence.command import EvidenceCommand
 from normuon_lab.plan.command import PlanCommand
-from normuon_lab.pretrain.command import Train, default_command
-from normuon_lab.pretrain.export import ExportCommand
-from normuon_lab.pretrain.inspect import InspectCommand
-from normuon_lab.sweep.command import SweepCommand
-from normuon_lab.tune.command import TuneCommand
+from normuon_lab.study.compare.command import CompareCommand
+from normuon_lab.study.evidence.command import EvidenceCommand
+from normuon_lab.study.sweep.command import SweepCommand
+from normuon_lab.study.tune.command import TuneCommand
+from normuon_lab.train.pretrain.command import Train, default_command
+from normuon_lab.train.pretrain.export import ExportCommand
+from normuon_lab.train.pretrain.inspect import InspectCommand
 
 EXIT_RUNS_FAILED = 1
 EXIT_BAD_INPUT = 2

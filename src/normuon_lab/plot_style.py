@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from normuon_lab.arms import ARMS
+from normuon_lab.train.arms.registry import ARMS
 
 # Okabe and Ito's palette, which stays distinct under the common forms of colour blindness.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")

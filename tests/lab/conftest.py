@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normuon_lab.runs.config import Experiment, ModelConfig, TrainConfig
-from normuon_lab.runs.corpus import Corpus, load_corpus
+from normuon_lab.train.runs.config import Experiment, ModelConfig, TrainConfig
+from normuon_lab.train.runs.corpus import Corpus, load_corpus
 from tests.distributed.ranks import Ranks
 
 TINY_STEPS = 6

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from normuon_lab.runs.config import Experiment, RunSpec
-from normuon_lab.runs.corpus import Corpus
-from normuon_lab.runs.train import train_run
+from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.corpus import Corpus
+from normuon_lab.train.runs.train import train_run
 from tests.lab.conftest import RATES, TINY_STEPS, Outcome, command, run_command
 
 

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from normuon_lab.arms import ARMS
 from normuon_lab.plot_style import PALETTE, style_of
+from normuon_lab.train.arms.registry import ARMS
 
 # Machado, Oliveira and Fernandes 2009, severity 1: what linear RGB looks like to whom.
 SIGHTS = {

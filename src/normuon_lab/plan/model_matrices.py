@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import InputError, require
-from normuon_lab.presets import PRESETS, preset_config
+from normuon_lab.plan.presets import PRESETS, preset_config
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.lab.data.conftest import make_documents
-from tests.lab.pretrain.kills import final_tensors, train_through_kills
-from tests.lab.pretrain.processes import Job
+from tests.lab.train.pretrain.kills import final_tensors, train_through_kills
+from tests.lab.train.pretrain.processes import Job
 
 
 @pytest.mark.slow

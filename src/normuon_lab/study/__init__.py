@@ -1,0 +1,1 @@
+"""Studies over many runs: compare, tune, sweep, and the published evidence."""

@@ -1,0 +1,73 @@
+"""`normuon compare`: its options, and what it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from normuon_lab.errors import require
+from normuon_lab.train.arms.registry import MAIN_ARMS
+from normuon_lab.train.runs.options import ExperimentOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(ExperimentOptions):
+    """Train one small model per arm and seed; say how many fewer steps each arm needs."""
+
+    arms: tuple[str, ...] = MAIN_ARMS
+    """Optimizers to compare."""
+    seeds: int = 4
+    """Seeds per arm, counted from 0: each sets the initial weights and the order of the data."""
+    lr: tuple[str, ...] = ()
+    """Peak learning rates that replace tuned ones, as ARM=VALUE."""
+    tuned: str | None = None
+    """A file written by `normuon tune`, in place of the rates shipped with the package."""
+    out: Path = Path("runs/compare")
+    """Folder for results.json, report.html and TensorBoard's files."""
+    resume: bool = False
+    """Go on with the runs that OUT is missing."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        experiment = self.experiment()
+        rates = parse_rates(self.lr)
+        from rich.console import Console
+
+        from normuon_lab.study.compare.comparison import ComparisonRequest, run_comparison
+        from normuon_lab.study.compare.summary import print_summary
+
+        console = Console()
+        request = ComparisonRequest(
+            experiment=experiment,
+            arms=self.arms,
+            num_seeds=self.seeds,
+            given_rates=rates,
+            tuned_path=self.tuned,
+            out=self.out,
+            resume=self.resume,
+        )
+        results = run_comparison(request, console)
+        print_summary(results, console)
+        console.print(f"Report: {self.out / 'report.html'}", highlight=False, soft_wrap=True)
+        return 0
+
+
+def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
+    """`--lr`'s pairs as a dictionary.
+
+    >>> parse_rates(["adamw=0.002"])
+    {'adamw': 0.002}
+    """
+    rates: dict[str, float] = {}
+    for pair in pairs:
+        arm, separator, text = pair.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            separator = ""
+            value = 0.0
+        require(separator == "=", f"--lr {pair}: write ARM=VALUE, such as normuon=0.004")
+        require(arm not in rates, f"--lr names {arm} twice")
+        rates[arm] = value
+    return rates

@@ -1,0 +1,279 @@
+"""The report's figures of losses and learning rates; those of updates are `update_figures.py`'s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from normuon_lab.plot_style import INK, MUTED, apply_style, color_of, dash_of, marker_of
+from normuon_lab.study.compare.results import Results
+from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.statistics import Comparison, steps_to_target
+from normuon_lab.train.runs.records import RunRecord
+
+
+def loss_figure(results: Results, *, against: str) -> go.Figure:
+    """Validation loss against `"steps"` or `"seconds"`: means over seeds, and every seed thin."""
+    figure = go.Figure()
+    for arm in results.arms:
+        records = results.of_arm(arm)
+        if not records:
+            continue
+        for record in records:
+            figure.add_trace(
+                go.Scatter(
+                    x=_abscissas(record, against),
+                    y=record.eval_losses,
+                    mode="lines",
+                    line={"color": color_of(arm), "dash": dash_of(arm), "width": 1},
+                    opacity=0.35,
+                    hoverinfo="skip",
+                    showlegend=False,
+                )
+            )
+        unit = "step %{x:.0f}" if against == "steps" else "%{x:.1f} s"
+        figure.add_trace(
+            go.Scatter(
+                x=_mean_columns([_abscissas(record, against) for record in records]),
+                y=_mean_columns([record.eval_losses for record in records]),
+                mode="lines+markers",
+                name=label_of(arm),
+                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2.5},
+                marker={"symbol": marker_of(arm), "size": 6},
+                hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
+            )
+        )
+    _add_target(figure, results, against)
+    title = "training steps" if against == "steps" else "seconds of training, evaluations left out"
+    apply_style(figure, height=460)
+    figure.update_xaxes(title_text=title, rangemode="tozero")
+    figure.update_yaxes(
+        title_text=f"validation loss ({_unit(results)})", range=_loss_range(results)
+    )
+    return figure
+
+
+def final_loss_figure(results: Results) -> go.Figure:
+    """Final losses with seeds joined, and paired differences with their intervals."""
+    comparisons = results.comparisons()
+    reference = results.reference_arm
+    panels = [
+        (f"minus {label_of(reference)}", [c for c in comparisons if c.baseline == reference]),
+        ("among the others", [c for c in comparisons if c.baseline != reference]),
+    ]
+    panels = [(title, chosen) for title, chosen in panels if any(c.seeds for c in chosen)]
+    figure = make_subplots(
+        rows=1,
+        cols=1 + len(panels),
+        subplot_titles=["final loss by seed", *(f"difference, {title}" for title, _ in panels)],
+        horizontal_spacing=0.13,
+    )
+    _add_finals(figure, results)
+    for column, (_, chosen) in enumerate(panels, start=2):
+        for comparison in chosen:
+            _add_difference(figure, comparison, column)
+        figure.add_vline(x=0, line={"color": MUTED, "width": 1}, row=1, col=column)
+        figure.update_xaxes(title_text=f"{_unit(results)}; left is better", row=1, col=column)
+        # Categories are at 0, 1, ...; the first is on top.
+        figure.update_yaxes(range=[len(chosen) - 0.4, -0.6], row=1, col=column)
+    figure.update_yaxes(title_text=f"final validation loss ({_unit(results)})", row=1, col=1)
+    apply_style(figure, height=380)
+    figure.update_layout(showlegend=False)
+    return figure
+
+
+def tuning_figure(results: Results) -> go.Figure | None:
+    """Mean final loss on the tuning seeds against the learning rate; None without tuned arms."""
+    figure = go.Figure()
+    losses: list[float] = []
+    medians: list[float] = []
+    rates: set[float] = set()
+    for arm in results.arms:
+        rate = results.learning_rates[arm]
+        trials = [trial for trial in rate["trials"] if trial["mean_final_loss"] is not None]
+        if not trials:
+            continue
+        losses.extend(trial["mean_final_loss"] for trial in trials)
+        medians.append(sorted(losses[-len(trials) :])[len(trials) // 2])
+        rates.update(trial["learning_rate"] for trial in trials)
+        chosen = [trial["learning_rate"] == rate["value"] for trial in trials]
+        figure.add_trace(
+            go.Scatter(
+                x=[trial["learning_rate"] for trial in trials],
+                y=[trial["mean_final_loss"] for trial in trials],
+                mode="lines+markers",
+                name=label_of(arm),
+                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2},
+                marker={
+                    "symbol": ["star" if c else marker_of(arm) for c in chosen],
+                    "size": [15 if c else 7 for c in chosen],
+                    "opacity": 1.0,
+                    "line": {"width": [1 if c else 0 for c in chosen], "color": INK},
+                },
+                hovertemplate=f"{label_of(arm)}, %{{x:.4g}}: %{{y:.4f}}<extra></extra>",
+            )
+        )
+    if not losses:
+        return None
+    apply_style(figure, height=400)
+    ticks = _spread_out(rates)
+    figure.update_xaxes(
+        title_text="peak learning rate (logarithmic)",
+        type="log",
+        tickvals=ticks,
+        ticktext=[f"{tick:.3g}" for tick in ticks],
+    )
+    # A rate near divergence would otherwise flatten everything that is of interest.
+    top = min(max(losses), min(losses) + 2 * (max(medians) - min(losses)))
+    margin = 0.08 * (top - min(losses) or 1.0)
+    figure.update_yaxes(
+        title_text=f"mean final loss ({_unit(results)})",
+        range=[min(losses) - margin, top + margin],
+    )
+    return figure
+
+
+def _unit(results: Results) -> str:
+    return "nats per byte" if results.corpus["tokenizer"] == "bytes" else "nats per token"
+
+
+def _add_target(figure: go.Figure, results: Results, against: str) -> None:
+    """The reference arm's mean final loss as a line, and where other means cross it."""
+    reference = results.of_arm(results.reference_arm)
+    if not reference:
+        return
+    target = _mean_columns([record.eval_losses for record in reference])[-1]
+    figure.add_hline(
+        y=target,
+        line={"color": color_of(results.reference_arm), "dash": "dot", "width": 1.5},
+        annotation_text=f"{label_of(results.reference_arm)}'s final loss",
+        annotation_position="bottom left",
+        annotation_font={"color": color_of(results.reference_arm), "size": 12},
+    )
+    for arm in results.arms:
+        records = results.of_arm(arm)
+        if arm == results.reference_arm or not records:
+            continue
+        crossing = steps_to_target(
+            _mean_columns([_abscissas(record, against) for record in records]),
+            _mean_columns([record.eval_losses for record in records]),
+            target,
+        )
+        if crossing is not None:
+            figure.add_trace(
+                go.Scatter(
+                    x=[crossing],
+                    y=[target],
+                    mode="markers",
+                    marker={
+                        "symbol": "star",
+                        "size": 14,
+                        "color": color_of(arm),
+                        "line": {"color": "white", "width": 1},
+                    },
+                    showlegend=False,
+                    hovertemplate=f"{label_of(arm)} reaches it at %{{x:.0f}}<extra></extra>",
+                )
+            )
+
+
+def _add_finals(figure: go.Figure, results: Results) -> None:
+    for seed in results.seeds:
+        records = [results.record(arm, seed) for arm in results.arms]
+        shown = [record for record in records if record is not None and not record.diverged]
+        figure.add_trace(
+            go.Scatter(
+                x=[label_of(record.arm) for record in shown],
+                y=[record.final_loss for record in shown],
+                mode="lines+markers",
+                line={"color": "#9aa5b1", "width": 1},
+                marker={
+                    "color": [color_of(record.arm) for record in shown],
+                    "symbol": [marker_of(record.arm) for record in shown],
+                    "size": 9,
+                },
+                hovertemplate=f"%{{x}}, seed {seed}: %{{y:.4f}}<extra></extra>",
+            ),
+            row=1,
+            col=1,
+        )
+
+
+def _add_difference(figure: go.Figure, comparison: Comparison, column: int) -> None:
+    estimate = comparison.loss_difference
+    name = f"{label_of(comparison.arm)}<br>minus {label_of(comparison.baseline)}"
+    figure.add_trace(
+        go.Scatter(
+            x=estimate.values,
+            y=[name] * len(estimate.values),
+            mode="markers",
+            marker={"color": color_of(comparison.arm), "size": 8, "opacity": 0.4},
+            hovertemplate="one seed: %{x:+.4f}<extra></extra>",
+        ),
+        row=1,
+        col=column,
+    )
+    if estimate.mean is None:
+        return
+    error: dict[str, Any] = {"visible": False}
+    if estimate.low is not None and estimate.high is not None:
+        error = {
+            "array": [estimate.high - estimate.mean],
+            "arrayminus": [estimate.mean - estimate.low],
+            "thickness": 2,
+            "width": 7,
+        }
+    figure.add_trace(
+        go.Scatter(
+            x=[estimate.mean],
+            y=[name],
+            mode="markers",
+            marker={
+                "color": color_of(comparison.arm),
+                "symbol": marker_of(comparison.arm),
+                "size": 11,
+            },
+            error_x=error,
+            hovertemplate="mean %{x:+.4f}<extra></extra>",
+        ),
+        row=1,
+        col=column,
+    )
+
+
+def _loss_range(results: Results) -> list[float]:
+    """From a little below the lowest loss to where training has left its first plunge."""
+    records = [record for arm in results.arms for record in results.of_arm(arm)]
+    if not records:
+        return [0.0, 6.0]
+    low = min(min(record.eval_losses) for record in records)
+    early = [
+        loss
+        for record in records
+        for step, loss in zip(record.eval_steps, record.eval_losses, strict=True)
+        if step >= 0.1 * record.eval_steps[-1]
+    ]
+    high = max(early)
+    margin = 0.05 * (high - low)
+    return [low - margin, high + margin]
+
+
+def _abscissas(record: RunRecord, against: str) -> list[float]:
+    return list(record.eval_steps if against == "steps" else record.eval_seconds)
+
+
+def _mean_columns(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(column) / len(column) for column in zip(*rows, strict=True)]
+
+
+def _spread_out(rates: set[float]) -> list[float]:
+    """Those rates that are far enough apart on a logarithmic axis to be labelled."""
+    chosen: list[float] = []
+    for rate in sorted(rates):
+        if not chosen or rate > 1.35 * chosen[-1]:
+            chosen.append(rate)
+    return chosen

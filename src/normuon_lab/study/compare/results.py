@@ -1,0 +1,192 @@
+"""The file a comparison writes, results.json: its schema, and writing it so that it is never torn.
+
+The fields are described in docs/lab/results-schema.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normuon_lab.atomic_files import prove_folder, read_json
+from normuon_lab.config_difference import first_difference
+from normuon_lab.errors import InputError, require
+from normuon_lab.study.statistics import (
+    METHOD,
+    Comparison,
+    Curve,
+    PointsBetween,
+    compare_arms,
+    points_between,
+)
+from normuon_lab.train.runs.records import RunRecord
+
+SCHEMA_VERSION = 1
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """Everything a comparison knows; `records` grows as runs finish.
+
+    Attributes:
+        config: arms, seeds, learning rates, model, training and data; decides what `--resume` may
+            go on with.
+        learning_rates: per arm the rate, where it comes from and the trials it was chosen from.
+    """
+
+    config: dict[str, Any]
+    corpus: dict[str, Any]
+    learning_rates: dict[str, Any]
+    machine: dict[str, Any]
+    created: str
+    records: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms in the order in which they were asked for."""
+        return list(self.config["arms"])
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds in ascending order."""
+        return list(self.config["seeds"])
+
+    @property
+    def reference_arm(self) -> str:
+        """The arm whose final loss is the target: AdamW, or the first where it is not there."""
+        return "adamw" if "adamw" in self.arms else self.arms[0]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every arm has every seed."""
+        return len(self.records) == len(self.arms) * len(self.seeds)
+
+    def record(self, arm: str, seed: int) -> RunRecord | None:
+        """The record of one run, or None while it is missing."""
+        for record in self.records:
+            if record.arm == arm and record.seed == seed:
+                return record
+        return None
+
+    def of_arm(self, arm: str) -> list[RunRecord]:
+        """The arm's finished runs that did not diverge, by seed."""
+        chosen = [record for record in self.records if record.arm == arm and not record.diverged]
+        return sorted(chosen, key=lambda record: record.seed)
+
+    def comparisons(self) -> list[Comparison]:
+        """Every arm against every arm named before it, the reference first of all."""
+        order = sorted(self.arms, key=lambda arm: arm != self.reference_arm)
+        curves = {
+            arm: {
+                record.seed: Curve(steps=record.eval_steps, losses=record.eval_losses)
+                for record in self.of_arm(arm)
+            }
+            for arm in order
+        }
+        return [
+            compare_arms(arm, baseline, curves)
+            for i, arm in enumerate(order)
+            for baseline in order[:i]
+        ]
+
+    def points(self) -> list[PointsBetween]:
+        """Differences of efficiency between the arms that are held against the reference."""
+        against_reference = [c for c in self.comparisons() if c.baseline == self.reference_arm]
+        return [
+            points_between(ours, theirs)
+            for i, ours in enumerate(against_reference)
+            for theirs in against_reference[:i]
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of results.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "normuon compare",
+            "status": "complete" if self.is_complete else "partial",
+            "created": self.created,
+            "config": self.config,
+            "corpus": self.corpus,
+            "learning_rates": self.learning_rates,
+            "machine": self.machine,
+            "analysis": {
+                "reference_arm": self.reference_arm,
+                "method": METHOD,
+                "comparisons": [comparison.to_json() for comparison in self.comparisons()],
+                "efficiency_differences": [difference.to_json() for difference in self.points()],
+            },
+            "runs": [record.to_json() for record in self.records],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Results:
+        """The inverse of `to_json`; the analysis is made anew from the runs."""
+        return cls(
+            config=values["config"],
+            corpus=values["corpus"],
+            learning_rates=values["learning_rates"],
+            machine=values["machine"],
+            created=values["created"],
+            records=[RunRecord.from_json(run) for run in values["runs"]],
+        )
+
+
+def open_results(out: Path, new: Results, *, resume: bool) -> Results:
+    """The results to go on with in folder `out`, which is made if it is not there.
+
+    Args:
+        out: the folder.
+        new: empty results of the comparison to be made.
+        resume: go on with what the folder holds.
+
+    Raises:
+        InputError: `out` is not a folder, holds files of others, holds results and `resume` was not
+            asked for, or holds those of another configuration or of another text.
+    """
+    require(not out.exists() or out.is_dir(), f"--out {out} is a file; give a folder")
+    path = out / RESULTS_FILE
+    if not path.exists():
+        require(
+            not out.exists() or not any(out.iterdir()),
+            f"--out {out} holds other files; give an empty or a new folder",
+        )
+        prove_folder(out, f"--out {out}")
+        return new
+    require(
+        resume,
+        f"--out {out} holds the results of an earlier run: go on with them with --resume, "
+        "or give another --out",
+    )
+    old = Results.from_json(read_json(path, kind="normuon compare", schema_version=SCHEMA_VERSION))
+    difference = first_difference(old.config, new.config)
+    if difference is not None:
+        name, before, after = difference
+        raise InputError(
+            f"--resume: {out} was made with {name} = {_shown(before)}, not {_shown(after)}; "
+            "give the same, or another --out"
+        )
+    require(
+        old.corpus["sha256"] == new.corpus["sha256"],
+        f"--resume: {out} was made from another text (SHA-256 {old.corpus['sha256'][:12]}..., "
+        f"not {new.corpus['sha256'][:12]}...)",
+    )
+    return old
+
+
+def missing_runs(results: Results) -> Sequence[tuple[str, int]]:
+    """Arm and seed of the runs still to do: all arms of a seed before the next seed."""
+    return [
+        (arm, seed)
+        for seed in results.seeds
+        for arm in results.arms
+        if results.record(arm, seed) is None
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value)

@@ -1,0 +1,131 @@
+"""The table that a comparison ends with, in the terminal and at the top of the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from normuon_lab.study.compare.results import Results
+from normuon_lab.study.statistics import Comparison, Estimate, t_interval
+from normuon_lab.train.arms.registry import ARMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryRow:
+    """One arm's line, as text ready to show."""
+
+    arm: str
+    label: str
+    num_seeds: int
+    learning_rate: str
+    final_loss: str
+    loss_difference: str
+    fewer_steps: str
+
+
+def summary_rows(results: Results) -> list[SummaryRow]:
+    """A row per arm, the reference arm among them without differences."""
+    against_reference = {
+        comparison.arm: comparison
+        for comparison in results.comparisons()
+        if comparison.baseline == results.reference_arm
+    }
+    rows = []
+    for arm in results.arms:
+        finals = [r.final_loss for r in results.of_arm(arm) if r.final_loss is not None]
+        comparison = against_reference.get(arm)
+        is_reference = arm == results.reference_arm
+        rows.append(
+            SummaryRow(
+                arm=arm,
+                label=label_of(arm),
+                num_seeds=len(finals),
+                learning_rate=f"{results.learning_rates[arm]['value']:.4g}",
+                final_loss=_final_loss_text(results, arm, finals),
+                loss_difference="baseline"
+                if is_reference or comparison is None
+                else estimate_text(comparison.loss_difference, digits=4, signed=True),
+                fewer_steps="baseline"
+                if is_reference or comparison is None
+                else fewer_steps_text(comparison),
+            )
+        )
+    return rows
+
+
+def label_of(arm: str) -> str:
+    """What the report calls an arm; an arm that this version does not know keeps its name."""
+    return ARMS[arm].label if arm in ARMS else arm
+
+
+def estimate_text(estimate: Estimate, *, digits: int, unit: str = "", signed: bool = False) -> str:
+    """A mean with its interval, such as `12.3% [10.1, 14.5]`."""
+    if estimate.mean is None:
+        return "none"
+    sign = "+" if signed else ""
+    text = f"{estimate.mean:{sign}.{digits}f}{unit}"
+    if estimate.low is None or estimate.high is None:
+        return f"{text} (one seed: no interval)"
+    return f"{text} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
+
+
+def fewer_steps_text(comparison: Comparison) -> str:
+    """The training efficiency with its interval, or why there is none."""
+    if comparison.seeds_not_reached:
+        return (
+            f"target not reached by {len(comparison.seeds_not_reached)} "
+            f"of {len(comparison.seeds)} seeds"
+        )
+    return estimate_text(comparison.fewer_steps_percent, digits=1, unit="%")
+
+
+def points_text(points: Estimate) -> str:
+    """A difference of two efficiencies in percentage points, with its interval."""
+    return estimate_text(points, digits=1, unit=" points", signed=True)
+
+
+def print_summary(results: Results, console: Console) -> None:
+    """Print the table and what its last column means."""
+    reference = label_of(results.reference_arm)
+    table = Table(title=f"Final validation loss and steps to {reference}'s, 95% intervals")
+    table.add_column("arm")
+    for title in ("seeds", "learning rate", "final loss", f"minus {reference}", "fewer steps"):
+        table.add_column(title, justify="right")
+    for row in summary_rows(results):
+        table.add_row(
+            row.label,
+            str(row.num_seeds),
+            row.learning_rate,
+            row.final_loss,
+            row.loss_difference,
+            row.fewer_steps,
+        )
+    console.print(table)
+    losses = {(c.arm, c.baseline): c.loss_difference for c in results.comparisons()}
+    for difference in results.points():
+        loss = losses[difference.arm, difference.baseline]
+        console.print(
+            f"{label_of(difference.arm)} against {label_of(difference.baseline)}: "
+            f"loss {estimate_text(loss, digits=4, signed=True)}, "
+            f"{points_text(difference.points)} of steps saved on {reference}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    console.print(
+        "Read off the curves of this run, whose learning rate has not decayed at the crossing: "
+        "conservative. Intervals: Student's t over paired seeds.",
+        highlight=False,
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _final_loss_text(results: Results, arm: str, finals: list[float]) -> str:
+    diverged = sum(record.arm == arm and record.diverged for record in results.records)
+    if not finals:
+        return "diverged" if diverged else "not run"
+    mean = t_interval(finals).mean
+    return f"{mean:.4f}" + (f" ({diverged} diverged)" if diverged else "")

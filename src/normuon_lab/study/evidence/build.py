@@ -1,0 +1,56 @@
+"""From the files under ``results`` to the tables, the figures and the page, all of them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from normuon_lab.atomic_files import write_json, write_text
+from normuon_lab.errors import require
+from normuon_lab.matplotlib_style import save_figure
+from normuon_lab.study.evidence import table1 as first_table
+from normuon_lab.study.evidence.collected import collect
+from normuon_lab.study.evidence.drawn import draw_figures
+from normuon_lab.study.evidence.page import FIGURES_FOLDER, render_page
+from normuon_lab.study.evidence.protocol import CELLS, Cell
+from normuon_lab.study.evidence.table2 import read_table2
+
+PAGE = "results.md"
+
+
+def build(
+    results: Path, docs: Path, *, cells: Mapping[str, Cell] = CELLS, with_figures: bool = True
+) -> list[Path]:
+    """Write table1.json, the page and its figures; the same files give the same bytes.
+
+    Args:
+        results: the results' folder.
+        docs: the documentation's folder.
+        cells: those of the protocol.
+        with_figures: False leaves the figures' files as they are, which saves most of the time.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: a folder is missing, or a file is not what it should be.
+    """
+    require(results.is_dir(), f"--results {results} is not a folder")
+    require(docs.is_dir(), f"--docs {docs} is not a folder")
+    evidence = collect(results, cells)
+    table1 = first_table.table1(evidence)
+    figures = draw_figures(evidence, table1)
+    written = [results / first_table.FILE, docs / PAGE]
+    write_json(written[0], table1)
+    write_text(written[1], render_page(evidence, table1, read_table2(results), figures))
+    if not with_figures:
+        return written
+    folder = docs / FIGURES_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.svg"):
+        if path.stem not in figures:
+            path.unlink()
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.svg")
+        written.append(folder / f"{name}.svg")
+    return written

@@ -1,0 +1,105 @@
+"""What the results' folder holds, cell by cell, as the tables and figures want it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
+from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
+from normuon_lab.study.sweep.export import read_tuned_arms
+from normuon_lab.train.runs.objective import objective
+from normuon_lab.train.runs.records import RunRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellEvidence:
+    """What was run of one cell; any part may be missing.
+
+    Attributes:
+        cell: what was to be run.
+        runs: claim runs, on claim seeds alone.
+        sensitivity: runs with one hyperparameter varied.
+        tuning: by arm, what the sweep's export says of it.
+    """
+
+    cell: Cell
+    runs: list[RunRecord] = field(default_factory=list)
+    sensitivity: list[StoredRun] = field(default_factory=list)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def full_steps(self) -> int:
+        """The full length N of the cell's schedules."""
+        return self.cell.experiment.training.steps
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of the cell is there."""
+        return not (self.runs or self.sensitivity or self.tuning)
+
+    @property
+    def title(self) -> str:
+        """The cell's task and size."""
+        return f"{self.cell.task}, {self.cell.size} parameters"
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """The held-out accuracy to which steps are counted; None where final losses count."""
+        return self.cell.experiment.training.stop_at_accuracy
+
+    def steps_to_accuracy(self, arm: str) -> dict[int, float]:
+        """By seed, an arm's steps to the target accuracy; see `objective` for runs that miss it."""
+        training = self.cell.experiment.training
+        assert training.stop_at_accuracy is not None
+        found = {run.seed: objective(run, training) for run in self.full_runs(arm)}
+        return {seed: steps for seed, steps in found.items() if steps is not None}
+
+    def missed_accuracy(self, arm: str) -> list[int]:
+        """Seeds on which an arm never came to the target accuracy."""
+        accuracy = self.target_accuracy
+        assert accuracy is not None
+        return [r.seed for r in self.full_runs(arm) if r.steps_to_accuracy(accuracy) is None]
+
+    def final_losses(self, arm: str) -> dict[int, dict[int, float | None]]:
+        """An arm's final losses by schedule length and seed; None where a run diverged."""
+        found: dict[int, dict[int, float | None]] = {}
+        for record in self.runs:
+            if record.arm == arm:
+                assert record.steps is not None
+                found.setdefault(record.steps, {})[record.seed] = record.final_loss
+        return dict(sorted(found.items()))
+
+    def full_runs(self, arm: str) -> list[RunRecord]:
+        """An arm's runs at the full length, in order of seeds."""
+        runs = [run for run in self.runs if run.arm == arm and run.steps == self.full_steps]
+        return sorted(runs, key=lambda run: run.seed)
+
+    def num_trials(self, arm: str) -> int | None:
+        """How many trials the arm's tuning had; None where it was not tuned."""
+        return len(self.tuning[arm]["trials"]) if arm in self.tuning else None
+
+
+def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEvidence]:
+    """Read everything there is of the cells, in their order.
+
+    Args:
+        results: the results' folder.
+        cells: those of the protocol.
+
+    Raises:
+        InputError: a file is not what it should be.
+    """
+    return [_collect_cell(results, cell) for cell in cells.values()]
+
+
+def _collect_cell(results: Path, cell: Cell) -> CellEvidence:
+    records = [stored.record for stored in read_runs(results, cell.name)]
+    return CellEvidence(
+        cell=cell,
+        runs=[record for record in records if record.seed in CLAIM_SEEDS],
+        sensitivity=read_runs(results, cell.name, purpose="sensitivity"),
+        tuning=read_tuned_arms(results / cell.name / SWEEP_FILE),
+    )

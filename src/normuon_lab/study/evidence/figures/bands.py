@@ -1,0 +1,126 @@
+"""Means over seeds with Student's t bands, and the legend that all figures of arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from normuon_lab.plot_style import INK, style_of
+from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.statistics import t_interval
+
+Array = npt.NDArray[np.float64]
+
+BAND_OPACITY = 0.18
+LABEL_SIZE = 9
+
+
+def band(values_SK: Array) -> tuple[Array, Array, Array]:
+    """Mean, lower and upper end over the first dim; with one seed all three are the mean."""
+    estimates = [t_interval(column.tolist()) for column in values_SK.T]
+    means = np.array([e.mean for e in estimates], dtype=np.float64)
+    lows = np.array([e.mean if e.low is None else e.low for e in estimates], dtype=np.float64)
+    highs = np.array([e.mean if e.high is None else e.high for e in estimates], dtype=np.float64)
+    return means, lows, highs
+
+
+def draw_band(
+    axes: Axes,
+    arm: str,
+    x: Sequence[float] | Array,
+    values_SK: Array,
+    *,
+    with_markers: bool,
+    name: str | None = None,
+) -> None:
+    """An arm's mean as a line and its interval as a band; in the legend by its label or a name."""
+    means, lows, highs = band(values_SK)
+    style = style_of(arm)
+    axes.fill_between(x, lows, highs, color=style.color, alpha=BAND_OPACITY, linewidth=0)
+    axes.plot(
+        x,
+        means,
+        color=style.color,
+        linestyle=style.matplotlib_linestyle,
+        linewidth=1.8,
+        marker=style.matplotlib_marker if with_markers else None,
+        markersize=5.5,
+        label=name or label_of(arm),
+    )
+
+
+def drawn_ends(bounds: Sequence[float | None], estimate: float) -> tuple[float, float]:
+    """Where an interval is drawn from and to.
+
+    An open end is drawn to the estimate only: how far it goes on is not known.
+
+    Example:
+        >>> drawn_ends([None, 6.2], 4.5)
+        (4.5, 6.2)
+    """
+    low, high = (estimate if end is None else end for end in bounds)
+    return low, high
+
+
+def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
+    """The loss that all arms are to reach: AdamW's mean final loss.
+
+    Args:
+        axes: where to.
+        loss: that loss.
+        on_right: whether to name it above the right end, and not below the left one.
+    """
+    color = style_of("adamw").color
+    axes.axhline(loss, color=color, linestyle=":", linewidth=1.2)
+    axes.annotate(
+        f"{label_of('adamw')}'s final loss, {loss:.3f}",
+        (0.98 if on_right else 0.02, loss),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3 if on_right else -3),
+        textcoords="offset points",
+        ha="right" if on_right else "left",
+        va="bottom" if on_right else "top",
+        fontsize=LABEL_SIZE,
+        color=color,
+    )
+
+
+def add_legend(figure: Figure, *panels: Axes, columns: int = 6) -> None:
+    """One legend below all panels, from what some of them show; each label stands once."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=min(columns, len(handles)),
+        frameon=False,
+        labelcolor=INK,
+    )
+
+
+def add_panel_legend(axes: Axes) -> None:
+    """A legend below one panel, for panels that show different arms."""
+    num_arms = len(axes.get_legend_handles_labels()[0])
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=3 if num_arms == 3 else 2,
+        frameon=False,
+        fontsize=LABEL_SIZE,
+        labelcolor=INK,
+    )
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that lays itself out."""
+    figure = Figure(figsize=(width, height))
+    figure.set_layout_engine("constrained")
+    return figure

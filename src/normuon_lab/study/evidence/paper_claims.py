@@ -1,0 +1,367 @@
+"""The paper's claims, one by one, with what our runs say of each; `verdicts.py` has the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.evidence import paper
+from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.measured import loss_differences, measured_updates
+from normuon_lab.study.evidence.protocol import CLAIM_SEEDS
+from normuon_lab.study.evidence.table1 import FINAL_LOSS, mirrored_bounds, negative
+from normuon_lab.study.evidence.table2 import expected_hidden_state
+from normuon_lab.study.evidence.verdicts import (
+    Finding,
+    Verdict,
+    overall,
+    verdict_by_count,
+    verdict_in_cell,
+)
+from normuon_lab.study.statistics import paired_test, t_interval
+
+EARLY = 0.2
+"""The share of the steps at which "early" is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellVerdict:
+    """What one cell says of a claim: where, the verdict there, its figure, and that in words."""
+
+    where: str
+    verdict: Verdict
+    short: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimResult:
+    """A claim and what came of it.
+
+    Attributes:
+        claim: one sentence, as the paper would put it.
+        paper: its figure there.
+        cells: what each cell says.
+    """
+
+    claim: str
+    paper: str
+    cells: tuple[CellVerdict, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Over all cells that were run."""
+        return overall([cell.verdict for cell in self.cells])
+
+    @property
+    def words(self) -> str:
+        """The verdict, and on how many cells it rests while some are missing."""
+        count = sum(cell.verdict is not Verdict.NOT_RUN for cell in self.cells)
+        if count in (0, len(self.cells)):
+            return f"**{self.verdict.value}**"
+        return f"**{self.verdict.value}** so far, in {count} of {len(self.cells)} cells"
+
+    @property
+    def figures(self) -> str:
+        """The figures of the cells that were run."""
+        return "; ".join(c.short for c in self.cells if c.verdict is not Verdict.NOT_RUN)
+
+
+def paper_claims(
+    evidence: Sequence[CellEvidence],
+    table1: Mapping[str, Any],
+    table2: Mapping[str, Any] | None,
+) -> list[ClaimResult]:
+    """Every claim, in the paper's order."""
+    saved = paper.STEPS_SAVED_1B
+    larger = paper.STEPS_SAVED_5B
+    on_text = [found for found in evidence if found.target_accuracy is None]
+    return [
+        _from_findings(
+            "NorMuon reaches AdamW's final loss in fewer steps.",
+            f"{saved['normuon']}% fewer at 1.1B, {larger['normuon']}% at 5.4B",
+            _saved_findings(table1, "normuon", "adamw"),
+            paper_value=saved["normuon"],
+        ),
+        _from_findings(
+            "Muon reaches AdamW's final loss in fewer steps.",
+            f"{saved['muon']}% fewer at 1.1B, {larger['muon']}% at 5.4B",
+            _saved_findings(table1, "muon", "adamw"),
+            paper_value=saved["muon"],
+        ),
+        _from_findings(
+            "NorMuon saves steps over Muon too.",
+            f"{paper.POINTS_OVER_MUON_1B} points more of AdamW's steps at 1.1B; here, percent of "
+            "Muon's own steps",
+            _saved_findings(table1, "normuon", "muon"),
+            paper_value=paper.POINTS_OVER_MUON_1B,
+        ),
+        _from_findings(
+            "Muon needs a longer schedule to reach NorMuon's loss.",
+            f"{paper.MUON_MORE_STEPS_124M:.0f}% more steps at 124M, "
+            f"{paper.MUON_MORE_STEPS_350M:.0f}% at 350M",
+            _rescale_findings(table1),
+            paper_value=paper.MUON_MORE_STEPS_124M,
+        ),
+        *_update_claims(on_text),
+        *_ablation_claims(on_text),
+        *_cost_claims(table2),
+        _from_findings(
+            "The adverse case: NorMuon learns modular addition later than Muon.",
+            "not the paper's: reported by a replication",
+            _later_findings(table1, "normuon", "muon"),
+            paper_value=0.0,
+        ),
+    ]
+
+
+def _from_findings(
+    claim: str, stated: str, findings: Sequence[Finding], *, paper_value: float
+) -> ClaimResult:
+    cells = tuple(
+        CellVerdict(
+            where=finding.where,
+            verdict=verdict_in_cell(finding, paper_value=paper_value),
+            short=finding.short,
+            text=finding.text,
+        )
+        for finding in findings
+    )
+    return ClaimResult(claim=claim, paper=stated, cells=cells)
+
+
+def _saved_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
+    return [
+        table_finding(row, "steps_saved_percent", "fewer steps")
+        for row in table1["rows"]
+        if (row["arm"], row["baseline"], row["measure"]) == (arm, baseline, FINAL_LOSS)
+    ]
+
+
+def _rescale_findings(table1: Mapping[str, Any]) -> list[Finding]:
+    rows = [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS]
+    return [table_finding(row, "more_steps_percent", "more steps") for row in rows]
+
+
+def _later_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
+    """Where steps to an accuracy are counted: how many percent more of them the arm takes."""
+    mirrored = [
+        {
+            **row,
+            "more_steps_percent": negative(row["steps_saved_percent"]),
+            "ci95": mirrored_bounds(row["ci95"]),
+        }
+        for row in table1["rows"]
+        if (row["arm"], row["baseline"]) == (arm, baseline) and row["measure"] != FINAL_LOSS
+    ]
+    return [table_finding(row, "more_steps_percent", "more steps") for row in mirrored]
+
+
+def table_finding(row: Mapping[str, Any], key: str, what: str) -> Finding:
+    """What a row of Table 1 says; a bound above zero asks for more schedules, and is not run."""
+    estimate, bounds = row[key], row["ci95"]
+    low, high = bounds or (None, None)
+    if estimate is None:
+        text, short = row["reason_if_missing"], "none"
+    else:
+        text = f"{estimate:.1f}% {what}, {interval_words(bounds)}, {p_words(row['p_value'])}"
+        short = f"{estimate:.1f}%"
+    num_seeds = len(row["claim_seeds"])
+    if 0 < num_seeds < len(CLAIM_SEEDS):
+        text += f" ({num_seeds} of {len(CLAIM_SEEDS)} seeds so far)"
+    return Finding(
+        where=f"{row['task']}, {row['size']}",
+        estimate=estimate,
+        low=low,
+        high=high,
+        has_interval=bounds is not None,
+        p_value=row["p_value"],
+        short=short,
+        text=text,
+        was_run=num_seeds == len(CLAIM_SEEDS) and row["at_least_percent"] is None,
+    )
+
+
+def interval_words(bounds: Sequence[float | None] | None) -> str:
+    """An interval in words, its open ends too.
+
+    Example:
+        >>> interval_words([1.04, 2.0]), interval_words([None, 2.0]), interval_words(None)
+        ('1.0 to 2.0', 'up to 2.0', 'no interval')
+    """
+    if bounds is None:
+        return "no interval"
+    low, high = bounds
+    if low is None:
+        return f"up to {high:.1f}"
+    return f"{low:.1f} or more" if high is None else f"{low:.1f} to {high:.1f}"
+
+
+def p_words(p_value: float | None) -> str:
+    """A p value in words.
+
+    Example:
+        >>> p_words(0.0123), p_words(1e-7), p_words(None)
+        ('p = 0.012', 'p < 0.0001', 'no test')
+    """
+    if p_value is None:
+        return "no test"
+    return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
+
+
+def _update_claims(evidence: Sequence[CellEvidence]) -> list[ClaimResult]:
+    return [
+        _counted(
+            "Muon's updates have flatter spectra than AdamW's.",
+            "Fig. 1, left: AdamW's and the momentum's are far steeper",
+            evidence,
+            ("adamw", "muon", "singular_values"),
+        ),
+        _counted(
+            "NorMuon's updates keep Muon's flat spectra.",
+            "Fig. 1, left: far flatter than AdamW's",
+            evidence,
+            ("adamw", "normuon", "singular_values"),
+        ),
+        _counted(
+            "NorMuon's rows have more equal norms than Muon's.",
+            "Fig. 1, right",
+            evidence,
+            ("muon", "normuon", "row_norms"),
+        ),
+    ]
+
+
+def _counted(
+    claim: str, stated: str, evidence: Sequence[CellEvidence], compared: tuple[str, str, str]
+) -> ClaimResult:
+    """Count the matrices and stages at which the first arm's values vary more than the second's."""
+    rough, even, key = compared
+    cells = []
+    for found in evidence:
+        updates = measured_updates(found)
+        if rough not in updates or even not in updates:
+            continue
+        shared = updates[rough].keys() & updates[even].keys()
+        count = sum(
+            _variation(updates[rough][place][key]) > _variation(updates[even][place][key])
+            for place in shared
+        )
+        cells.append(
+            CellVerdict(
+                where=f"{found.cell.task}, {found.cell.size}",
+                verdict=verdict_by_count(count, len(shared)),
+                short=f"{count} of {len(shared)}",
+                text=f"in {count} of {len(shared)} measured matrices and stages of one seed",
+            )
+        )
+    return ClaimResult(claim=claim, paper=stated, cells=tuple(cells))
+
+
+def _variation(values: Sequence[float]) -> float:
+    """Standard deviation over mean; 0 for zeros."""
+    array = np.asarray(values)
+    return float(array.std() / array.mean()) if array.any() else 0.0
+
+
+def _ablation_claims(evidence: Sequence[CellEvidence]) -> list[ClaimResult]:
+    order = [
+        ("muon-adam", "muon", None, "Muon + Adam, one scale per entry, ends below Muon."),
+        ("normuon", "muon-adam", None, "NorMuon ends below Muon + Adam."),
+        ("normuon", "normuon-front", None, "Normalising before orthogonalisation ends higher."),
+        ("normuon", "normuon-tall", None, "Normalising matrices with m > n alone ends higher."),
+        ("muon-frobenius", "muon", EARLY, "Muon with a fixed norm is ahead of Muon early."),
+        ("muon", "muon-frobenius", None, "By the end Muon is ahead of Muon with a fixed norm."),
+    ]
+    return [
+        _from_findings(
+            claim,
+            "Fig. 3 and 7",
+            _order_findings(evidence, better, worse, share=share),
+            paper_value=0.0,
+        )
+        for better, worse, share, claim in order
+    ]
+
+
+def _order_findings(
+    evidence: Sequence[CellEvidence], better: str, worse: str, *, share: float | None
+) -> list[Finding]:
+    """Cells whose protocol has both arms: by how much the better one's loss is lower, paired."""
+    findings = []
+    for found in evidence:
+        if not {better, worse} <= set(found.cell.arms):
+            continue
+        where = f"{found.cell.task}, {found.cell.size}"
+        differences = loss_differences(found, worse, better)
+        if differences is None:
+            was_run = bool(found.full_runs(better) and found.full_runs(worse))
+            text = "a run diverged" if was_run else "not all of it has been run"
+            findings.append(
+                Finding(where=where, estimate=None, short="none", text=text, was_run=was_run)
+            )
+            continue
+        last = differences.shape[1] - 1
+        place = last if share is None else round(share * last)
+        values = differences[:, place].tolist()
+        estimate, test = t_interval(values), paired_test(values, [0.0] * len(values))
+        ends = None if estimate.low is None else (estimate.low, estimate.high)
+        interval = "no interval" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+        p_value = None if test is None else test.p_value
+        findings.append(
+            Finding(
+                where=where,
+                estimate=estimate.mean,
+                low=estimate.low,
+                high=estimate.high,
+                has_interval=ends is not None,
+                p_value=p_value,
+                short=f"{estimate.mean:+.4f} nats",
+                text=f"loss of {label_of(worse)} minus that of {label_of(better)}: "
+                f"{estimate.mean:+.4f} nats, {interval}, {p_words(p_value)}",
+                was_run=len(values) == len(CLAIM_SEEDS),
+            )
+        )
+    return findings
+
+
+def _cost_claims(table2: Mapping[str, Any] | None) -> list[ClaimResult]:
+    cells = []
+    for name, measured in (table2 or {"cells": {}})["cells"].items():
+        expected = expected_hidden_state(measured["hidden_matrices"])
+        kept = {arm: measured["arms"][arm]["hidden_state_elements"] for arm in expected}
+        share = f"{kept['normuon'] / kept['adamw']:.3f} of AdamW's"
+        cells.append(
+            CellVerdict(
+                where=name,
+                verdict=Verdict.REPRODUCED if kept == expected else Verdict.NOT_REPRODUCED,
+                short=share,
+                text=f"NorMuon keeps {share} elements, counted",
+            )
+        )
+    return [
+        ClaimResult(
+            claim="On hidden matrices NorMuon keeps m (n + 1) numbers, Muon m n, AdamW 2 m n.",
+            paper="Table 2",
+            cells=tuple(cells),
+        ),
+        _not_testable(
+            "NorMuon's training step is hardly longer than AdamW's on 16 GPUs.",
+            f"{paper.STEP_TIME_OVER_ADAMW}% longer",
+            "it takes 16 GPUs; Table 2 has the times of one thread on small models",
+        ),
+        _not_testable(
+            "The savings hold at 1.1B and 5.4B parameters.",
+            "Table 1",
+            "two processor cores do not train such models; the cells here are what they can",
+        ),
+    ]
+
+
+def _not_testable(claim: str, stated: str, why: str) -> ClaimResult:
+    cell = CellVerdict(where="no cell", verdict=Verdict.NOT_TESTABLE, short="", text=why)
+    return ClaimResult(claim=claim, paper=stated, cells=(cell,))

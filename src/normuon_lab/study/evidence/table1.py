@@ -1,0 +1,208 @@
+"""Table 1: by how many percent fewer steps each arm reaches its baselines' final loss.
+
+Also Muon-rescale, which is the same question the other way round: how many more steps Muon needs to
+reach NorMuon's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, baselines_of
+from normuon_lab.study.evidence.size_trends import SizeTrend, size_trends
+from normuon_lab.study.statistics import (
+    Estimate,
+    Interval,
+    StepsSaved,
+    steps_saved_by_schedules,
+    steps_saved_to_threshold,
+)
+from normuon_lab.train.runs.objective import MISSED_FACTOR
+
+KIND = "normuon evidence table1"
+SCHEMA_VERSION = 1
+FILE = "table1.json"
+
+FINAL_LOSS = "final loss"
+
+METHOD = (
+    "Steps saved: 100 (1 - n*/N), where N is the full length of the schedule and n* the length of "
+    "the arm's own complete schedule whose mean final loss equals the baseline's mean final loss "
+    "at N, interpolated linearly in log(steps) between neighbouring lengths, never beyond them. "
+    "ci95: BCa bootstrap over claim seeds, all runs of a seed together; an end is null where it "
+    "lies beyond the lengths run. ci95_t: Student's t over each seed's own saving. p_value: paired "
+    "t test on final losses at N; p_value_sign_flip: permutation test on the same, which gives "
+    "2 / 2^seeds at best. Where `measure` is an accuracy, steps are counted until a run first has "
+    "it, all at one length and without decay: saved is then 100 (1 - ratio of mean steps), and the "
+    "tests are on steps."
+)
+
+
+def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
+    """The contents of table1.json."""
+    saved = {
+        (found.cell.name, arm, baseline): steps_saved(found, arm, baseline)
+        for found in evidence
+        for arm in found.cell.arms
+        for baseline in baselines_of(arm)
+    }
+    cells = {found.cell.name: found for found in evidence}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "method": METHOD,
+        "rows": [
+            _row(cells[name], arm, baseline, of_pair)
+            for (name, arm, baseline), of_pair in saved.items()
+        ],
+        "muon_rescale": [_rescale_row(found) for found in evidence],
+        "size_trends": [_trend_row(trend) for trend in size_trends(evidence, saved)],
+    }
+
+
+def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
+    """What an arm saves of a baseline's steps in a cell."""
+    if found.target_accuracy is not None:
+        return _steps_saved_to_accuracy(found, arm, baseline)
+    target = found.final_losses(baseline).get(found.full_steps, {})
+    losses = found.final_losses(arm)
+    for name, there in ((arm, losses), (baseline, target)):
+        if not there:
+            return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
+    return steps_saved_by_schedules(losses, target, full_steps=found.full_steps)
+
+
+def measure_of(found: CellEvidence) -> str:
+    """What a cell's steps are counted to, in words."""
+    accuracy = found.target_accuracy
+    return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
+
+
+def _steps_saved_to_accuracy(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
+    steps = {name: found.steps_to_accuracy(name) for name in (arm, baseline)}
+    for name, by_seed in steps.items():
+        if not by_seed:
+            return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
+    saved = steps_saved_to_threshold(steps[arm], steps[baseline])
+    missed = {name: found.missed_accuracy(name) for name in steps}
+    notes = [
+        f"{label_of(name)} never had the accuracy in {len(seeds)} of {len(steps[name])} runs, "
+        f"which count as {MISSED_FACTOR:g} times their length"
+        for name, seeds in missed.items()
+        if seeds
+    ]
+    return replace(saved, notes=(*saved.notes, *notes))
+
+
+def _row(found: CellEvidence, arm: str, baseline: str, saved: StepsSaved) -> dict[str, Any]:
+    return {
+        "task": found.cell.task,
+        "size": found.cell.size,
+        "cell": found.cell.name,
+        "arm": arm,
+        "baseline": baseline,
+        "measure": measure_of(found),
+        "steps_saved_percent": _rounded(saved.percent),
+        "ci95": _bounds(saved.interval),
+        "ci95_method": saved.interval.method if saved.interval else None,
+        "ci95_t": _bounds(saved.by_seed),
+        **_test_fields(found, saved),
+        "claim_seeds": list(saved.seeds),
+        "tuning_trials": found.num_trials(arm),
+        "tuning_is_interior": found.tuning.get(arm, {}).get("is_interior"),
+        "reason_if_missing": saved.reason,
+        "at_least_percent": _rounded(saved.at_least),
+        "at_most_percent": _rounded(saved.at_most),
+        "notes": _notes(saved),
+    }
+
+
+def _rescale_row(found: CellEvidence) -> dict[str, Any]:
+    """How many percent more steps Muon needs to reach NorMuon's mean final loss at full length."""
+    saved = steps_saved(found, "muon", "normuon")
+    return {
+        "task": found.cell.task,
+        "size": found.cell.size,
+        "cell": found.cell.name,
+        "measure": measure_of(found),
+        "more_steps_percent": negative(saved.percent),
+        "ci95": mirrored_bounds(_bounds(saved.interval)),
+        "ci95_t": mirrored_bounds(_bounds(saved.by_seed)),
+        **_test_fields(found, saved),
+        "claim_seeds": list(saved.seeds),
+        "reason_if_missing": saved.reason,
+        "at_least_percent": negative(saved.at_most),
+        "at_most_percent": negative(saved.at_least),
+        "notes": _notes(saved),
+    }
+
+
+def _trend_row(trend: SizeTrend) -> dict[str, Any]:
+    return {
+        "task": trend.task,
+        "arm": trend.arm,
+        "baseline": trend.baseline,
+        "sizes": [
+            {
+                "size": point.size,
+                "num_parameters": point.num_parameters,
+                "steps_saved_percent": _rounded(point.percent),
+                "ci95": _bounds(point.saved.interval),
+                "ci95_t": _bounds(point.saved.by_seed),
+            }
+            for point in trend.points
+        ],
+        "change_points": _rounded(trend.change),
+        "change_ci95_t": _bounds(trend.change_by_seed),
+    }
+
+
+def _test_fields(found: CellEvidence, saved: StepsSaved) -> Mapping[str, float | None]:
+    test = saved.test
+    if test is None:
+        names = ("loss_difference", "p_value", "p_value_sign_flip", "smallest_p_value_sign_flip")
+        return dict.fromkeys(names)
+    return {
+        "loss_difference": None
+        if found.target_accuracy is not None
+        else round(test.mean_difference, 5),
+        "p_value": float(f"{test.p_value:.4g}"),
+        "p_value_sign_flip": float(f"{test.sign_flip_p_value:.4g}"),
+        "smallest_p_value_sign_flip": test.smallest_sign_flip_p_value,
+    }
+
+
+def _notes(saved: StepsSaved) -> list[str]:
+    notes = list(saved.notes)
+    missing = len(CLAIM_SEEDS) - len(saved.seeds)
+    if saved.seeds and missing:
+        notes.append(f"{missing} of {len(CLAIM_SEEDS)} claim seeds are not there yet")
+    return notes
+
+
+def _rounded(value: float | None) -> float | None:
+    # -0.0 would read as a saving of its own.
+    return None if value is None else round(value, 2) + 0.0
+
+
+def negative(value: float | None) -> float | None:
+    """The same percentage the other way round."""
+    return None if value is None else _rounded(-value)
+
+
+def _bounds(interval: Interval | Estimate | None) -> list[float | None] | None:
+    """Both ends; None where there is no interval at all."""
+    if interval is None or (interval.low is None and interval.high is None):
+        return None
+    return [_rounded(interval.low), _rounded(interval.high)]
+
+
+def mirrored_bounds(bounds: list[float | None] | None) -> list[float | None] | None:
+    """The interval of the same percentage the other way round."""
+    if bounds is None:
+        return None
+    return [negative(end) for end in reversed(bounds)]

@@ -1,0 +1,154 @@
+"""What the curves of one comparison say: steps to a target loss, and paired differences.
+
+Intervals are Student's t over seeds, on paired values (same seed, same initial weights, same
+batches). Steps saved by complete schedules, the stricter figure, are `schedules.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from normuon_lab.study.statistics.estimates import Estimate, t_interval
+
+METHOD = (
+    "Training efficiency: the share of steps, in percent, by which an arm reaches the baseline's "
+    "final validation loss before the baseline's last step. It is read off the arm's own curve, by "
+    "linear interpolation between evaluations, at the first crossing. The learning rate has not "
+    "decayed there yet, so a run scheduled to end there would do better: the figure is "
+    "conservative. Intervals: Student's t over seeds on paired values (same seed, initial weights "
+    "and batches)."
+)
+
+
+def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """Where a curve first falls to `target`, by linear interpolation between its points.
+
+    Args:
+        steps: abscissas, ascending.
+        losses: the curve's values there.
+        target: the loss to reach.
+
+    Returns:
+        The first crossing in steps, or None when the curve stays above the target.
+
+    Example:
+        >>> steps_to_target([0, 10, 20], [5.0, 3.0, 2.0], 2.5)
+        15.0
+    """
+    for i, loss in enumerate(losses):
+        if loss <= target:
+            if i == 0:
+                return float(steps[0])
+            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+            return steps[i - 1] + share * (steps[i] - steps[i - 1])
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """A run's validation curve: the loss after each of `steps` finished steps."""
+
+    steps: Sequence[float]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One arm against a baseline, over the seeds both have finished.
+
+    Attributes:
+        loss_difference: the arm's final validation loss minus the baseline's; negative is better.
+        fewer_steps_percent: the training efficiency, over the seeds that reached the target.
+        seeds_not_reached: seeds whose curve never came down to the baseline's final loss. Where
+            there are any, the efficiency has no mean: it would leave out the worst seeds.
+    """
+
+    arm: str
+    baseline: str
+    seeds: tuple[int, ...]
+    loss_difference: Estimate
+    fewer_steps_percent: Estimate
+    seeds_not_reached: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return {
+            "arm": self.arm,
+            "baseline": self.baseline,
+            "seeds": list(self.seeds),
+            "loss_difference": self.loss_difference.to_json(),
+            "fewer_steps_percent": self.fewer_steps_percent.to_json(),
+            "seeds_not_reached": list(self.seeds_not_reached),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointsBetween:
+    """By how many percentage points an arm's training efficiency exceeds another's.
+
+    Both are held against the same reference, as in the paper's Table 1; paired by seed.
+    """
+
+    arm: str
+    baseline: str
+    reference: str
+    points: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored in results."""
+        return {**asdict(self), "points": self.points.to_json()}
+
+
+def points_between(ours: Comparison, theirs: Comparison) -> PointsBetween:
+    """Subtract two efficiencies against one reference, over the seeds where both exist."""
+    assert ours.baseline == theirs.baseline
+    by_seed = [
+        dict(
+            zip(
+                [seed for seed in comparison.seeds if seed not in comparison.seeds_not_reached],
+                comparison.fewer_steps_percent.values,
+                strict=True,
+            )
+        )
+        for comparison in (ours, theirs)
+    ]
+    if ours.seeds_not_reached or theirs.seeds_not_reached:
+        points = Estimate(values=(), mean=None, low=None, high=None)
+    else:
+        shared = sorted(set(by_seed[0]) & set(by_seed[1]))
+        points = t_interval([by_seed[0][seed] - by_seed[1][seed] for seed in shared])
+    return PointsBetween(arm=ours.arm, baseline=theirs.arm, reference=ours.baseline, points=points)
+
+
+def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curve]]) -> Comparison:
+    """Compare two arms over the seeds that both finished.
+
+    Args:
+        arm: name of the arm.
+        baseline: name of the arm it is held against.
+        curves: finished runs' curves by arm and seed; diverged runs are left out.
+    """
+    ours, theirs = curves.get(arm, {}), curves.get(baseline, {})
+    seeds = tuple(sorted(set(ours) & set(theirs)))
+    differences = [ours[seed].losses[-1] - theirs[seed].losses[-1] for seed in seeds]
+    savings: list[float] = []
+    not_reached: list[int] = []
+    for seed in seeds:
+        needed = steps_to_target(ours[seed].steps, ours[seed].losses, theirs[seed].losses[-1])
+        if needed is None:
+            not_reached.append(seed)
+        else:
+            savings.append(100.0 * (1.0 - needed / theirs[seed].steps[-1]))
+    saved = t_interval(savings)
+    if not_reached:
+        saved = Estimate(values=tuple(savings), mean=None, low=None, high=None)
+    return Comparison(
+        arm=arm,
+        baseline=baseline,
+        seeds=seeds,
+        loss_difference=t_interval(differences),
+        fewer_steps_percent=saved,
+        seeds_not_reached=tuple(not_reached),
+    )

@@ -1,0 +1,1 @@
+"""Training: the optimizers that are compared, small runs in one process, and pretraining."""

@@ -1,0 +1,245 @@
+"""Writes checkpoints so that a torn one is never taken for whole, and keeps as many as asked.
+
+All ranks write their tensors into a hidden folder; rank 0 adds the description, which names every
+file with its digest, makes all of it durable, and renames the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
+
+from normuon_lab.atomic_files import write_json
+from normuon_lab.errors import InputError
+from normuon_lab.train.pretrain.checkpoint import (
+    DESCRIPTION_FILE,
+    CheckpointDescription,
+    checkpoint_name,
+    checkpoints_folder,
+    find_checkpoints,
+    hash_files,
+)
+from normuon_lab.train.pretrain.config import CheckpointConfig
+from normuon_lab.train.pretrain.ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPosition:
+    """Where a run is: what a checkpoint says besides its tensors.
+
+    Attributes:
+        step: optimizer steps that are finished.
+        tokens: training tokens that were read.
+        config: the resolved configuration, plain values.
+        model_config: transformers' configuration of the model.
+        data_state: position in the data.
+    """
+
+    step: int
+    tokens: int
+    config: dict[str, Any]
+    model_config: dict[str, Any]
+    data_state: dict[str, Any]
+
+
+class _Storage(dcp.FileSystemWriter):
+    """torch's writer of files, whose errors keep their cause on the way to the other ranks.
+
+    One file per rank, flushed to the disk before the rename that makes it count.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, single_file_per_rank=True, sync_files=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # torch's serialiser reports the damage that the refusal did to its file.
+            refusals = [cause for cause in _causes(error) if isinstance(cause, OSError)]
+            raise (refusals[0] if refusals else error) from None
+
+
+class CheckpointWriter:
+    """The writer of one run's checkpoints; every rank has one and calls it at the same steps.
+
+    Args:
+        run_dir: the run's folder.
+        config: how many to keep, and whether to write beside training.
+        ranks: who writes. All of them must make theirs together.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
+        self._folder = checkpoints_folder(run_dir)
+        self._run_dir = run_dir
+        self._config = config
+        self._ranks = ranks
+        self._pending: Future[None] | None = None
+        self._pending_step = 0
+        self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
+        # Writing beside training must not mix its collectives with training's.
+        has_own_group = config.async_checkpoint and ranks.mesh is not None
+        self._group = dist.new_group(backend="gloo") if has_own_group else None
+
+    def save(self, tensors: dict[str, Any], position: RunPosition) -> None:
+        """Write a checkpoint; with `async_checkpoint` only begin to.
+
+        Args:
+            tensors: nested dictionaries of tensors; free to change when this returns.
+            position: the rest.
+
+        Raises:
+            RunsFailedError: it, or the one before, could not be written; on all ranks. Earlier
+                checkpoints are untouched.
+        """
+        self.wait()
+        partial = self._folder / f".{checkpoint_name(position.step)}.partial"
+        self._together(lambda: self._make_room(partial), position.step)
+        storage = _Storage(partial)
+        alone = self._ranks.mesh is None
+        if self._thread is None:
+            self._together(
+                lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone), position.step
+            )
+            self._together(lambda: self._publish(partial, position), position.step)
+            return
+        written: Any = dcp.async_save(
+            tensors, storage_writer=storage, process_group=self._group, no_dist=alone
+        )
+        self._pending_step = position.step
+        self._pending = self._thread.submit(self._finish, written, partial, position)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            RunsFailedError: what was being written could not be; on all ranks.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._together(pending.result, self._pending_step)
+
+    def close(self) -> None:
+        """Wait for what is being written, without complaint; for a run that has failed already."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    def _finish(self, written: Future[Any], partial: Path, position: RunPosition) -> None:
+        # Every rank's tensors are on the disk when rank 0's future is done: it collects theirs.
+        written.result()
+        self._publish(partial, position)
+
+    def _together(self, function: Callable[[], object], step: int) -> None:
+        """Call `function` on every rank; what fails on one is raised, as one line, on all."""
+        failure: Exception | None = None
+        try:
+            function()
+        except (CheckpointException, InputError, OSError, RuntimeError) as error:
+            failure = OSError(
+                f"the checkpoint of step {step} cannot be written to {self._folder}: "
+                f"{_reason(error)}; the earlier ones are as they were"
+            )
+            if self._ranks.is_main:
+                shutil.rmtree(self._folder / f".{checkpoint_name(step)}.partial", True)
+        self._ranks.raise_together(failure)
+
+    def _make_room(self, partial: Path) -> None:
+        if self._ranks.is_main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self._folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+
+    def _publish(self, partial: Path, position: RunPosition) -> None:
+        """Describe what was written, make it durable, and give it its name. Rank 0 only."""
+        if not self._ranks.is_main:
+            return
+        files = sorted(path for path in partial.iterdir() if path.name != DESCRIPTION_FILE)
+        digests = hash_files(files)
+        description = CheckpointDescription(
+            step=position.step,
+            tokens=position.tokens,
+            world_size=self._ranks.world_size,
+            config=position.config,
+            model_config=position.model_config,
+            data_state=position.data_state,
+            files={path.name: (path.stat().st_size, digests[path.name]) for path in files},
+        )
+        write_json(partial / DESCRIPTION_FILE, description.to_json())
+        for path in (partial / DESCRIPTION_FILE, partial):
+            _flush(path)
+        partial.replace(self._folder / checkpoint_name(position.step))
+        _flush(self._folder)
+        self._forget_old()
+
+    def _forget_old(self) -> None:
+        found = find_checkpoints(self._run_dir)
+        for path in superseded(found, self._config):
+            # Renamed first: a folder that is half deleted must not look whole.
+            leaving = path.with_name(f".{path.name}.deleting")
+            path.replace(leaving)
+            shutil.rmtree(leaving)
+
+
+def superseded(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
+    """Which checkpoints are not kept: neither among the newest nor of a step to keep.
+
+    Args:
+        checkpoints: oldest first.
+        config: how many to keep.
+
+    Example:
+        >>> paths = [Path(checkpoint_name(step)) for step in (10, 20, 30, 40)]
+        >>> superseded(paths, CheckpointConfig(keep_last=1, keep_every=20))
+        [PosixPath('step-00000010'), PosixPath('step-00000030')]
+    """
+    if config.keep_last == 0:
+        return []
+
+    def is_kept_for_good(path: Path) -> bool:
+        step = int(path.name.removeprefix("step-"))
+        return config.keep_every > 0 and step % config.keep_every == 0
+
+    return [path for path in checkpoints[: -config.keep_last] if not is_kept_for_good(path)]
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words, where it is the one that refused; else the error's first."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    words = " ".join(str(chain[-1]).split())
+    return words[:200] or type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterable[BaseException]:
+    """An error and what led to it, on whichever rank."""
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        yield current
+        if isinstance(current, CheckpointException):
+            waiting += [failure for failure, _ in current.failures.values()]
+        waiting += [cause for cause in (current.__cause__, current.__context__) if cause]

@@ -1,0 +1,86 @@
+"""`normuon train`: its options, where their values come from, and what it checks.
+
+A value is a flag's, else --config's, else the preset's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from normuon_lab.errors import require
+from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
+from normuon_lab.train.pretrain.config_file import merged, read_values
+from normuon_lab.train.pretrain.presets import DEFAULT_PRESET, pretrain_preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a language model, on one process or, under torchrun, on many.
+
+    Values come from flags, then from --config, then from --preset: llama-tiny and llama-small run
+    on a CPU; gpt2-124m, gpt2-350m, llama-1.1b and llama-5.4b are the paper's.
+    """
+
+    settings: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(
+        default_factory=PretrainConfig
+    )
+    config: Path | None = None
+    """TOML file of settings, such as the config.toml that every run saves."""
+    out: Path = Path("runs/train")
+    """Folder of the run: config.toml, metrics.jsonl, checkpoints and TensorBoard's files."""
+    resume: str = "never"
+    """auto: go on from the newest complete checkpoint of --out, if there is one. Or a checkpoint's
+    folder. never: --out must be new."""
+    dry_run: bool = False
+    """Train nothing; print model, tokens, FLOPs, memory, plan and time on the hardware given."""
+    json: bool = False
+    """--dry-run: print it as JSON."""
+    hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        require(self.dry_run or not self.json, "--json goes with --dry-run")
+        from rich.console import Console
+
+        if self.dry_run:
+            from normuon_lab.train.pretrain.dry_run import dry_run
+
+            contents = dry_run(self.settings, self.hardware)
+            if self.json:
+                print(json.dumps(contents))
+            else:
+                from normuon_lab.train.pretrain.dry_run_text import print_dry_run
+
+                print_dry_run(contents, Console())
+            return 0
+        from normuon_lab.train.pretrain.training import TrainRequest, train
+
+        train(TrainRequest(config=self.settings, out=self.out, resume=self.resume), Console())
+        return 0
+
+
+def default_command(words: Sequence[str]) -> Train:
+    """What `normuon train` means before its other flags are read: the preset and the file.
+
+    Args:
+        words: the command line after `train`.
+
+    Raises:
+        InputError: an unknown preset, or a file that cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--preset", nargs="?")
+    given, _ = parser.parse_known_args(words)
+    values = {} if given.config is None else read_values(Path(given.config))
+    preset = given.preset or values.get("preset", DEFAULT_PRESET)
+    require(isinstance(preset, str), f"--config {given.config}: preset is not a name")
+    settings = merged(pretrain_preset(preset), values, source=f"--config {given.config}")
+    return Train(settings=settings)

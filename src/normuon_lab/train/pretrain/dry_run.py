@@ -1,0 +1,229 @@
+"""What a run would take, without running it: `normuon train --dry-run`, as plain values.
+
+Parameters and optimizer state are counted on the meta device, where tensors have shapes and no
+content. Who would orthogonalise what is the library's plan; `dry_run_text.py` shows it all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normuon.distributed.cost import CostModel
+from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
+from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
+from normuon_lab.plan.mesh import Mesh
+from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
+from normuon_lab.train.arms.parameters import split_parameters
+from normuon_lab.train.arms.registry import PRETRAINING_ARMS
+from normuon_lab.train.pretrain.config import Hardware, ModelConfig, PretrainConfig
+from normuon_lab.train.pretrain.model import config_of, transformers_config
+from normuon_lab.train.pretrain.ranks import mesh_shape
+from normuon_lab.train.pretrain.throughput import flops_per_token
+from normuon_lab.train.pretrain.training import build_optimizers, micro_batch_size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SCHEMA_VERSION = 1
+FLOAT32_BYTES = 4
+_H100_TFLOPS = 989.0  # NVIDIA's data sheet: dense bfloat16.
+_PLAN_VALUES = (
+    "digest",
+    "num_orthogonalisations",
+    "num_buckets",
+    "imbalance",
+    "bytes_sent_total",
+    "bytes_sent_busiest",
+    "scratch_bytes_max",
+    "predicted_step_seconds",
+    "traffic",
+)
+
+
+def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
+    """Everything that `--json` prints; docs/lab/train.md says what each value is.
+
+    Raises:
+        InputError: a model that cannot be built, or a mesh or batch that does not divide.
+    """
+    model = model_on_meta(config.model)
+    shapes = shapes_of(model, name=config.model.model, split_heads=config.optimizer.split_heads)
+    mesh = _mesh(config, hardware)
+    micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
+    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
+    tflops = config.metrics.device_tflops or _H100_TFLOPS
+    rate = 1e12 * tflops * hardware.mfu
+    request = PlanRequest(
+        mesh=mesh,
+        balance="flops",
+        bucket_bytes=DEFAULT_BUCKET_BYTES,
+        wire_dtype="bfloat16",
+        cost_model=CostModel(flops_per_second=rate, bytes_per_second=1e9 * hardware.bandwidth),
+    )
+    planned = plan_model(shapes, request)
+    plan = plan_contents(planned)
+    state = memory(shapes, mesh, planned.figures)
+    elements = state_elements(model, config)
+    return {
+        "kind": "normuon train dry run",
+        "schema_version": SCHEMA_VERSION,
+        "preset": config.preset,
+        "model": config.model.model,
+        "arm": config.optimizer.arm,
+        "parameters": shapes.num_parameters,
+        "hidden_matrix_parameters": shapes.num_hidden_parameters,
+        "tokens": config.tokens,
+        "steps": config.batch.steps,
+        "tokens_per_step": config.batch.tokens_per_step,
+        "flops": flops.total * config.tokens,
+        "flops_per_token": {**asdict(flops), "total": flops.total},
+        "state_elements": elements,
+        "state_elements_per_hidden_weight": {
+            arm: count / shapes.num_hidden_parameters for arm, count in elements.items()
+        },
+        "mesh": plan["mesh"],
+        "micro_batch_size": micro_size,
+        "memory_per_rank": _memory(config, shapes, config_of(model), state, micro_size, mesh),
+        "plan": {name: plan[name] for name in _PLAN_VALUES},
+        "hardware": asdict(hardware) | {"num_ranks": mesh.world_size, "device_tflops": tflops},
+        "expected": _expected(
+            config,
+            model_seconds=flops.total * config.batch.tokens_per_step / (mesh.world_size * rate),
+            normuon_seconds=plan["predicted_step_seconds"],
+        ),
+    }
+
+
+def _mesh(config: PretrainConfig, hardware: Hardware) -> Mesh:
+    parallel, world_size = config.parallel, hardware.num_ranks
+    if parallel.dp_shard is not None:
+        world_size = parallel.dp_replicate * parallel.dp_shard * parallel.tp
+    dp_replicate, dp_shard, tp = mesh_shape(parallel, world_size=world_size)
+    return Mesh(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)
+
+
+def _expected(
+    config: PretrainConfig, *, model_seconds: float, normuon_seconds: float
+) -> dict[str, float]:
+    # Only NorMuon's step is planned; AdamW's is small beside it.
+    optimizer_seconds = normuon_seconds if config.optimizer.arm == "normuon" else 0.0
+    step_seconds = model_seconds + optimizer_seconds
+    return {
+        "model_seconds_per_step": model_seconds,
+        "optimizer_seconds_per_step": optimizer_seconds,
+        "step_seconds": step_seconds,
+        "tokens_per_second": config.batch.tokens_per_step / step_seconds,
+        "total_seconds": step_seconds * config.batch.steps,
+    }
+
+
+def model_on_meta(config: ModelConfig) -> nn.Module:
+    """The model by its shapes alone."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            transformers_config(config.model), trust_remote_code=False, dtype=torch.float32
+        )
+    return model
+
+
+def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:
+    """Elements of state that each arm keeps for the hidden matrices, counted after a real step.
+
+    Args:
+        model: on the meta device.
+        config: of the run; its arm is left out of account.
+    """
+    hidden, _ = split_parameters(model)
+    counts: dict[str, int] = {}
+    for arm in PRETRAINING_ARMS:
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        # Split or not, state is a number per neuron; and only NorMuon's arm knows the options.
+        bare = replace(config.optimizer, arm=arm, split_heads=False, equilibrate=False)
+        optimizers = build_optimizers(model, bare)
+        for optimizer in optimizers:
+            if not optimizer.state:  # NorMuon's exists from construction.
+                optimizer.step()
+        counts[arm] = sum(
+            value.numel()
+            for optimizer in optimizers
+            for _, parameter in hidden
+            for value in optimizer.state.get(parameter, {}).values()
+            # AdamW counts its steps in one number per parameter, which is no element of a moment.
+            if value.ndim > 0
+        )
+    model.zero_grad()
+    return counts
+
+
+def _memory(
+    config: PretrainConfig,
+    shapes: ModelShapes,
+    model_config: PretrainedConfig,
+    state: dict[str, Any],
+    micro_size: int,
+    mesh: Mesh,
+) -> dict[str, int]:
+    """Bytes on the fullest rank. Activations are an estimate, all else is counted."""
+    compute_bytes = 4 if config.model.dtype == "float32" else 2
+    # AdamW keeps two numbers per weight, as large as the weight.
+    weights = state["adamw_state_bytes_max"] // 2
+    hidden_share = shapes.num_hidden_parameters / shapes.num_parameters
+    optimizer = {
+        "adamw": state["adamw_state_bytes_max"],
+        "muon": round(weights * (2 - hidden_share)),
+        "normuon": state["state_bytes_max"],
+    }[config.optimizer.arm]
+    activations = _activation_bytes(
+        model_config,
+        tokens=micro_size * config.batch.sequence_length,
+        compute_bytes=compute_bytes,
+        is_recomputed=config.model.activation_checkpointing,
+        tp=mesh.tp,
+    )
+    # While a layer computes, it and the next are whole in the compute dtype.
+    layer = shapes.num_hidden_parameters // model_config.num_hidden_layers
+    outside = shapes.num_parameters - shapes.num_hidden_parameters
+    is_sharded = mesh.world_size > 1
+    gathered = (2 * layer // mesh.tp + outside) * compute_bytes if is_sharded else 0
+    parts = {
+        "weights_bytes": weights,
+        "gradients_bytes": weights,
+        "optimizer_state_bytes": optimizer,
+        "optimizer_scratch_bytes": state["scratch_bytes_max"],
+        "gathered_weights_bytes": gathered,
+        "activations_bytes": activations,
+    }
+    return {**parts, "total_bytes": sum(parts.values())}
+
+
+def _activation_bytes(
+    config: PretrainedConfig, *, tokens: int, compute_bytes: int, is_recomputed: bool, tp: int
+) -> int:
+    """What the backward pass needs of the forward pass of one micro batch.
+
+    Of a layer, per token: the inputs and outputs of two norms and the attention's output (5 h), the
+    queries (h), keys and values, and the MLP's inner products: 2 m, or 4 m with a gate. Attention
+    keeps no scores (flash attention). After the last layer come the logits, in the compute dtype,
+    in float32, and their gradient.
+    """
+    width = config.hidden_size
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    mlp_width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    mlp_width = mlp_width or 4 * width
+    num_products = 2 if config.model_type == "gpt2" else 4
+    split = width + 2 * width * kv_heads // heads + num_products * mlp_width
+    layer = 5 * width + split // tp
+    num_layers = config.num_hidden_layers
+    kept = width * num_layers + layer if is_recomputed else layer * num_layers
+    logits = config.vocab_size * (compute_bytes + 2 * FLOAT32_BYTES)
+    return tokens * (kept * compute_bytes + logits)

@@ -1,0 +1,257 @@
+"""One run from its configuration to its last checkpoint: builds, restores, trains, cleans up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from normuon_lab.data.loading import open_data
+from normuon_lab.data.pretrain_data import PretrainData
+from normuon_lab.errors import require
+from normuon_lab.machine import denormals_flushed
+from normuon_lab.train.arms.options import ArmOptions
+from normuon_lab.train.arms.registry import PRETRAINING_ARMS
+from normuon_lab.train.pretrain.checkpoint import newest_complete
+from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
+from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
+from normuon_lab.train.pretrain.display import RunDisplay
+from normuon_lab.train.pretrain.metrics import MetricsLog, check_trackers
+from normuon_lab.train.pretrain.model import build_model, config_of, config_values
+from normuon_lab.train.pretrain.parallel import compute_dtype, spread
+from normuon_lab.train.pretrain.ranks import Ranks, joined
+from normuon_lab.train.pretrain.run_folder import ResumePoint, begin, find_resume_point
+from normuon_lab.train.pretrain.stopping import StopRequest
+from normuon_lab.train.pretrain.throughput import flops_per_token, peak_flops
+from normuon_lab.train.pretrain.trainer import Trainer, Training
+from normuon_lab.train.pretrain.training_state import restore_
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """What `normuon train` is asked for.
+
+    Attributes:
+        config: resolved.
+        out: the run's folder.
+        resume: see `run_folder.find_resume_point`.
+    """
+
+    config: PretrainConfig
+    out: Path
+    resume: str
+
+
+def train(request: TrainRequest, console: Console) -> None:
+    """Train, alone or as one of torchrun's ranks.
+
+    SIGTERM ends it after the current step, with a checkpoint.
+
+    Raises:
+        InputError: something given cannot be used; nothing was overwritten.
+        RunsFailedError: training failed; the checkpoints before are untouched.
+    """
+    config = request.config
+    check_trackers(config.metrics.trackers)
+    with StopRequest() as stop, denormals_flushed(), joined(config.parallel) as ranks:
+        # A process alone saves and loads alone; torch would say so each time.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        model = build_model(config.model, seed=config.seed)
+        torch.manual_seed(config.seed + ranks.data_rank)  # For dropout.
+        model_config = config_values(model)
+        point = ranks.on_main(
+            lambda: find_resume_point(request.out, request.resume, config, model_config)
+        )
+        data = open_data(
+            config.data, sequence_length=config.batch.sequence_length, seed=config.seed
+        )
+        _check_fit(config, data, model)
+        training = assemble(request, ranks, model, data)
+        if point is not None:
+            _go_on_from_(point, training)
+        ranks.on_main(lambda: begin(request.out, config))
+        try:
+            _run(training, request, stop, console)
+        finally:
+            training.writer.close()
+            training.batches.close()
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
+) -> list[Optimizer]:
+    """The optimizers of an arm; each group keeps its peak learning rate as `initial_lr`.
+
+    Args:
+        model: as it will be trained, spread over its ranks.
+        config: of the optimizer.
+        forward_dtype: what the model computes in.
+    """
+    options = ArmOptions(
+        adam_lr=config.adam_lr,
+        embedding_lr=config.embedding_lr,
+        head_lr=config.head_lr,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        momentum=config.momentum,
+        beta2=config.beta2,
+        ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
+        split_heads=config.split_heads,
+        normuon=(("equilibrate", True),) if config.equilibrate else (),
+    )
+    optimizers = PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
+    """Sequences that a rank takes at once: those asked for, or all of its share if that is less.
+
+    Raises:
+        InputError: the batch does not divide.
+
+    Example:
+        >>> micro_batch_size(BatchConfig(batch_size=16, micro_batch_size=16), data_ranks=4)
+        4
+    """
+    require(
+        batch.batch_size % data_ranks == 0,
+        f"batch_size {batch.batch_size} does not split over {data_ranks} data-parallel ranks",
+    )
+    share = batch.batch_size // data_ranks
+    size = min(batch.micro_batch_size, share)
+    require(
+        share % size == 0,
+        f"a rank's {share} sequences of a step do not split into micro batches of {size}: give "
+        "another --micro-batch-size",
+    )
+    return size
+
+
+def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: PretrainData) -> Training:
+    """The run at its start.
+
+    Args:
+        request: what is asked for; nothing is written.
+        ranks: who trains.
+        model: whole, on the CPU; it is spread over the ranks.
+        data: opened.
+
+    Raises:
+        InputError: model, data and ranks do not fit together.
+    """
+    config = request.config
+    micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
+    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
+    peak = peak_flops(ranks.device, config.metrics.device_tflops)
+    model_config = config_values(model)
+    model = spread(model, config.model, ranks)
+    forward_dtype = compute_dtype(config.model, ranks.device)
+    optimizers = build_optimizers(model, config.optimizer, forward_dtype=forward_dtype)
+    diagnostics = None
+    if config.metrics.diagnose_every:
+        from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
+
+        # The first optimizer is the one of the hidden matrices.
+        every = config.metrics.diagnose_every
+        diagnostics = MatrixDiagnostics(model, optimizers[0], every=every)
+    return Training(
+        config=config,
+        ranks=ranks,
+        model=model,
+        optimizers=optimizers,
+        batches=data.train_batches(
+            global_batch_size=config.batch.batch_size,
+            micro_batch_size=micro_size,
+            rank=ranks.data_rank,
+            world_size=ranks.data_size,
+        ),
+        validation=_validation(config, data, ranks, micro_size),
+        writer=CheckpointWriter(request.out, config.checkpoint, ranks),
+        model_config=model_config,
+        flops_per_token=flops.total,
+        peak_flops=None if peak is None else peak * ranks.world_size,
+        diagnostics=diagnostics,
+        step=0,
+    )
+
+
+def _validation(
+    config: PretrainConfig, data: PretrainData, ranks: Ranks, batch_size: int
+) -> Iterable[Tensor]:
+    if config.evaluation.eval_every == 0:
+        return ()
+    return data.validation_batches(
+        tokens=config.evaluation.eval_tokens,
+        batch_size=batch_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
+    )
+
+
+def _go_on_from_(point: ResumePoint, training: Training) -> None:
+    description = point.description
+    training.batches.load_state_dict(description.data_state)
+    restore_(
+        point.path,
+        training.model,
+        training.optimizers,
+        training.ranks,
+        world_size_then=description.world_size,
+    )
+    training.step = description.step
+
+
+def _run(training: Training, request: TrainRequest, stop: StopRequest, console: Console) -> None:
+    is_main, config, first_step = training.ranks.is_main, training.config, training.step
+    display = RunDisplay(console, step=first_step, steps=config.batch.steps, enabled=is_main)
+    metrics = (
+        MetricsLog(
+            request.out,
+            step=first_step,
+            trackers=config.metrics.trackers,
+            config=config.to_values(),
+        )
+        if is_main
+        else None
+    )
+    with metrics or nullcontext(), display:
+        if first_step:
+            display.say(f"going on from step {first_step}")
+        is_done = Trainer(training, metrics=metrics, display=display).run(stop)
+        if is_done:
+            display.say(f"done: {newest_complete(request.out)}")
+        elif training.step == 0:
+            display.say("stopped by SIGTERM before the first step")
+        else:
+            display.say(
+                f"stopped by SIGTERM after step {training.step}, which is kept; --resume auto goes "
+                "on with it"
+            )
+
+
+def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> None:
+    """Raise `InputError` unless the model can take the data's tokens and sequences."""
+    longest = getattr(config_of(model), "max_position_embeddings", None)
+    length = config.batch.sequence_length
+    require(
+        longest is None or length <= longest,
+        f"sequence_length {length}: the model has {longest} positions",
+    )
+    known: Any = model
+    size = known.get_input_embeddings().num_embeddings
+    require(
+        data.vocab_size <= size,
+        f"the data has a vocabulary of {data.vocab_size}, more than the model's {size}: give "
+        "another tokenizer or model",
+    )

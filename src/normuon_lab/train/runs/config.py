@@ -1,0 +1,261 @@
+"""What a run is made of, as frozen and validated values.
+
+Nothing here imports torch: the command line reads and checks a configuration before anything slow
+starts. What each field means to training is `train.py`'s business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from normuon_lab.errors import require
+from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
+
+MODEL_FAMILIES = ("llama", "gpt2")
+SCHEDULES = ("linear", "constant")
+TOKENIZERS = ("bytes", "bpe")
+WEIGHT_DTYPES = ("float32", "bfloat16")
+NUM_BYTES = 256
+# Where nothing is to be predicted; cross-entropy leaves it out.
+NO_TARGET = -100
+# Token arrays are uint16.
+MAX_BPE_TOKENS = 2**16
+
+# Fields of an experiment that came later: files leave them out at these values, so that those from
+# before still equal new ones.
+_LATER_FIELDS = {
+    "tokenizer": "bytes",
+    "schedule": "linear",
+    "stop_at_accuracy": None,
+    "weights": "float32",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of the language model; random initialisation, untied embeddings."""
+
+    family: str = "llama"
+    num_layers: int = 4
+    width: int = 96
+    num_heads: int = 3
+    mlp_width: int = 256
+    sequence_length: int = 128
+    vocab_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(
+            self.family in MODEL_FAMILIES,
+            f"unknown model {self.family!r}: choose one of {', '.join(MODEL_FAMILIES)}",
+        )
+        for name in ("num_layers", "width", "num_heads", "mlp_width", "sequence_length"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            self.width % self.num_heads == 0 and (self.width // self.num_heads) % 2 == 0,
+            f"width {self.width} must be an even multiple of num_heads {self.num_heads}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The budget of one run: the same for every arm.
+
+    Attributes:
+        schedule: what follows the warmup: linear falls to zero, constant stays.
+        stop_at_accuracy: held-out accuracy at which a run ends, before its steps are done.
+    """
+
+    steps: int = 500
+    batch_size: int = 8
+    warmup_fraction: float = 0.05
+    num_evals: int = 20
+    eval_tokens: int = 16384
+    schedule: str = "linear"
+    stop_at_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} must be at least 1, got {value}")
+        require(
+            0.0 <= self.warmup_fraction < 1.0,
+            f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+        )
+        require(
+            self.schedule in SCHEDULES,
+            f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}",
+        )
+        require(
+            self.stop_at_accuracy is None or 0.0 < self.stop_at_accuracy <= 1.0,
+            f"stop_at_accuracy must be in (0, 1], got {self.stop_at_accuracy}",
+        )
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises linearly to its peak."""
+        return min(self.steps - 1, math.ceil(self.warmup_fraction * self.steps))
+
+    @property
+    def eval_steps(self) -> tuple[int, ...]:
+        """Numbers of finished steps after which the validation loss is taken; 0 and the end too."""
+        marks = {round(i * self.steps / self.num_evals) for i in range(self.num_evals + 1)}
+        return tuple(sorted(marks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModularAddition:
+    """The task (a + b) mod p, learned from a share of all p^2 pairs.
+
+    Attributes:
+        modulus: p.
+        train_share: share of the pairs that a run trains on; it is tested on the others.
+    """
+
+    modulus: int = 97
+    train_share: float = 0.4
+
+    def __post_init__(self) -> None:
+        require(self.modulus >= 2, f"modulus must be at least 2, got {self.modulus}")
+        require(
+            0 < self.num_train_pairs < self.modulus**2,
+            f"train_share {self.train_share} leaves no pair on one side",
+        )
+
+    @property
+    def num_train_pairs(self) -> int:
+        """Pairs that a run trains on."""
+        return round(self.train_share * self.modulus**2)
+
+    @property
+    def vocab_size(self) -> int:
+        """The numbers below p, and the sign of equality."""
+        return self.modulus + 1
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of ``a b =``."""
+        return 3
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored where the words of `--data` stand for a text."""
+        return {"task": "modular-addition", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What all runs of a comparison or of a tuning share.
+
+    Attributes:
+        data: a text, as `--data` names it, or arithmetic.
+        tokenizer: of a text: bytes, or bpe: one of `model.vocab_size` tokens, made from the
+            training part.
+        weights: dtype in which the model is stored and computed; the loss is float32.
+    """
+
+    model: ModelConfig = ModelConfig()
+    training: TrainConfig = TrainConfig()
+    data: tuple[str, ...] | ModularAddition = ("stdlib",)
+    tokenizer: str = "bytes"
+    weights: str = "float32"
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.weights in WEIGHT_DTYPES,
+            f"unknown dtype of weights {self.weights!r}: choose one of {', '.join(WEIGHT_DTYPES)}",
+        )
+        require(
+            self.training.eval_tokens >= self.model.sequence_length,
+            f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "
+            f"{self.model.sequence_length} tokens",
+        )
+        if isinstance(self.data, ModularAddition):
+            wanted = (self.data.vocab_size, self.data.sequence_length)
+            found = (self.model.vocab_size, self.model.sequence_length)
+            require(
+                found == wanted,
+                f"addition mod {self.data.modulus} needs a model of vocab_size {wanted[0]} and "
+                f"sequence_length {wanted[1]}, not of {found[0]} and {found[1]}",
+            )
+        else:
+            check_tokenizer(self.tokenizer, vocab_size=self.model.vocab_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain values, as they are stored in results and compared on `--resume`."""
+        data = self.data.to_json() if isinstance(self.data, ModularAddition) else list(self.data)
+        return _without_later_defaults(
+            {
+                **dataclasses.asdict(self),
+                "training": _without_later_defaults(dataclasses.asdict(self.training)),
+                "data": data,
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """One run of an experiment: which arm, which seed, which hyperparameters.
+
+    Attributes:
+        learning_rate: the peak, of hidden matrices and of whatever `options` says nothing about.
+        options: the arm's other hyperparameters.
+        steps: length of its schedule; None: the experiment's.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+    options: ArmOptions = DEFAULT_OPTIONS
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"a seed must be at least 0, got {self.seed}")
+        require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0.0,
+            f"the learning rate of {self.arm} must be a positive number, got {self.learning_rate}",
+        )
+        require(
+            self.steps is None or self.steps >= 1,
+            f"the steps of {self.arm} must be at least 1, got {self.steps}",
+        )
+
+    @property
+    def name(self) -> str:
+        """How messages call this run."""
+        length = "" if self.steps is None else f" over {self.steps} steps"
+        return f"{self.arm} seed {self.seed}{length}"
+
+    def training(self, experiment: Experiment) -> TrainConfig:
+        """The budget of this run: the experiment's, at this run's length."""
+        if self.steps is None:
+            return experiment.training
+        return dataclasses.replace(experiment.training, steps=self.steps)
+
+
+def _without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]
+    }
+
+
+def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
+    """Raise `InputError` unless a text can have such tokens, and as many."""
+    require(
+        tokenizer in TOKENIZERS,
+        f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(TOKENIZERS)}",
+    )
+    if tokenizer == "bytes":
+        require(vocab_size == NUM_BYTES, f"bytes are {NUM_BYTES} tokens, not {vocab_size}")
+    else:
+        require(
+            NUM_BYTES < vocab_size <= MAX_BPE_TOKENS,
+            f"a BPE has the {NUM_BYTES} bytes and more, up to {MAX_BPE_TOKENS} tokens; "
+            f"got {vocab_size}",
+        )

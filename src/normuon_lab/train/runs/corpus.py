@@ -1,0 +1,276 @@
+"""Text on this machine becomes two disjoint token arrays, train and validation, and a digest.
+
+Tokens are the bytes of the text, or those of a BPE made from its training part. Nothing is
+downloaded. How windows are drawn from the arrays is `batches.py`'s business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from normuon_lab.data.local_texts import shakespeare_documents, stdlib_documents
+from normuon_lab.data.tokenizer import train_bpe
+from normuon_lab.errors import InputError, require
+from normuon_lab.train.runs.config import NUM_BYTES, Experiment, check_tokenizer
+
+# The text is read and checked before anything slow starts, and importing torch takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normuon_lab.train.runs.batches import BatchSampler, Tokens
+
+# One document in ten, or the last tenth of a single document, is held out.
+VALIDATION_SHARE = 10
+END_OF_DOCUMENT = b"\0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corpus:
+    """Token arrays and where they came from.
+
+    `train` and `validation` share no document, or, for a single file, no line.
+
+    Attributes:
+        digest: SHA-256 of the text, whatever its tokens.
+        train_bytes_per_token: bytes of the training text over its tokens; that a loss in nats per
+            token can be had per byte.
+        validation_bytes_per_token: the same of the held-out text.
+    """
+
+    name: str
+    train: Tokens
+    validation: Tokens
+    digest: str
+    num_train_documents: int
+    num_validation_documents: int
+    tokenizer: str = "bytes"
+    vocab_size: int = NUM_BYTES
+    train_bytes_per_token: float = 1.0
+    validation_bytes_per_token: float = 1.0
+
+    def train_batches(self, experiment: Experiment, *, seed: int) -> BatchSampler:
+        """The windows that each step of a run trains on."""
+        from normuon_lab.train.runs.batches import BatchSampler
+
+        return BatchSampler(
+            self.train,
+            sequence_length=experiment.model.sequence_length,
+            batch_size=experiment.training.batch_size,
+            seed=seed,
+        )
+
+    def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """The windows that every evaluation reads, the same for every seed."""
+        from normuon_lab.train.runs.batches import validation_batches
+
+        return validation_batches(
+            self.validation,
+            sequence_length=experiment.model.sequence_length,
+            eval_tokens=experiment.training.eval_tokens,
+            batch_size=experiment.training.batch_size,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What results record of the text: everything but the text."""
+        return {
+            "name": self.name,
+            "sha256": self.digest,
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
+            "train_tokens": int(self.train.size),
+            "validation_tokens": int(self.validation.size),
+            "train_bytes_per_token": self.train_bytes_per_token,
+            "validation_bytes_per_token": self.validation_bytes_per_token,
+            "train_documents": self.num_train_documents,
+            "validation_documents": self.num_validation_documents,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SplitText:
+    """A text in two parts, not tokens yet: lists of documents, each to be followed by `end`."""
+
+    name: str
+    train: list[bytes]
+    validation: list[bytes]
+    end: bytes
+    digest: str
+
+    def with_ends(self, documents: list[bytes]) -> list[bytes]:
+        """The documents, each with its end."""
+        return [document + self.end for document in documents]
+
+
+def load_corpus(
+    sources: Sequence[str], *, tokenizer: str = "bytes", vocab_size: int = NUM_BYTES
+) -> Corpus:
+    """Read the text that `--data` names.
+
+    Args:
+        sources: `("stdlib",)`, `("shakespeare",)`, or paths of text files.
+        tokenizer: bytes, or bpe: made from the training documents, never from those held out.
+        vocab_size: how many tokens the BPE has; 256 for bytes.
+
+    Returns:
+        The corpus; uint8 tokens for bytes, uint16 for a BPE. Several documents are split by
+        document, a single one at a line near its end.
+
+    Raises:
+        InputError: a file is missing, unreadable or empty, an optional package is absent, or the
+            text is not UTF-8 or too short for the BPE.
+
+    Example:
+        >>> corpus = load_corpus(["stdlib"])
+        >>> corpus.train.size > 5 * corpus.validation.size
+        True
+    """
+    check_tokenizer(tokenizer, vocab_size=vocab_size)
+    text = _read(sources)
+    tokens = _byte_tokens if tokenizer == "bytes" else _train_bpe(text, vocab_size)
+    train_bytes, validation_bytes = text.with_ends(text.train), text.with_ends(text.validation)
+    train, validation = tokens(train_bytes), tokens(validation_bytes)
+    return Corpus(
+        name=text.name,
+        train=train,
+        validation=validation,
+        digest=text.digest,
+        num_train_documents=len(text.train),
+        num_validation_documents=len(text.validation),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        train_bytes_per_token=_bytes_per_token(train_bytes, train),
+        validation_bytes_per_token=_bytes_per_token(validation_bytes, validation),
+    )
+
+
+def _read(sources: Sequence[str]) -> _SplitText:
+    require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
+    if tuple(sources) == ("stdlib",):
+        return _from_documents("Python standard library", list(stdlib_documents()))
+    if tuple(sources) == ("shakespeare",):
+        return _from_documents("Shakespeare", list(shakespeare_documents()))
+    texts = [_read_text_file(source) for source in sources]
+    if len(texts) == 1:
+        return _from_single_document(sources[0], texts[0])
+    paths = [Path(source).resolve() for source in sources]
+    require(len(set(paths)) == len(paths), "--data names the same file twice")
+    # Relative to their common folder, so that the split and the digest are the same elsewhere.
+    folder = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return _from_documents(shown, list(zip(names, texts, strict=True)))
+
+
+def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
+    """Raise `InputError` unless the text fills one training batch and the validation batches."""
+    length = experiment.model.sequence_length
+    # One token more than the windows hold: the last target.
+    train_need = experiment.training.batch_size * length + 1
+    validation_need = experiment.training.eval_tokens // length * length + 1
+    require(
+        corpus.validation.size >= validation_need,
+        f"the text is too short: its validation part has {corpus.validation.size} tokens and one "
+        f"evaluation reads {validation_need}; give more text or a smaller --eval-tokens",
+    )
+    require(
+        corpus.train.size >= train_need,
+        f"the text is too short: its training part has {corpus.train.size} tokens and one batch "
+        f"reads {train_need}; give more text or a smaller --batch-size",
+    )
+
+
+def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> _SplitText:
+    require(bool(documents), f"no text was found for {name}")
+    documents = sorted(documents)
+    held_out = _held_out_names([document for document, _ in documents])
+    return _SplitText(
+        name=name,
+        train=[text for document, text in documents if document not in held_out],
+        validation=[text for document, text in documents if document in held_out],
+        end=END_OF_DOCUMENT,
+        digest=_digest(documents),
+    )
+
+
+def _from_single_document(path: str, text: bytes) -> _SplitText:
+    cut = len(text) - len(text) // VALIDATION_SHARE
+    line_end = text.find(b"\n", cut)
+    # A text without line breaks is cut where the share falls.
+    cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
+    name = Path(path).name
+    return _SplitText(
+        name=name,
+        train=[text[:cut]],
+        validation=[text[cut:]],
+        end=b"",
+        digest=_digest([(name, text)]),
+    )
+
+
+def _held_out_names(names: Sequence[str]) -> set[str]:
+    """The documents of the validation set: by hash, so that adding a file moves no other."""
+
+    def rank(name: str) -> int:
+        return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16)
+
+    held_out = {name for name in names if rank(name) % VALIDATION_SHARE == 0}
+    if not held_out or len(held_out) == len(names):
+        held_out = {min(names, key=rank)}
+    return held_out
+
+
+def _byte_tokens(documents: Sequence[bytes]) -> Tokens:
+    return np.frombuffer(b"".join(documents), dtype=np.uint8)
+
+
+def _train_bpe(text: _SplitText, vocab_size: int) -> Callable[[Sequence[bytes]], Tokens]:
+    """The tokens of a BPE that has seen the training documents alone."""
+    bpe = train_bpe(_decoded(text.train, text.name), vocab_size=vocab_size)
+
+    def tokens(documents: Sequence[bytes]) -> Tokens:
+        return np.concatenate(bpe.encode(_decoded(documents, text.name))).astype(np.uint16)
+
+    return tokens
+
+
+def _bytes_per_token(documents: Sequence[bytes], tokens: Tokens) -> float:
+    # The end of a very short text is empty; `check_lengths` refuses it.
+    return sum(map(len, documents)) / max(tokens.size, 1)
+
+
+def _decoded(documents: Sequence[bytes], name: str) -> list[str]:
+    try:
+        return [document.decode() for document in documents]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--data: {name} is not UTF-8 ({error.reason}), which --tokenizer bpe needs: "
+            "take --tokenizer bytes"
+        ) from error
+
+
+def _digest(documents: Sequence[tuple[str, bytes]]) -> str:
+    """SHA-256 over every document's name, length and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, text in documents:
+        digest.update(f"{name}\0{len(text)}\0".encode())
+        digest.update(text)
+    return digest.hexdigest()
+
+
+def _read_text_file(source: str) -> bytes:
+    path = Path(source)
+    require(path.exists(), f"--data: no such file: {source}")
+    require(not path.is_dir(), f"--data: {source} is a directory; give the text files themselves")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--data: cannot read {source}: {error.strerror}") from error
+    require(bool(text.strip()), f"--data: {source} is empty")
+    return text

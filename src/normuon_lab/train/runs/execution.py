@@ -1,0 +1,91 @@
+"""Does a list of runs in worker processes while the terminal shows how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from normuon_lab.errors import RunsFailedError
+from normuon_lab.machine import default_num_workers
+from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.progress import RunDisplay
+from normuon_lab.train.runs.records import RunRecord
+from normuon_lab.train.runs.tasks import Task
+from normuon_lab.train.runs.workers import (
+    Failed,
+    Finished,
+    Job,
+    Progress,
+    Started,
+    run_jobs,
+)
+
+
+def execute(
+    jobs: Sequence[Job],
+    experiment: Experiment,
+    task: Task,
+    *,
+    console: Console,
+    on_finished: Callable[[RunSpec, RunRecord], object],
+    num_done: int = 0,
+) -> None:
+    """Do all jobs and hand over each record as it comes.
+
+    Args:
+        jobs: the runs, in order of start.
+        experiment: what they share.
+        task: its data.
+        console: where to show progress.
+        on_finished: called with every run's specification and record.
+        num_done: runs of the experiment's length that were finished earlier, for the counter.
+
+    Raises:
+        RunsFailedError: after all other jobs are done, if any failed.
+    """
+    failures: list[Failed] = []
+    lengths = {job.spec: job.spec.training(experiment).steps for job in jobs}
+    display = RunDisplay(
+        console,
+        num_runs=num_done + len(jobs),
+        num_done=num_done,
+        steps=num_done * experiment.training.steps + sum(lengths.values()),
+        steps_done=num_done * experiment.training.steps,
+    )
+    events = run_jobs(jobs, experiment, task, num_workers=default_num_workers(len(jobs)))
+    with display:
+        try:
+            for event in events:
+                spec = event.job.spec
+                if isinstance(event, Started):
+                    display.start(spec, steps=lengths[spec])
+                elif isinstance(event, Progress):
+                    display.advance(spec, event.step, event.loss)
+                elif isinstance(event, Finished):
+                    on_finished(spec, event.record)
+                    display.finish(spec, event.record)
+                else:
+                    failures.append(event)
+                    display.fail(spec, event.reason)
+        finally:
+            events.close()
+    if failures:
+        raise RunsFailedError(
+            "; ".join(f"{event.job.spec.name} failed: {event.reason}" for event in failures)
+        )
+
+
+def execute_specs(
+    specs: Sequence[RunSpec], experiment: Experiment, task: Task, *, console: Console
+) -> dict[RunSpec, RunRecord]:
+    """Do all runs and return their records; see `execute`."""
+    records: dict[RunSpec, RunRecord] = {}
+    execute(
+        [Job(spec) for spec in specs],
+        experiment,
+        task,
+        console=console,
+        on_finished=records.__setitem__,
+    )
+    return records

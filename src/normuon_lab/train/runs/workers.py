@@ -1,0 +1,209 @@
+"""Runs training runs in worker processes, one thread each, and reports on them as they go.
+
+One thread per worker, whatever the number of workers: results must not depend on how many cores
+there are, and two one-thread workers do more than one worker with two threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.records import RunRecord
+from normuon_lab.train.runs.tasks import Task
+from normuon_lab.train.runs.train import train_run
+
+# Pipes would otherwise carry a message per step of a tiny model.
+_SECONDS_BETWEEN_PROGRESS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run to do, and whether to measure its update matrices on the way."""
+
+    spec: RunSpec
+    probe_updates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker has taken the job."""
+
+    job: Job
+    worker_pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The job has done `step` steps; `loss` is the last training loss."""
+
+    job: Job
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job is done."""
+
+    job: Job
+    record: RunRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The job ended without a record; `details` is a traceback, or empty."""
+
+    job: Job
+    reason: str
+    details: str
+
+
+Event = Started | Progress | Finished | Failed
+
+
+def run_jobs(
+    jobs: Sequence[Job], experiment: Experiment, task: Task, *, num_workers: int
+) -> Generator[Event, None, None]:
+    """Do all jobs, in order of start, and yield what happens.
+
+    A job that raises, or whose process dies, yields `Failed` and the others go on. Closing the
+    iterator, or an exception in the caller's loop, ends the workers.
+    """
+    waiting = deque(jobs)
+    workers: list[_Worker] = []
+    try:
+        while waiting or any(worker.job is not None for worker in workers):
+            while waiting and len(workers) < num_workers:
+                workers.append(_Worker(experiment, task))
+            for worker in workers:
+                if worker.job is None and waiting:
+                    yield worker.take(waiting.popleft())
+            ready = wait([worker.connection for worker in workers])
+            for worker in [worker for worker in workers if worker.connection in ready]:
+                event = worker.receive()
+                if event is None:
+                    workers.remove(worker)
+                elif not worker.alive:
+                    workers.remove(worker)
+                    yield event
+                else:
+                    yield event
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """The parent's end of one worker process."""
+
+    def __init__(self, experiment: Experiment, task: Task) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, child_end = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=_work, args=(child_end, experiment, task), daemon=True
+        )
+        # The terminal sends Ctrl-C to the whole group. The parent alone answers it; a worker, which
+        # inherits what is ignored here, must not print a traceback while it is still importing.
+        with _interrupts_ignored():
+            self._process.start()
+        child_end.close()
+        self.job: Job | None = None
+        self.alive = True
+
+    def take(self, job: Job) -> Started:
+        self.job = job
+        # A process that died on the way is noticed by `receive`, which finds the pipe closed.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(job)
+        assert self._process.pid is not None
+        return Started(job, self._process.pid)
+
+    def receive(self) -> Event | None:
+        """The next event; None when a worker without a job has died."""
+        job = self.job
+        try:
+            event: Event = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.stop()
+            if job is None:
+                return None
+            return Failed(job, f"its process ended with exit code {self._process.exitcode}", "")
+        if isinstance(event, Finished | Failed):
+            self.job = None
+        return event
+
+    def stop(self) -> None:
+        self.alive = False
+        self.connection.close()
+        self._process.join(timeout=0.2)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _work(connection: Connection, experiment: Experiment, task: Task) -> None:
+    """A worker's life: take a job, report on it, until the parent closes the pipe."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        while True:
+            _do(connection.recv(), connection, experiment, task)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        # The parent is gone or has closed its end: nobody is left to report to.
+        return
+
+
+def _do(job: Job, connection: Connection, experiment: Experiment, task: Task) -> None:
+    last_sent = 0.0
+
+    def send_progress(step: int, loss: float) -> None:
+        nonlocal last_sent
+        now = time.monotonic()
+        if now - last_sent >= _SECONDS_BETWEEN_PROGRESS:
+            last_sent = now
+            connection.send(Progress(job, step, loss))
+
+    try:
+        record = train_run(
+            job.spec,
+            experiment,
+            task,
+            probe_updates=job.probe_updates,
+            on_step=send_progress,
+        )
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {text}"
+        connection.send(Failed(job, reason, traceback.format_exc()))
+    else:
+        connection.send(Finished(job, record))
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        # Not in the main thread: there Ctrl-C arrives elsewhere anyway.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

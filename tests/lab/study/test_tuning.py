@@ -1,0 +1,151 @@
+"""Tuning: the grid grows until the best rate is interior, at the same budget for every arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from normuon_lab.atomic_files import write_json
+from normuon_lab.errors import InputError
+from normuon_lab.study.tune.grid import best_rate, check_grid, is_interior, next_rate
+from normuon_lab.study.tune.tuned_rates import TunedRates
+from normuon_lab.study.tune.tuning import FinalLosses, mean_losses, tune, tuning_to_json
+from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.records import RunRecord
+
+LossOf = Callable[[RunSpec], float | None]
+
+
+def bowl(best: float) -> Callable[[RunSpec], float]:
+    return lambda spec: abs(math.log2(spec.learning_rate / best)) + spec.seed / 1e6
+
+
+def do_tune(
+    loss_of: LossOf,
+    *,
+    arms: Sequence[str] = ("adamw",),
+    rates: Sequence[float] = (1.0, 2.0, 4.0),
+    min_rounds: int = 0,
+    max_rounds: int = 8,
+) -> tuple[FinalLosses, int]:
+    saves = 0
+
+    def run_many(specs: Sequence[RunSpec]) -> list[RunRecord]:
+        return [
+            RunRecord(
+                arm=spec.arm,
+                seed=spec.seed,
+                learning_rate=spec.learning_rate,
+                num_parameters=1,
+                final_loss=loss_of(spec),
+            )
+            for spec in specs
+        ]
+
+    def save(found: FinalLosses) -> None:
+        nonlocal saves
+        saves += 1
+
+    found = tune(
+        arms,
+        rates=rates,
+        seeds=[1000, 1001],
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        run_many=run_many,
+        save=save,
+    )
+    return found, saves
+
+
+@pytest.mark.parametrize("best", [0.05, 1.0, 2.0, 30.0])
+def test_the_grid_grows_until_the_best_is_interior(best: float) -> None:
+    found, _ = do_tune(bowl(best))
+    losses = mean_losses(found["adamw"])
+    assert is_interior(losses)
+    # Neighbours are a factor 2 apart, so that the best is within it.
+    assert 0.5 <= best_rate(losses) / best <= 2.0
+
+
+def test_growth_is_bounded() -> None:
+    found, saves = do_tune(lambda spec: -spec.learning_rate, max_rounds=3)
+    assert saves == 4
+    assert max(found["adamw"]) == 32.0
+    assert not is_interior(mean_losses(found["adamw"]))
+
+
+def test_every_arm_gets_the_same_number_of_trials() -> None:
+    def loss_of(spec: RunSpec) -> float:
+        return bowl(16.0 if spec.arm == "muon" else 2.0)(spec)
+
+    found, _ = do_tune(loss_of, arms=("adamw", "muon"))
+    assert len(found["adamw"]) == len(found["muon"]) > 3
+
+
+def test_rounds_after_the_best_is_interior_refine_towards_the_better_side() -> None:
+    found, _ = do_tune(bowl(2.6), min_rounds=2)
+    assert sorted(found["adamw"]) == pytest.approx([1.0, 2.0, 2.0 * 2**0.25, 2.0 * 2**0.5, 4.0])
+
+
+def test_a_new_rate_is_never_one_that_was_tried() -> None:
+    losses = {1.0: 3.0, 2.0: 2.0, 4.0: 3.0}
+    for _ in range(20):
+        rate = next_rate(losses)
+        assert rate not in losses
+        losses[rate] = abs(math.log2(rate) - 1.1)
+
+
+def test_a_rate_with_one_diverged_seed_is_the_worst() -> None:
+    found, _ = do_tune(lambda spec: None if spec.learning_rate > 2.0 and spec.seed == 1001 else 5.0)
+    losses = mean_losses(found["adamw"])
+    assert losses[4.0] == math.inf
+    assert best_rate(losses) <= 2.0
+
+
+@pytest.mark.parametrize("rates", [(1.0, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (1.0, -1.0, 2.0)])
+def test_bad_grids_are_refused(rates: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="--lrs"):
+        check_grid(rates)
+
+
+@pytest.fixture
+def tuning_file(tmp_path: Path) -> Path:
+    losses: Mapping[float, Mapping[int, float | None]] = {
+        0.1: {1000: 3.0},
+        0.2: {1000: 2.0},
+        0.4: {1000: None},
+    }
+    path = tmp_path / "tuned.json"
+    contents = tuning_to_json(
+        {"adamw": losses},
+        experiment=Experiment(),
+        seeds=[1000],
+        provenance={"corpus": {"sha256": "a"}},
+    )
+    write_json(path, contents)
+    return path
+
+
+def test_a_tuning_file_gives_the_best_rate_and_says_how(tuning_file: Path) -> None:
+    tuned = TunedRates.load(str(tuning_file))
+    assert tuned.learning_rate("adamw") == 0.2
+    summary = tuned.summary("adamw", Experiment(), "a")
+    assert "3 rates from 0.1 to 0.4, seeds 1000, mean final loss 2.0000" in summary
+    assert "another" not in summary
+    assert "another version of the text" in tuned.summary("adamw", Experiment(), "b")
+    other = Experiment(data=("shakespeare",))
+    assert "another configuration (data" in tuned.summary("adamw", other, "a")
+    with pytest.raises(InputError, match="normuon tune --arms muon"):
+        tuned.learning_rate("muon")
+
+
+def test_the_shipped_rates_are_for_the_default_comparison() -> None:
+    tuned = TunedRates.load()
+    for arm in ("adamw", "muon", "normuon"):
+        assert tuned.values["arms"][arm]["is_interior"]
+        assert "another configuration" not in tuned.summary(arm, Experiment(), "")
+    assert len({len(arm["trials"]) for arm in tuned.values["arms"].values()}) == 1
+    assert min(tuned.seeds) >= 1000

@@ -1,0 +1,99 @@
+"""Batches and schedule: every window once an epoch, the same for every arm; warmup and decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from normuon_lab.errors import InputError
+from normuon_lab.train.runs.batches import BatchSampler, validation_batches
+from normuon_lab.train.runs.config import Experiment, ModelConfig, TrainConfig
+from normuon_lab.train.runs.corpus import Corpus, check_lengths
+from normuon_lab.train.runs.schedule import learning_rate_factor
+
+
+def sampler(seed: int = 0, *, num_tokens: int = 101, batch_size: int = 4) -> BatchSampler:
+    tokens = np.arange(num_tokens, dtype=np.uint8)
+    return BatchSampler(tokens, sequence_length=10, batch_size=batch_size, seed=seed)
+
+
+def test_an_epoch_covers_every_window_exactly_once() -> None:
+    drawn = [window for step in range(5) for window in sampler().window_indices(step)]
+    assert sampler().num_windows == 10
+    assert sorted(drawn[:10]) == list(range(10))
+    assert sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    steps = [sampler(seed=3).window_indices(step) for step in range(6)]
+    reused = sampler(seed=3)
+    assert [reused.window_indices(step) for step in reversed(range(6))] == steps[::-1]
+    assert [sampler(seed=4).window_indices(step) for step in range(6)] != steps
+
+
+def test_targets_are_the_next_tokens() -> None:
+    inputs, targets = sampler().batch(0)
+    assert inputs.shape == targets.shape == (4, 10)
+    assert inputs.dtype == torch.int64
+    # The text counts up, so that the next token is one more.
+    assert torch.equal(targets, inputs + 1)
+    assert set((inputs[:, 0] % 10).tolist()) == {0}
+
+
+def test_validation_reads_the_asked_number_of_tokens_spread_over_the_text() -> None:
+    tokens = np.arange(201, dtype=np.int64).astype(np.uint8)
+    batches = validation_batches(tokens, sequence_length=10, eval_tokens=50, batch_size=2)
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    assert [len(inputs) for inputs, _ in batches] == [2, 2, 1]
+    assert inputs[:, 0].tolist() == [0, 40, 80, 120, 160]
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_validation", "missing"),
+    [(41, 21, None), (40, 21, "training part"), (41, 20, "validation part")],
+)
+def test_a_text_must_fill_a_batch_and_an_evaluation(
+    make_corpus: Callable[..., Corpus], num_train: int, num_validation: int, missing: str | None
+) -> None:
+    experiment = Experiment(
+        model=ModelConfig(sequence_length=10),
+        training=TrainConfig(batch_size=4, eval_tokens=20),
+    )
+    corpus = make_corpus(num_train, num_validation)
+    if missing is None:
+        check_lengths(corpus, experiment)
+    else:
+        with pytest.raises(InputError, match=missing):
+            check_lengths(corpus, experiment)
+
+
+def test_schedule_rises_and_falls_linearly_and_never_steps_by_zero() -> None:
+    factors = [learning_rate_factor(t, steps=100, warmup_steps=5) for t in range(100)]
+    assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert np.allclose(np.diff(factors[5:]), -1 / 95, rtol=0, atol=1e-15)
+    assert factors[-1] == pytest.approx(1 / 95)
+
+
+def test_a_constant_schedule_stays_after_its_warmup() -> None:
+    factors = [
+        learning_rate_factor(t, steps=100, warmup_steps=4, schedule="constant") for t in range(100)
+    ]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert set(factors[4:]) == {1.0}
+
+
+def test_schedule_without_warmup_and_of_one_step() -> None:
+    assert learning_rate_factor(0, steps=4, warmup_steps=0) == 1.0
+    assert learning_rate_factor(0, steps=1, warmup_steps=TrainConfig(steps=1).warmup_steps) == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 240])
+def test_evaluations_include_start_and_end(steps: int) -> None:
+    marks = TrainConfig(steps=steps, num_evals=20).eval_steps
+    assert marks[0] == 0
+    assert marks[-1] == steps
+    assert list(marks) == sorted(set(marks))
