@@ -1,4 +1,4 @@
-"""NorMuon under Accelerate with its FSDP2 plugin.
+"""NorMuon under Accelerate with its FSDP2 plugin: accumulation, clipping, schedule, checkpoints.
 
 $ torchrun --nproc-per-node 2 examples/accelerate_fsdp2.py
 """
@@ -12,11 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import normuon
 
+ACCUMULATED = 2
+"""Batches per step: `Accelerator(gradient_accumulation_steps=...)`."""
 
-def batch(step: int, data_rank: int, device: torch.device) -> torch.Tensor:
+
+def batch(number: int, data_rank: int, device: torch.device) -> torch.Tensor:
     """Sequences that count upwards from anywhere; another part of the batch on every data rank."""
-    torch.manual_seed(1000 * step + data_rank)
-    start = torch.randint(64, (8, 1), device=device)
+    torch.manual_seed(1000 * number + data_rank)
+    start = torch.randint(64, (4, 1), device=device)
     return (start + torch.arange(32, device=device)) % 64
 
 
@@ -43,19 +46,30 @@ def train(accelerator: Accelerator, steps: int, out: Path, resume: bool = False)
         )
     )
     optimizer = normuon.NorMuon(normuon.param_groups(model), lr=2e-3)
+    # At every step Accelerate advances a schedule as often as there are ranks.
+    total = steps * accelerator.num_processes
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=total)
     # Accelerate shards the model and puts the shards into the optimizer's groups.
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     middle, first = steps // 2, 0
     if resume:
         accelerator.load_state(str(out))
         first = middle
     for step in range(first, steps):
-        tokens = batch(step, accelerator.process_index, accelerator.device)
-        loss = model(input_ids=tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-        mean = accelerator.reduce(loss.detach(), reduction="mean")
+        total_loss = torch.zeros((), device=accelerator.device)
+        for part in range(ACCUMULATED):
+            number = ACCUMULATED * step + part
+            tokens = batch(number, accelerator.process_index, accelerator.device)
+            with accelerator.accumulate(model):
+                loss = model(input_ids=tokens, labels=tokens).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            total_loss += loss.detach()
+        mean = accelerator.reduce(total_loss / ACCUMULATED, reduction="mean")
         accelerator.print(f"step {step} loss {mean.item():.6f}", flush=True)
         if step + 1 == middle:
             accelerator.save_state(str(out))
@@ -68,5 +82,9 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in OUT")
     arguments = parser.parse_args()
     # Without GPUs Accelerate passes over the plugin and takes DDP.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=fsdp2_plugin())
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        fsdp_plugin=fsdp2_plugin(),
+        gradient_accumulation_steps=ACCUMULATED,
+    )
     train(accelerator, arguments.steps, arguments.out, arguments.resume)

@@ -21,13 +21,18 @@ def main(example: str, out: str, steps: str, *flags: str) -> None:
     torch.set_num_threads(1)
     names = runpy.run_path(example)
     plugin = names["fsdp2_plugin"]()
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(
+        cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=names["ACCUMULATED"]
+    )
     for state in (PartialState(), accelerator.state):
         state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     names["train"](accelerator, int(steps), Path(out), "--resume" in flags)
-    params = [p for group in accelerator._optimizers[0].param_groups for p in group["params"]]
+    groups = accelerator._optimizers[0].param_groups
+    params = [p for group in groups for p in group["params"]]
     assert all(isinstance(param, DTensor) for param in params), "the model was not sharded"
+    # The schedule has run to its end once, on two ranks with two batches a step.
+    assert all(abs(group["lr"] - 2e-4) < 1e-9 for group in groups), groups[0]["lr"]
     dist.destroy_process_group()
 
 

@@ -23,8 +23,10 @@ def trainer_optimizer(
 ) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes: NorMuon by the Trainer's arguments.
 
-    The optimizer is built when the Trainer asks for it, from the model as it is then, sharded or
-    wrapped. ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of
+    The optimizer is built when the Trainer asks for it, from the model as it is then; if the Trainer
+    shards the model afterwards, as it does under FSDP2, Accelerate puts the shards into the groups.
+    Trainers whose constructor does not have this argument, such as TRL's DPOTrainer, take it as
+    their attribute ``optimizer_cls_and_kwargs`` before `train`. ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of
     hidden matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The
     schedule is the Trainer's own. ``args.optim`` means nothing here.
 
@@ -84,13 +86,18 @@ class TrainerOptimizer:
     def __call__(
         self,
         model: nn.Module,
+        trainer_args: Any = None,
         *,
         args: Any,
         grouping: Mapping[str, Any],
         options: Mapping[str, Any],
         quiet: bool,
     ) -> NorMuon:
-        """Builds the optimizer."""
+        """Builds the optimizer.
+
+        ``trainer_args`` is unused: axolotl's Trainer passes its arguments here, transformers' does
+        not, and ``args`` are the same.
+        """
         given = {
             "lr": args.learning_rate,
             "weight_decay": args.weight_decay,
