@@ -23,12 +23,14 @@ def trainer_optimizer(
 ) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
     """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes: NorMuon by the Trainer's arguments.
 
-    The optimizer is built when the Trainer asks for it, from the model as it is then; if the Trainer
-    shards the model afterwards, as it does under FSDP2, Accelerate puts the shards into the groups.
-    Trainers whose constructor does not have this argument, such as TRL's DPOTrainer, take it as
-    their attribute ``optimizer_cls_and_kwargs`` before `train`. ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of
-    hidden matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The
-    schedule is the Trainer's own. ``args.optim`` means nothing here.
+    The optimizer is built when the Trainer asks for it, from the model as it is then; if the model
+    is sharded afterwards, as under FSDP2, Accelerate puts the shards into the groups. Trainers
+    whose constructor does not have this argument, such as TRL's DPOTrainer, take it as their
+    attribute ``optimizer_cls_and_kwargs`` before ``train()``.
+
+    ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of hidden
+    matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The schedule is
+    the Trainer's own. ``args.optim`` means nothing here.
 
     Args:
         args: the ``TrainingArguments`` that the Trainer gets.
