@@ -54,6 +54,8 @@ types: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+	@echo "The site is in build/docs: open build/docs/index.html in a browser, no server needed,"
+	@echo "or serve it while you write: $(BIN)/mkdocs serve"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 class NorMuon(Optimizer):
     r"""NorMuon: Muon's orthogonalised momentum with one adaptive scale per neuron.
 
-    For every matrix W of m rows (output neurons) and n columns (arXiv 2510.05491, Algorithm 1)::
+    For every matrix W of m rows (output neurons) and n columns (arXiv 2510.05491, Algorithm 1):
 
         M_t  = b1 M_{t-1} + (1 - b1) G_t                   momentum
         O_t  = NS(M_t)                                     Newton-Schulz orthogonalisation

@@ -1,4 +1,4 @@
-"""Every block of Python in the documentation runs, and the site builds without a warning."""
+"""Every block of Python in the documentation runs, and every page and file that it names exists."""
 
 from __future__ import annotations
 
@@ -72,23 +72,6 @@ def test_a_pages_code_runs_from_top_to_bottom(page, tmp_path):
     assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
     for said in SAID.get(name_of(page), ()):
         assert re.search(said, done.stdout, re.MULTILINE), f"{said!r} is not in {done.stdout}"
-
-
-def test_the_site_builds_and_every_link_in_it_leads_somewhere(tmp_path):
-    """mkdocs checks links and anchors of pages, mkdocstrings the names of the reference."""
-    pytest.importorskip("mkdocs")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    reference = (tmp_path / "reference" / "optimizer" / "index.html").read_text()
-    assert 'id="normuon.NorMuon.step"' in reference
 
 
 def test_every_page_is_in_the_navigation():
