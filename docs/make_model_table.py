@@ -33,8 +33,8 @@ def cell(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in dict.fromkeys(names)) or "-"
 
 
-def row(name: str, model: nn.Module) -> str:
-    """One line of the table."""
+def cells(model: nn.Module) -> str:
+    """What a line of the table says of a model."""
     columns: dict[str, list[str]] = {"normuon": [], HEAD: [], EMBEDDING: [], "rest": []}
     for group in param_groups(model):
         for (param_name, param), reason in zip(group["params"], group["reasons"], strict=True):
@@ -51,15 +51,18 @@ def row(name: str, model: nn.Module) -> str:
             elif not reason.startswith(("norm", "bias")):
                 what = reason.split(":")[0].split(" [")[0]
                 columns["rest"].append(f"{short_name(param_name)}: {what}")
-    return f"| {name} | " + " | ".join(cell(names) for names in columns.values()) + " |"
+    return " | ".join(cell(names) for names in columns.values())
 
 
 def table() -> str:
-    """The whole table."""
+    """The whole table: models whose layers are treated alike share a line."""
+    names: dict[str, list[str]] = {}
+    for name, model in all_models():
+        names.setdefault(cells(model), []).append(name)
     lines = [
         "| model | NorMuon | AdamW: output head | AdamW: embeddings | AdamW: other |",
         "|---|---|---|---|---|",
-        *(row(name, model) for name, model in all_models()),
+        *(f"| {', '.join(alike)} | {row} |" for row, alike in names.items()),
     ]
     return "\n".join(lines) + "\n"
 
