@@ -1,6 +1,6 @@
 """The results page: its tables, sentences and figures, all from the files under ``results``.
 
-The words are templates/results.md.j2's; every number and every verdict is put there by code.
+The words are the template's; code fills in every number and every verdict.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def render_page(
 
 
 def missing_words(found: CellEvidence) -> list[str]:
-    """What of a cell is not there, in sentences; empty when all is."""
+    """What a cell lacks, in sentences; empty if nothing."""
     if found.is_empty:
-        return ["Nothing of this cell has been run yet."]
+        return ["No runs of this cell yet."]
     missing = []
     untuned = [label_of(arm) for arm in found.cell.arms if arm not in found.tuning]
     if untuned:
@@ -89,8 +89,8 @@ def missing_words(found: CellEvidence) -> list[str]:
     ]
     if at_an_end:
         missing.append(
-            "The best setting found is at an end of what was tried, so that a better one may lie "
-            f"beyond: {'; '.join(at_an_end)}."
+            "The best setting is at the edge of the values tried, so there may be a better one: "
+            f"{'; '.join(at_an_end)}."
         )
     counts = {arm: len(found.full_runs(arm)) for arm in found.cell.arms}
     for count in sorted(set(counts.values()) - {len(CLAIM_SEEDS)}):

@@ -112,7 +112,7 @@ def paper_claims(
         *_cost_claims(table2),
         _from_findings(
             "The adverse case: NorMuon learns modular addition later than Muon.",
-            "not the paper's: reported by a replication",
+            "not in the paper: reported by a replication",
             _later_findings(table1, "normuon", "muon"),
             paper_value=0.0,
         ),
@@ -136,7 +136,7 @@ def _from_findings(
 
 def _saved_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
     return [
-        table_finding(row, "steps_saved_percent", "fewer steps")
+        table_finding(row, "steps_saved_percent", "steps saved")
         for row in table1["rows"]
         if (row["arm"], row["baseline"], row["measure"]) == (arm, baseline, FINAL_LOSS)
     ]
@@ -168,7 +168,8 @@ def table_finding(row: Mapping[str, Any], key: str, what: str) -> Finding:
     if estimate is None:
         text, short = row["reason_if_missing"], "none"
     else:
-        text = f"{estimate:.1f}% {what}, {interval_words(bounds)}, {p_words(row['p_value'])}"
+        ends = interval_words(bounds)
+        text = f"{what} {estimate:.1f}% (bootstrap {ends}; {p_words(row['p_value'])})"
         short = f"{estimate:.1f}%"
     num_seeds = len(row["claim_seeds"])
     if 0 < num_seeds < len(CLAIM_SEEDS):
@@ -256,7 +257,7 @@ def _counted(
                 where=f"{found.cell.task}, {found.cell.size}",
                 verdict=verdict_by_count(count, len(shared)),
                 short=f"{count} of {len(shared)}",
-                text=f"in {count} of {len(shared)} measured matrices and stages of one seed",
+                text=f"{count} of {len(shared)} measured matrices and stages of one seed",
             )
         )
     return ClaimResult(claim=claim, paper=stated, cells=tuple(cells))
@@ -273,9 +274,9 @@ def _ablation_claims(evidence: Sequence[CellEvidence]) -> list[ClaimResult]:
         ("muon-adam", "muon", None, "Muon + Adam, one scale per entry, ends below Muon."),
         ("normuon", "muon-adam", None, "NorMuon ends below Muon + Adam."),
         ("normuon", "normuon-front", None, "Normalising before orthogonalisation ends higher."),
-        ("normuon", "normuon-tall", None, "Normalising matrices with m > n alone ends higher."),
+        ("normuon", "normuon-tall", None, "Normalising only matrices with m > n ends higher."),
         ("muon-frobenius", "muon", EARLY, "Muon with a fixed norm is ahead of Muon early."),
-        ("muon", "muon-frobenius", None, "By the end Muon is ahead of Muon with a fixed norm."),
+        ("muon", "muon-frobenius", None, "At the end Muon is ahead of Muon with a fixed norm."),
     ]
     return [
         _from_findings(
@@ -300,7 +301,7 @@ def _order_findings(
         differences = loss_differences(found, worse, better)
         if differences is None:
             was_run = bool(found.full_runs(better) and found.full_runs(worse))
-            text = "a run diverged" if was_run else "not all of it has been run"
+            text = "a run diverged" if was_run else "some runs are missing"
             findings.append(
                 Finding(where=where, estimate=None, short="none", text=text, was_run=was_run)
             )
@@ -310,7 +311,7 @@ def _order_findings(
         values = differences[:, place].tolist()
         estimate, test = t_interval(values), paired_test(values, [0.0] * len(values))
         ends = None if estimate.low is None else (estimate.low, estimate.high)
-        interval = "no interval" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+        interval = "no interval" if ends is None else f"t interval {ends[0]:.4f} to {ends[1]:.4f}"
         p_value = None if test is None else test.p_value
         findings.append(
             Finding(
@@ -322,7 +323,7 @@ def _order_findings(
                 p_value=p_value,
                 short=f"{estimate.mean:+.4f} nats",
                 text=f"loss of {label_of(worse)} minus that of {label_of(better)}: "
-                f"{estimate.mean:+.4f} nats, {interval}, {p_words(p_value)}",
+                f"{estimate.mean:+.4f} nats ({interval}; {p_words(p_value)})",
                 was_run=len(values) == len(CLAIM_SEEDS),
             )
         )
@@ -350,14 +351,14 @@ def _cost_claims(table2: Mapping[str, Any] | None) -> list[ClaimResult]:
             cells=tuple(cells),
         ),
         _not_testable(
-            "NorMuon's training step is hardly longer than AdamW's on 16 GPUs.",
+            "On 16 GPUs NorMuon's training step is hardly longer than AdamW's.",
             f"{paper.STEP_TIME_OVER_ADAMW}% longer",
-            "it takes 16 GPUs; Table 2 has the times of one thread on small models",
+            "it needs 16 GPUs; Table 2 has times of one thread on small models",
         ),
         _not_testable(
             "The savings hold at 1.1B and 5.4B parameters.",
             "Table 1",
-            "two processor cores do not train such models; the cells here are what they can",
+            "such models cannot be trained on two CPU cores",
         ),
     ]
 

@@ -30,7 +30,7 @@ class Lead:
 def lead(table1: Mapping[str, Any], arm: str, baseline: str) -> Lead:
     """An arm's lead over a baseline, over all cells of Table 1."""
     rows = [row for row in table1["rows"] if (row["arm"], row["baseline"]) == (arm, baseline)]
-    findings = [table_finding(row, "steps_saved_percent", "fewer steps") for row in rows]
+    findings = [table_finding(row, "steps_saved_percent", "steps saved") for row in rows]
     verdicts = [verdict_in_cell(finding, paper_value=0.0) for finding in findings]
     opposites = [verdict_in_cell(finding.opposite(), paper_value=0.0) for finding in findings]
     was_run = [verdict is not Verdict.NOT_RUN for verdict in verdicts]

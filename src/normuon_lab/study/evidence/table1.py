@@ -180,7 +180,7 @@ def _notes(saved: StepsSaved) -> list[str]:
     notes = list(saved.notes)
     missing = len(CLAIM_SEEDS) - len(saved.seeds)
     if saved.seeds and missing:
-        notes.append(f"{missing} of {len(CLAIM_SEEDS)} claim seeds are not there yet")
+        notes.append(f"{missing} of {len(CLAIM_SEEDS)} claim seeds have not been run yet")
     return notes
 
 

@@ -119,7 +119,7 @@ def test_the_page_says_what_table1_says(page: str, results: Path) -> None:
     assert "- Claim runs at full length, 0 of 6: NorMuon.\n" in page
     assert "No figure against AdamW. NorMuon:" not in page
     assert "- Claim runs at full length, 3 of 6: AdamW; Muon.\n" in page
-    assert "- Against AdamW. Muon: 3 of 6 claim seeds are not there yet.\n" in page
+    assert "- Against AdamW. Muon: 3 of 6 claim seeds have not been run yet.\n" in page
 
 
 def test_the_page_says_what_a_rate_of_its_own_is_worth(
@@ -162,13 +162,13 @@ def test_the_page_begins_with_who_is_ahead_in_how_many_cells(
     }
     # The large cell has no NorMuon, and three seeds of Muon: it does not count.
     assert (
-        "NorMuon is shown to need fewer steps than AdamW in 1 of 1 cells "
-        f"({saved['normuon', 'adamw']}), and fewer than Muon, tuned as well, in 1 of 1 cells "
-        f"({saved['normuon', 'muon']})."
+        "- NorMuon needs significantly fewer steps than AdamW in 1 of 1 cells "
+        f"({saved['normuon', 'adamw']}). - NorMuon needs significantly fewer steps than Muon "
+        f"in 1 of 1 cells ({saved['normuon', 'muon']})."
     ) in words
     # No arm with the options, and rates that were the same throughout.
     assert "two options" not in words
-    assert "mattered more" not in words
+    assert "matters more" not in words
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_without_any_run_the_page_claims_nothing(tmp_path: Path, cells: dict[str
     docs.mkdir()
     build(results, docs, cells=cells)
     page = (docs / "results.md").read_text()
-    assert page.count("Nothing of this cell has been run yet.") == 2
+    assert page.count("No runs of this cell yet.") == 2
     assert "reproduced**" not in page
     assert not list(docs.rglob("*.svg"))
 
@@ -286,14 +286,14 @@ def test_sensitivity_is_paired_and_keeps_diverged_values(
 
 def test_missing_words_name_every_gap(tmp_path: Path, cells: dict[str, Cell]) -> None:
     cell = cells["bytes-large"]
-    assert missing_words(CellEvidence(cell=cell)) == ["Nothing of this cell has been run yet."]
+    assert missing_words(CellEvidence(cell=cell)) == ["No runs of this cell yet."]
     synthetic.write_cell(tmp_path, cell)
     (found,) = collect(tmp_path, {cell.name: cell})
     assert missing_words(found) == []
     found.tuning["muon"]["is_interior"] = False
     found.runs[0].final_loss = None
     at_an_end, diverged = missing_words(found)
-    assert at_an_end.endswith("beyond: Muon.")
+    assert at_an_end.endswith("better one: Muon.")
     assert diverged.startswith("Diverged: AdamW, seed ")
 
 
