@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -45,6 +46,8 @@ class BenchCommand:
     """Where the steps run; auto is a CUDA device where there is one."""
     peers: bool = True
     """With --no-peers, only NorMuon takes part."""
+    peer_seconds: float = 60.0
+    """A peer that would take longer, compiling apart, is left out, and the table says so."""
     polar: bool = True
     """With --no-polar, nothing is compared with the polar factor, which takes long on large
     matrices."""
@@ -98,6 +101,7 @@ class BenchCommand:
             threads=self.threads,
             device=torch.device("cuda" if has_cuda and self.device != "cpu" else "cpu"),
             with_peers=self.peers,
+            peer_seconds=self.peer_seconds,
             paths=PeerPaths(dion=self.dion, authors=self.authors),
             only=self.only,
             with_polar=self.polar,
@@ -107,7 +111,8 @@ class BenchCommand:
         out = self.out or Path("runs/bench")
         prove_folder(out, f"--out {out}")
         console = Console()
-        with Console(stderr=True).status("starting") as status:
+        with Console(stderr=True).status("starting") as status, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Packages warn about how they call torch.
             contents = run_bench(request, say=status.update)
         write_json(out / "bench.json", contents)
         for suffix in ("png", "svg"):
@@ -153,6 +158,7 @@ class BenchCommand:
         require(
             1 <= self.repeats <= MAX_ROUNDS, f"--repeats {self.repeats}: give 1 to {MAX_ROUNDS}"
         )
+        require(self.peer_seconds > 0, f"--peer-seconds {self.peer_seconds:g}: give more than 0")
         for name in ("dtype", "coefficients"):
             require(bool(getattr(self, name)), f"--{name}: give at least one")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class BenchRequest:
         rounds: timed steps of each contender.
         threads: of the CPU; None leaves torch's own number.
         with_peers: whether peers take part.
+        peer_seconds: what a peer may take, compiling apart.
         only: patterns of contenders' names, as a shell matches them; empty for everyone.
         with_polar: whether to compare directions with the polar factor.
         seed: of weights and gradients.
@@ -57,6 +59,7 @@ class BenchRequest:
     rounds: int = 7
     threads: int | None = None
     with_peers: bool = True
+    peer_seconds: float = math.inf
     only: tuple[str, ...] = ()
     with_polar: bool = True
     seed: int = 0
@@ -93,6 +96,7 @@ def run_bench(request: BenchRequest, say: Say = lambda text: None) -> dict[str, 
         rounds=request.rounds,
         seed=request.seed,
         device=request.device,
+        peer_seconds=request.peer_seconds,
         with_polar=request.with_polar,
         say=say,
     )

@@ -7,12 +7,16 @@ What a figure means is `measure.py`'s and `polar.py`'s; how the figures are writ
 from __future__ import annotations
 
 import gc
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass
@@ -86,6 +90,44 @@ class Race:
     peaks: dict[str, list[float]]
 
 
+class TooSlowError(Exception):
+    """A peer would take more time than it was given."""
+
+
+class Allowance(TorchDispatchMode):
+    """The seconds that a contender may take besides compiling; looked at before every operation.
+
+    Args:
+        seconds: for everything inside the blocks together.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._left = seconds
+        self._entered = 0.0
+
+    def __enter__(self) -> Any:
+        self._entered = time.perf_counter()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._left -= time.perf_counter() - self._entered
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if time.perf_counter() - self._entered > self._left:
+            raise TooSlowError("its first steps took longer")
+        return operation(*args, **(kwargs or {}))
+
+    def check_rounds(self, rounds: int, seconds_per_step: float) -> None:
+        """Raise `TooSlowError` unless there is time for so many steps."""
+        needed = rounds * seconds_per_step
+        if needed > self._left:
+            raise TooSlowError(f"{rounds} steps would take about {needed:.0f} s more")
+
+
 @dataclass(slots=True)
 class _Track:
     """What every contender starts from.
@@ -95,12 +137,14 @@ class _Track:
         gradients: the same for each.
         polar: a gradient of every shape and its polar factor; empty when errors are not asked for.
         device: where all of them are.
+        rounds: timed steps of each contender.
     """
 
     weights: list[Tensor]
     gradients: Gradients
     polar: dict[Shape, tuple[Tensor, Tensor]]
     device: torch.device
+    rounds: int
 
 
 @dataclass(slots=True)
@@ -123,6 +167,7 @@ def run_race(
     rounds: int,
     seed: int,
     device: torch.device,
+    peer_seconds: float = math.inf,
     with_polar: bool = True,
     say: Say = lambda text: None,
 ) -> Race:
@@ -134,10 +179,13 @@ def run_race(
         rounds: timed steps of each, one contender after the other, round by round.
         seed: of weights and gradients, both normal.
         device: where.
+        peer_seconds: a peer that would take more than that, compiling apart, does not run.
         with_polar: whether to compare directions with the polar factor.
         say: told what is being done.
     """
-    track = _make_track(matrices, seed=seed, device=device, with_polar=with_polar, say=say)
+    track = _make_track(
+        matrices, seed=seed, device=device, rounds=rounds, with_polar=with_polar, say=say
+    )
     runners: list[_Runner] = []
     entries: list[Entry] = []
     not_run: dict[str, str] = {}
@@ -146,8 +194,12 @@ def run_race(
             not_run[contender.name] = contender.missing
             continue
         say(f"preparing {contender.name}")
+        allowance = Allowance(math.inf if contender.is_own else peer_seconds)
         try:
-            runner, entry = _prepared(contender, track)
+            runner, entry = _prepared(contender, track, allowance)
+        except TooSlowError as reason:
+            not_run[contender.name] = f"slower than --peer-seconds {peer_seconds:g}: {reason}"
+            continue
         except Exception as error:  # A peer's fault is a finding, and the others still run.
             not_run[contender.name] = _in_words(error)
             continue
@@ -173,6 +225,7 @@ def _make_track(
     *,
     seed: int,
     device: torch.device,
+    rounds: int,
     with_polar: bool,
     say: Say,
 ) -> _Track:
@@ -185,25 +238,31 @@ def _make_track(
         say("polar factors")
         samples = dict(zip(shapes, values, strict=True))
         polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
-    return _Track(weights, Gradients(values), polar, device)
+    return _Track(weights, Gradients(values), polar, device, rounds)
 
 
-def _prepared(contender: Contender, track: _Track) -> tuple[_Runner, Entry]:
-    """Everything but the timed rounds; what is compiled is compiled here."""
+def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> tuple[_Runner, Entry]:
+    """Everything but the timed rounds; what is compiled is compiled here.
+
+    Raises:
+        TooSlowError: the contender would need more than the allowance.
+    """
     # Eagerly, because compiling a second optimizer for its first step alone takes minutes.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), allowance:
         errors = {shape: polar_errors(contender, *pair) for shape, pair in track.polar.items()}
     params = [nn.Parameter(weight.clone()) for weight in track.weights]
     track.gradients.hand_out(params)
     with tracked_memory(track.device) as kept:
         optimizer = contender.build(params)
-        flops = counted_flops(optimizer.step)
+        with allowance:
+            flops = counted_flops(optimizer.step)
         gc.collect()
     runner = _Runner(optimizer, params, track)
     if contender.compiles:
         runner.step_seconds()
     track.gradients.hand_out(params)
     profile = profile_step(optimizer.step, track.device)
+    allowance.check_rounds(track.rounds, 1e-3 * profile.wall_ms)
     state = list(optimizer.state.values())
     state_bytes = tensor_bytes(state)
     entry = Entry(

@@ -83,7 +83,7 @@ def profile_sentence(values: Mapping[str, Any]) -> str:
 
 def _table(contents: Mapping[str, Any], titles: Sequence[str], cells: Cells) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("one step", no_wrap=True)
+    table.add_column("one step")  # Names wrap where the line is short; numbers never do.
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
     for values in contents["contenders"]:

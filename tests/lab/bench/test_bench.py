@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,7 +30,8 @@ from normuon_lab.bench.polar import (
     polar_factor,
     polar_factor_by_gram,
 )
-from normuon_lab.bench.race import Race, run_race
+from normuon_lab.bench.race import Allowance, Race, TooSlowError, run_race
+from normuon_lab.bench.text import print_bench
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
 from normuon_lab.matplotlib_style import save_figure
@@ -176,6 +181,50 @@ def test_who_fails_or_is_missing_is_named_and_the_others_run():
         "bad": "ZeroDivisionError: no step",
         "absent": "not installed: pip install absent",
     }
+
+
+def test_a_slow_peer_is_left_out_and_its_reason_names_the_option(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))
+
+    def endless(grad: Tensor) -> Tensor:
+        while True:
+            grad = grad + 1.0
+
+    race = run_race(
+        [scripted("endless", endless), scripted("good")],
+        SMALL,
+        rounds=1,
+        seed=0,
+        device=CPU,
+        peer_seconds=5.0,
+        with_polar=False,
+    )
+    assert [entry.contender.name for entry in race.entries] == ["good"]
+    assert race.not_run == {"endless": "slower than --peer-seconds 5: its first steps took longer"}
+
+
+def test_our_own_contenders_have_no_limit():
+    ours = replace(scripted("ours"), package="normuon")
+    race = run_race([ours, scripted()], SMALL, rounds=1, seed=0, device=CPU, peer_seconds=1e-9)
+    assert [entry.contender.name for entry in race.entries] == ["ours"]
+    assert "scripted" in race.not_run
+
+
+def test_a_peer_s_rounds_count_before_they_are_run():
+    allowance = Allowance(10.0)
+    allowance.check_rounds(7, 1.0)
+    with pytest.raises(TooSlowError, match=r"^7 steps would take about 14 s more$"):
+        allowance.check_rounds(7, 2.0)
+
+
+def test_names_wrap_and_numbers_do_not_where_the_line_is_short():
+    contents = bench_contents(request_for(), race_of(scripted("a name of many words " * 4)))
+    console = Console(width=80, file=io.StringIO())
+    print_bench(contents, console)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert f"{contents['contenders'][0]['median_ms']:.4g}" in shown
 
 
 def test_ratios_are_medians_over_rounds_not_ratios_of_medians():
@@ -361,6 +410,7 @@ def test_polar_factors_can_be_left_out():
         ("--shapes 8x8 --layers 2", "--layers is for --model"),
         ("--shapes 8x8 --repeats 0", "--repeats 0: give 1 to 1000"),
         ("--shapes 8x8 --threads 0", "--threads 0: give at least 1"),
+        ("--shapes 8x8 --peer-seconds 0", "--peer-seconds 0: give more than 0"),
         ("--shapes 8x8 --dion /nowhere", "--dion /nowhere: it has no dion/__init__.py"),
         ("--shapes 8x8 --authors /nowhere", "--authors /nowhere: give the file normuon.py"),
         ("--model no-such", "no-such is neither a preset"),
