@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import plotly.graph_objects as go
-
 from normuon_lab.train.arms.registry import ARMS
 
 # Okabe and Ito's palette, which stays distinct under the common forms of colour blindness.
@@ -116,19 +114,3 @@ def dash_of(arm: str) -> str:
 def arm_index(arm: str) -> int:
     """The arm's place in the registry; one past the end for an arm of another version."""
     return list(ARMS).index(arm) if arm in ARMS else len(ARMS)
-
-
-def apply_style(figure: go.Figure, *, height: int) -> None:
-    """Give a figure the report's fonts, margins, grid and legend; `height` in pixels."""
-    figure.update_layout(
-        height=height,
-        margin={"l": 70, "r": 30, "t": 50, "b": 60},
-        font={"family": FONT, "size": 13, "color": INK},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        hoverlabel={"font": {"family": FONT}},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0},
-    )
-    axis = {"gridcolor": GRID, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside"}
-    figure.update_xaxes(**axis, tickcolor="#9aa5b1")
-    figure.update_yaxes(**axis, tickcolor="#9aa5b1")

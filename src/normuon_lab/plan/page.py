@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from normuon.distributed.cost import format_bytes
+from normuon_lab import web_page
 from normuon_lab.atomic_files import write_text
 from normuon_lab.plan import text as plan_text
+from normuon_lab.web_page import WARNING, apply_style, stack_when_narrow
 
 # Okabe and Ito's palette, as in the comparison's report.
 COLORS = {
@@ -28,9 +28,6 @@ COLORS = {
     "owners": "#56B4E9",
     "all_reduce": "#D55E00",
 }
-_INK, _MUTED, _GRID = "#1f2933", "#616e7c", "#e4e7eb"
-_BOUND = "#b42318"
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 _MAX_BARS = 64
 """Ranks up to which each gets a bar; more become a line."""
 
@@ -48,20 +45,6 @@ def write_page(path: Path, contents: Mapping[str, Any], *, command: str) -> None
 
 def render_page(contents: Mapping[str, Any], *, command: str) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normuon_lab.plan"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        num_bytes=format_bytes,
-        flops=plan_text.format_flops,
-        seconds=plan_text.format_seconds,
-        ratio=plan_text.format_ratio,
-        owners=plan_text.owners_text,
-    )
     plots = {
         "work": work_figure(contents),
         "sent": sent_figure(contents),
@@ -69,8 +52,19 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
         "buckets": buckets_figure(contents),
     }
     mesh = {axis: size for axis, size in contents["mesh"].items() if axis != "world_size"}
-    return environment.get_template("plan.html.j2").render(
+    return web_page.render_page(
+        "normuon_lab.plan",
+        "plan.html.j2",
+        plots=plots,
+        filters={
+            "num_bytes": format_bytes,
+            "flops": plan_text.format_flops,
+            "seconds": plan_text.format_seconds,
+            "ratio": plan_text.format_ratio,
+            "owners": plan_text.owners_text,
+        },
         contents=contents,
+        verdict=plan_text.verdict(contents),
         mesh=mesh,
         rows=plan_text.scheme_rows(contents),
         colors=COLORS,
@@ -81,8 +75,6 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
         num_divided=sum(k["num_matrices"] for k in contents["kinds"] if k["team_size"] > 1),
         num_idle=sum(flops == 0 for flops in contents["flops_by_rank"]),
         command=command,
-        plots={name: _figure_json(figure) for name, figure in plots.items()},
-        plotly_js=get_plotlyjs(),
     )
 
 
@@ -107,15 +99,14 @@ def work_figure(contents: Mapping[str, Any]) -> go.Figure:
     bound = contents["makespan_bound"] / size
     figure.add_hline(
         y=bound,
-        line={"color": _BOUND, "dash": "dot", "width": 1.5},
-        annotation_text="no assignment of whole matrices has a busiest rank below "
-        f"{bound:.4g} {unit}",
+        line={"color": WARNING, "dash": "dot", "width": 1.5},
+        annotation_text=f"least for whole matrices: {bound:.4g} {unit}",
         annotation_position="top right",
-        annotation_font={"color": _BOUND, "size": 12},
+        annotation_font={"color": WARNING, "size": 12},
         annotation_bgcolor="rgba(255, 255, 255, 0.85)",
     )
-    _style(figure, height=400)
-    figure.update_xaxes(title_text="rank", **_rank_axis(contents))
+    apply_style(figure, height=400)
+    figure.update_xaxes(title_text="rank", showgrid=False, **_rank_axis(contents))
     figure.update_yaxes(
         title_text=f"{unit} to orthogonalise, per step", range=[0, 1.15 * max(shown) / size]
     )
@@ -131,8 +122,8 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
     for name, scheme in schemes.items():
         sent = [num_bytes / size for num_bytes in scheme["bytes_sent_by_rank"]]
         _add_by_rank(figure, name, sent, unit=unit)
-    _style(figure, height=340)
-    figure.update_xaxes(title_text="rank", **_rank_axis(contents))
+    apply_style(figure, height=340)
+    figure.update_xaxes(title_text="rank", showgrid=False, **_rank_axis(contents))
     figure.update_yaxes(title_text=f"{unit} sent per step", rangemode="tozero")
     return figure
 
@@ -152,6 +143,7 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
         horizontal_spacing=0.05,
         subplot_titles=list(panels),
     )
+    stack_when_narrow(figure, list(panels), height=210)
     for column, value_of in enumerate(panels.values(), start=1):
         values = []
         for name in labels:
@@ -180,8 +172,8 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
             col=column,
         )
         figure.update_xaxes(type="log", range=_log_range(values, column), row=1, col=column)
-    _style(figure, height=320)
-    figure.update_annotations(font={"size": 13, "color": _INK})
+    apply_style(figure, height=320)
+    figure.update_annotations(font={"size": 13})
     figure.update_layout(margin={"l": 170, "t": 72, "b": 24}, bargap=0.35)
     figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, showline=False)
     figure.update_yaxes(autorange="reversed", ticks="", showline=False)
@@ -222,11 +214,12 @@ def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
                 "<extra></extra>",
             )
         )
-    _style(figure, height=340)
+    apply_style(figure, height=340)
     figure.update_layout(barmode="group", bargap=0.25 if len(buckets) > 3 else 0.6)
     few = len(buckets) <= 30
     figure.update_xaxes(
         title_text="bucket, in the order of the step",
+        showgrid=False,
         tickvals=numbers if few else None,
         ticktext=[label.removeprefix("bucket ") for label in labels] if few else None,
         range=[first - 0.6, contents["num_buckets"] - 0.4],
@@ -283,24 +276,3 @@ def _wrapped(label: str) -> str:
     words = label.split(" ")
     half = (len(words) + 1) // 2
     return label if len(label) < 20 else " ".join(words[:half]) + "<br>" + " ".join(words[half:])
-
-
-def _style(figure: go.Figure, *, height: int) -> None:
-    figure.update_layout(
-        height=height,
-        margin={"l": 70, "r": 30, "t": 46, "b": 56},
-        font={"family": _FONT, "size": 13, "color": _INK},
-        paper_bgcolor="white",
-        plot_bgcolor="white",
-        hoverlabel={"font": {"family": _FONT}},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0.0},
-    )
-    axis = {"gridcolor": _GRID, "linecolor": "#9aa5b1", "zeroline": False, "ticks": "outside"}
-    figure.update_xaxes(**axis, tickcolor="#9aa5b1", showgrid=False)
-    figure.update_yaxes(**axis, tickcolor="#9aa5b1")
-
-
-def _figure_json(figure: go.Figure) -> str:
-    """The figure as JSON that can stand inside a script element."""
-    text: str = figure.to_json()
-    return text.replace("<", "\\u003c")

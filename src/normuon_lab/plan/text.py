@@ -92,6 +92,24 @@ def print_plan(contents: Mapping[str, Any], console: Console) -> None:
     console.print(_kinds_table(contents))
 
 
+def verdict(contents: Mapping[str, Any]) -> str:
+    """The plan in one sentence: the step's time, against every rank computing everything."""
+    step = contents["predicted_step_seconds"]
+    everywhere = contents["alternatives"]["replicate"]["predicted_step_seconds"]
+    sentence = f"One optimizer step should take about {format_seconds(step)}"
+    if contents["mesh"]["world_size"] > 1 and step > 0:
+        ratio = everywhere / step
+        sentence += (
+            f", {ratio:.2g} times faster than if every rank computed everything"
+            if ratio > 1.05
+            else ", no faster than if every rank computed everything"
+        )
+    busiest = contents["busiest_over_mean"]
+    if busiest < 1.005:
+        return f"{sentence}; the work is spread evenly over the ranks."
+    return f"{sentence}; the busiest rank does {format_ratio(busiest)} times the mean work."
+
+
 def imbalance_sentence(contents: Mapping[str, Any]) -> str:
     """What the imbalance is measured by, and whether more was possible."""
     text = (

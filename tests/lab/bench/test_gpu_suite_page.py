@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from normuon_lab.bench.suite.record import (
     page_path,
 )
 from normuon_lab.bench.suite.verdict import verdict
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+from tests.lab.browser import CHROMIUM
 
 
 def test_the_page_of_a_run_that_has_just_begun(tmp_path: Path) -> None:

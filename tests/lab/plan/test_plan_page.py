@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from normuon_lab.plan.page import buckets_figure, render_page, write_page
+from tests.lab.browser import CHROMIUM, needs_browser, wait_until
 from tests.lab.plan.planned_models import contents_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 PLOTS = ("work", "sent", "schemes", "buckets")
 
 
@@ -97,6 +95,21 @@ def test_the_page_says_what_the_json_says(
     assert "16 B" in page.locator("#traffic-table").inner_text()
     drawn = page.evaluate("document.getElementById('work').data[0].y")
     assert [y * 1e12 for y in drawn] == pytest.approx(contents["flops_by_rank"], rel=1e-12)
+
+
+@needs_browser
+def test_in_the_dark_all_ink_is_light(opened: tuple[Any, list[str]]) -> None:
+    page, complaints = opened
+    page.emulate_media(color_scheme="dark")
+    wait_until(page, "document.getElementById('work').layout.font.color === '#e6eaef'")
+    for plot in PLOTS:
+        style = (
+            f"getComputedStyle(document.querySelector('#{plot} .xtick text, #{plot} text')).fill"
+        )
+        assert page.evaluate(style) == "rgb(230, 234, 239)", plot
+    page.emulate_media(color_scheme="light")
+    wait_until(page, "document.getElementById('work').layout.font.color === '#1f2933'")
+    assert complaints == []
 
 
 @needs_browser

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import html
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,10 @@ import pytest
 
 from normuon_lab.study.compare.report import render_report
 from normuon_lab.study.compare.results import Results
+from normuon_lab.study.compare.summary import standing, verdict
+from normuon_lab.study.statistics import Estimate, t_interval
+from tests.lab.browser import CHROMIUM, needs_browser, wait_until
 from tests.lab.conftest import Outcome
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 PLOTS = ("loss-steps", "loss-seconds", "final-loss", "singular-values", "row-norms")
 
@@ -115,6 +115,39 @@ def test_the_table_says_what_the_results_say(
 
 
 @needs_browser
+@pytest.mark.parametrize("width", [1400, 400])
+def test_in_the_dark_all_ink_is_light(opened: OpenedPage, width: int) -> None:
+    page = opened.page
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme="dark")
+    wait_until(page, "document.getElementById('loss-steps').layout.font.color === '#e6eaef'")
+    background = "getComputedStyle(document.querySelector('section')).backgroundColor"
+    assert page.evaluate(background) == "rgb(29, 36, 44)"
+    for plot in PLOTS:
+        style = f"getComputedStyle(document.querySelector('#{plot} .ytitle')).fill"
+        assert page.evaluate(style) == "rgb(230, 234, 239)", plot
+    page.emulate_media(color_scheme="light")
+    wait_until(page, "document.getElementById('loss-steps').layout.font.color === '#1f2933'")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert opened.page_errors == []
+
+
+@needs_browser
+def test_in_a_narrow_window_panels_stand_one_below_the_other(opened: OpenedPage) -> None:
+    page = opened.page
+    page.set_viewport_size({"width": 400, "height": 900})
+    wait_until(page, "document.getElementById('final-loss').layout.xaxis.domain[1] === 1")
+    for plot in ("final-loss", "singular-values", "row-norms"):
+        boxes = [
+            box.bounding_box() for box in page.locator(f"#{plot} .plot .xy, #{plot} .bg").all()
+        ]
+        tops = [box["y"] for box in boxes if box is not None]
+        assert len(set(tops)) == len(tops) > 1, plot
+    page.set_viewport_size({"width": 1280, "height": 900})
+    wait_until(page, "document.getElementById('final-loss').layout.xaxis.domain[1] < 0.5")
+
+
+@needs_browser
 def test_layer_buttons_and_narrow_windows_work(opened: OpenedPage) -> None:
     opened.page.locator("#row-norms .updatemenu-button").first.click()
     opened.page.set_viewport_size({"width": 480, "height": 900})
@@ -134,6 +167,45 @@ def test_a_partial_comparison_is_called_partial(tiny_comparison: tuple[Path, Out
     assert "Only 4 of 6 runs are finished." in page
     assert "diverged with seed" in page
     assert "not run" in page
+
+
+def with_interval(low: float, high: float) -> Estimate:
+    return Estimate(values=(low, high), mean=(low + high) / 2, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (1.0, 2.0, "better"),
+        (-2.0, -1.0, "worse"),
+        (-1.0, 2.0, "too close to call"),
+        (0.0, 2.0, "too close to call"),
+        (0.04, 2.0, "too close to call"),  # It is printed as 0.0.
+        (0.06, 2.0, "better"),
+    ],
+)
+def test_an_interval_that_touches_zero_is_too_close_to_call(
+    low: float, high: float, expected: str
+) -> None:
+    assert standing(with_interval(low, high), digits=1) == expected
+    mirrored = with_interval(-high, -low)
+    assert standing(mirrored, digits=1, less_is_better=True) == expected
+
+
+def test_one_seed_has_no_standing() -> None:
+    assert standing(t_interval([3.0]), digits=1) == "too close to call"
+
+
+def test_the_verdict_says_what_the_results_say(tiny_comparison: tuple[Path, Outcome]) -> None:
+    values = json.loads((tiny_comparison[0] / "results.json").read_text())
+    results = Results.from_json(values)
+    page = render_report(results)
+    assert html.escape(verdict(results), quote=False).replace("'", "&#39;") in page
+    assert verdict(results).startswith(("NorMuon", "Whether NorMuon"))
+    assert "its final loss against Muon's is" in verdict(results)
+    values["runs"] = [run for run in values["runs"] if run["arm"] == "adamw"]
+    unfinished = Results.from_json(values)
+    assert verdict(unfinished) == "No seed is finished with two optimizers yet."
 
 
 def test_text_from_the_results_cannot_break_the_page(

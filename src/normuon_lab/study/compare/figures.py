@@ -9,11 +9,12 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from normuon_lab.plot_style import INK, MUTED, apply_style, color_of, dash_of, marker_of
+from normuon_lab.plot_style import INK, MUTED, color_of, dash_of, marker_of
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics import Comparison, steps_to_target
 from normuon_lab.train.runs.records import RunRecord
+from normuon_lab.web_page import apply_style, stack_when_narrow
 
 
 def loss_figure(results: Results, *, against: str) -> go.Figure:
@@ -66,12 +67,14 @@ def final_loss_figure(results: Results) -> go.Figure:
         ("among the others", [c for c in comparisons if c.baseline != reference]),
     ]
     panels = [(title, chosen) for title, chosen in panels if any(c.seeds for c in chosen)]
+    titles = ["final loss by seed", *(f"difference, {title}" for title, _ in panels)]
     figure = make_subplots(
         rows=1,
         cols=1 + len(panels),
-        subplot_titles=["final loss by seed", *(f"difference, {title}" for title, _ in panels)],
+        subplot_titles=titles,
         horizontal_spacing=0.13,
     )
+    stack_when_narrow(figure, titles, height=300)
     _add_finals(figure, results)
     for column, (_, chosen) in enumerate(panels, start=2):
         for comparison in chosen:

@@ -10,10 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
 from normuon_lab.atomic_files import write_text
 from normuon_lab.plot_style import color_of
 from normuon_lab.study.compare import figures, update_figures
@@ -23,10 +19,13 @@ from normuon_lab.study.compare.summary import (
     fewer_steps_text,
     label_of,
     points_text,
+    standing,
     summary_rows,
+    verdict,
 )
 from normuon_lab.study.statistics import METHOD, Comparison, PointsBetween
 from normuon_lab.train.arms.registry import ARMS
+from normuon_lab.web_page import render_page
 
 
 def write_report(path: Path, results: Results) -> None:
@@ -36,13 +35,6 @@ def write_report(path: Path, results: Results) -> None:
 
 def render_report(results: Results) -> str:
     """The page as text; works for partial results too, and says so."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normuon_lab.study.compare"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     plots = {
         "loss-steps": figures.loss_figure(results, against="steps"),
         "loss-seconds": figures.loss_figure(results, against="seconds"),
@@ -51,7 +43,11 @@ def render_report(results: Results) -> str:
         "singular-values": update_figures.singular_value_figure(results),
         "row-norms": update_figures.row_norm_figure(results),
     }
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "normuon_lab.study.compare",
+        "report.html.j2",
+        plots=plots,
+        verdict=verdict(results),
         results=results,
         reference_label=label_of(results.reference_arm),
         headlines=_headlines(results),
@@ -66,8 +62,6 @@ def render_report(results: Results) -> str:
         num_parameters=results.records[0].num_parameters if results.records else None,
         seconds_per_run=_seconds_per_run(results),
         machine=_flattened(results.machine),
-        plots={name: _figure_json(figure) for name, figure in plots.items() if figure is not None},
-        plotly_js=get_plotlyjs(),
     )
 
 
@@ -80,6 +74,7 @@ def _headlines(results: Results) -> list[dict[str, Any]]:
             "mean": comparison.fewer_steps_percent.mean,
             "low": comparison.fewer_steps_percent.low,
             "high": comparison.fewer_steps_percent.high,
+            "standing": standing(comparison.fewer_steps_percent, digits=1),
             "text": fewer_steps_text(comparison),
             "num_seeds": len(comparison.seeds),
         }
@@ -98,6 +93,7 @@ def _points(difference: PointsBetween) -> dict[str, Any]:
         "mean": difference.points.mean,
         "low": difference.points.low,
         "high": difference.points.high,
+        "standing": standing(difference.points, digits=1),
         "num_seeds": len(difference.points.values),
     }
 
@@ -162,9 +158,3 @@ def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key.replace("_", " ")] = value
     return flat
-
-
-def _figure_json(figure: go.Figure) -> str:
-    """The figure as JSON that can stand inside a script element."""
-    text: str = figure.to_json()
-    return text.replace("<", "\\u003c")

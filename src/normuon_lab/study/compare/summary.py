@@ -60,6 +60,65 @@ def label_of(arm: str) -> str:
     return ARMS[arm].label if arm in ARMS else arm
 
 
+def standing(estimate: Estimate, *, digits: int, less_is_better: bool = False) -> str:
+    """What an interval says of its sign: "better", "worse", or "too close to call".
+
+    Too close to call is an interval that touches zero as it is printed, with so many digits, or a
+    mean that has no interval.
+    """
+    if estimate.low is None or estimate.high is None:
+        return "too close to call"
+    low, high = round(estimate.low, digits), round(estimate.high, digits)
+    if low <= 0 <= high:
+        return "too close to call"
+    return "worse" if (low > 0) == less_is_better else "better"
+
+
+def verdict(results: Results) -> str:
+    """The outcome in one sentence: NorMuon, or else the last arm, against all others."""
+    others = [arm for arm in results.arms if arm != results.reference_arm]
+    found = {(c.arm, c.baseline): c for c in results.comparisons()}
+    if not others or not any(comparison.seeds for comparison in found.values()):
+        return "No seed is finished with two optimizers yet."
+    arm = "normuon" if "normuon" in others else others[-1]
+    sentence = _steps_sentence(found[arm, results.reference_arm])
+    for other in others:
+        comparison = found.get((arm, other))
+        if comparison is None or not comparison.seeds:
+            continue
+        difference = comparison.loss_difference
+        text = estimate_text(difference, digits=4, signed=True)
+        sign = {"better": "lower", "worse": "higher"}.get(
+            standing(difference, digits=4, less_is_better=True), "too close to call"
+        )
+        sentence += f"; its final loss against {label_of(other)}'s is {sign}: {text}"
+    return sentence + "."
+
+
+def _steps_sentence(comparison: Comparison) -> str:
+    arm, reference = label_of(comparison.arm), label_of(comparison.baseline)
+    saved, num_seeds = comparison.fewer_steps_percent, len(comparison.seeds)
+    if not num_seeds:
+        return f"{arm} and {reference} have no finished seed in common yet"
+    if saved.mean is None:
+        return f"{arm}: {fewer_steps_text(comparison)}, {reference}'s final loss"
+    if saved.low is None or saved.high is None:
+        return (
+            f"On one seed {arm} reached {reference}'s final loss in {saved.mean:.1f}% fewer steps"
+        )
+    interval = f"95% interval {saved.low:.1f} to {saved.high:.1f}, {num_seeds} seeds"
+    if standing(saved, digits=1) == "too close to call":
+        return (
+            f"Whether {arm} reaches {reference}'s final loss in fewer steps is too close to call "
+            f"({saved.mean:.1f}%, {interval})"
+        )
+    more = "fewer" if saved.mean > 0 else "more"
+    return (
+        f"{arm} reached {reference}'s final loss in {abs(saved.mean):.1f}% {more} steps "
+        f"({interval})"
+    )
+
+
 def estimate_text(estimate: Estimate, *, digits: int, unit: str = "", signed: bool = False) -> str:
     """A mean with its interval, such as `12.3% [10.1, 14.5]`."""
     if estimate.mean is None:

@@ -9,9 +9,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from normuon_lab.layer_names import layer_numbers, layer_of
-from normuon_lab.plot_style import apply_style, arm_index, color_of, dash_of
+from normuon_lab.plot_style import INK, arm_index, color_of, dash_of
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import label_of
+from normuon_lab.web_page import apply_style, stack_when_narrow
 
 
 def singular_value_figure(results: Results) -> go.Figure | None:
@@ -59,6 +60,8 @@ def _update_figure(
         horizontal_spacing=0.025,
         vertical_spacing=0.05,
     )
+    panels = [f"{kind}, step {step}" for step in steps for kind in kinds]
+    stack_when_narrow(figure, panels, height=210)
     layer_of_trace = []
     named: set[tuple[str, int | None]] = set()
     for arm, update in measured:
@@ -114,8 +117,9 @@ def _add_layer_buttons(
                 "y": 1.0,
                 "yanchor": "bottom",
                 "pad": {"b": 30},
-                "bgcolor": "white",
+                "bgcolor": "#e4e7eb",
                 "bordercolor": "#cbd2d9",
+                "font": {"color": INK},
                 "buttons": [
                     {
                         "label": f"layer {layer}",
