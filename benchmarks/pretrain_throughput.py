@@ -25,12 +25,10 @@ from normuon_lab.atomic_files import write_json
 from normuon_lab.data.loading import open_data
 from normuon_lab.machine import describe_machine, utc_now
 from normuon_lab.train.pretrain.config import EvaluationConfig, PretrainConfig
-from normuon_lab.train.pretrain.display import RunDisplay
-from normuon_lab.train.pretrain.metrics import MetricsLog
+from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay
 from normuon_lab.train.pretrain.model import build_model
-from normuon_lab.train.pretrain.parallel import compute_dtype
-from normuon_lab.train.pretrain.presets import pretrain_preset
-from normuon_lab.train.pretrain.ranks import joined
+from normuon_lab.train.pretrain.parallel import compute_dtype, joined
+from normuon_lab.train.pretrain.settings import pretrain_preset
 from normuon_lab.train.pretrain.trainer import Trainer
 from normuon_lab.train.pretrain.training import TrainRequest, assemble, build_optimizers
 

@@ -1,23 +1,65 @@
 """The batches of a training run: which sequences each rank gets, and where the run is.
 
 A step's sequences are the same on any number of ranks, and a saved position says nothing of ranks.
-Where sequences come from is `shard_data.py`'s and `stream_data.py`'s business.
+Processes load ahead, and only the training process can end them: Ctrl-C and a scheduler's SIGTERM
+reach every process of a job, and a loading process that obeyed would take away the batches of the
+last steps before a checkpoint.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from normuon_lab.data.worker_signals import obey_parent_only, starting_processes
 from normuon_lab.errors import InputError, require
+
+# macOS does not say who sent a signal, and has no schedulers that preempt.
+_KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")
+
+
+@contextmanager
+def starting_processes() -> Iterator[None]:
+    """Start processes inside: they, and every thread of theirs, begin with SIGTERM held back.
+
+    A library's thread that took the signal instead would end the process by it. What comes for this
+    process meanwhile arrives afterwards.
+    """
+    if not _KNOWS_SENDERS:
+        yield
+        return
+    # It would be started with the first process, and lets SIGTERM through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent_only(worker: int) -> None:
+    """Ignore SIGINT, and SIGTERM from all but the parent; a loader's ``worker_init_fn``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _KNOWS_SENDERS:
+        threading.Thread(target=_end_when_parent_asks, daemon=True).start()
+
+
+def _end_when_parent_asks() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
 
 STATE_VERSION = 1
 
@@ -207,3 +249,52 @@ def make_loader(
             generator=torch.Generator().manual_seed(0),
             **options,
         )
+
+
+class PretrainData(ABC):
+    """Training and validation data of one run.
+
+    Attributes:
+        vocab_size: token numbers are below it.
+    """
+
+    vocab_size: int
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a run records of its data, in plain values."""
+
+    @abstractmethod
+    def train_batches(
+        self, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> TrainBatches:
+        """This rank's share of the training batches, from the first.
+
+        Args:
+            global_batch_size: sequences of an optimizer step, on all ranks together.
+            micro_batch_size: sequences of one tensor.
+            rank: among the data-parallel ranks.
+            world_size: number of data-parallel ranks.
+
+        Raises:
+            InputError: the sizes do not divide, or the data is too short for one batch.
+        """
+
+    @abstractmethod
+    def validation_batches(
+        self, *, tokens: int, batch_size: int, rank: int, world_size: int
+    ) -> Iterable[Tensor]:
+        """The sequences that every evaluation reads, ``[<= batch_size, sequence + 1]``, int64.
+
+        The ranks' shares together are the same sequences on any number of ranks; a rank may have
+        one sequence less than another, or none.
+
+        Args:
+            tokens: how many targets to read, in whole sequences, spread evenly over the data.
+            batch_size: sequences of one tensor.
+            rank: among the data-parallel ranks.
+            world_size: number of data-parallel ranks.
+
+        Raises:
+            InputError: the validation data is shorter.
+        """

@@ -1,6 +1,6 @@
 """What a run reads, as one frozen and validated value.
 
-Nothing here imports torch. What the words of `source` mean is `sources.py`'s business.
+Nothing here imports torch.
 """
 
 from __future__ import annotations

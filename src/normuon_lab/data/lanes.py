@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normuon_lab.data.documents import DocumentGroup, is_held_out, readable, text_of
-from normuon_lab.data.order import EpochOrder
+from normuon_lab.data.sequences import EpochOrder
 from normuon_lab.data.tokenizer import Ids, TextTokenizer
 from normuon_lab.errors import require
 

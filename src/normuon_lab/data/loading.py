@@ -6,10 +6,9 @@ while training reads them.
 
 from __future__ import annotations
 
+from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.open_shards import open_folder, open_shards, prepare_in_cache
-from normuon_lab.data.pretrain_data import PretrainData
-from normuon_lab.data.shard_data import ShardData
+from normuon_lab.data.shard_data import ShardData, open_folder, open_shards, prepare_in_cache
 from normuon_lab.data.sources import Stream, TextFiles, resolve_source
 from normuon_lab.data.stream_data import StreamData
 from normuon_lab.errors import require

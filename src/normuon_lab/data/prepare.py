@@ -20,10 +20,23 @@ from normuon_lab.config_difference import first_difference
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
 from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
 from normuon_lab.data.encoding import batches_of, encode_in_order
-from normuon_lab.data.shard_writer import ShardWriter, sha256_of
-from normuon_lab.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_BYTES
-from normuon_lab.data.sources import MANIFEST, PROGRESS, Stream, TextFiles, resolve_source
-from normuon_lab.data.tokenizer import TOKENIZER_FILE, TextTokenizer, load_tokenizer
+from normuon_lab.data.shards import (
+    HEADER_BYTES,
+    MAX_VOCAB_SIZE,
+    TOKEN_BYTES,
+    ShardWriter,
+    sha256_of,
+)
+from normuon_lab.data.sources import (
+    MANIFEST,
+    PROGRESS,
+    PreparedFolder,
+    ShardFiles,
+    Stream,
+    TextFiles,
+    resolve_source,
+)
+from normuon_lab.data.tokenizer import BYTES, TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from normuon_lab.errors import InputError, require
 
 KIND = "normuon data prepare"
@@ -304,3 +317,32 @@ def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None
         # Lists of files are long, and their names do not help.
         shown = values if len(values) < 120 else ""
         raise InputError(f"{out} was made with another value of {name}{shown}; name another folder")
+
+
+def tokenizer_of_run(config: DataConfig) -> TextTokenizer | None:
+    """The tokenizer of a run's data; None for shards that nobody named one for.
+
+    Raises:
+        InputError: the data is not there any more, and its tokenizer with it.
+    """
+    try:
+        source = resolve_source(config.source)
+    except InputError as error:
+        raise InputError(
+            f"the run's data says which tokenizer it has, and cannot be found: {error}; name the "
+            "tokenizer"
+        ) from error
+    if isinstance(source, PreparedFolder):
+        described = read_manifest(source.folder)["tokenizer"]
+        if described["name"] == BYTES:
+            return load_tokenizer(BYTES)
+        from tokenizers import Tokenizer
+
+        path = source.folder / TOKENIZER_FILE
+        backend = Tokenizer.from_file(str(path))
+        return TextTokenizer(
+            str(path), int(described["vocab_size"]), int(described["separator_id"]), backend
+        )
+    if isinstance(source, ShardFiles) and config.tokenizer == BYTES:
+        return None
+    return load_tokenizer(config.tokenizer, separator=config.separator)

@@ -1,11 +1,13 @@
-"""Sequences of an array of tokens: every token is predicted once.
+"""Sequences of an array of tokens, and the orders in which they are read.
 
 Sequence i is tokens ``[i * T, (i + 1) * T]`` of the array: its last token is the target of its last
-input and the first input of sequence i + 1.
+input and the first input of sequence i + 1. Every token is predicted once.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,55 @@ import torch
 from torch import Tensor
 
 from normuon_lab.errors import require
+
+_ROUNDS = 6
+
+
+class EpochOrder:
+    """The order of one epoch, a permutation of ``range(num_sequences)``.
+
+    Args:
+        num_sequences: sequences in the epoch, at least 1.
+        seed: of the run.
+        epoch: counted from 0.
+
+    Example:
+        >>> order = EpochOrder(5, seed=0, epoch=0)
+        >>> sorted(order(np.arange(5)).tolist())
+        [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, num_sequences: int, *, seed: int, epoch: int) -> None:
+        assert num_sequences >= 1
+        self._num_sequences = num_sequences
+        # Both halves are equally wide, so the network permutes at most 4 times as many numbers.
+        self._half_bits = np.uint64(max(1, ((num_sequences - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        digest = hashlib.shake_128(f"{seed},{epoch}".encode()).digest(8 * _ROUNDS)
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The sequences at these positions of the epoch."""
+        values = self._permute(positions.astype(np.uint64))
+        # Numbers beyond the end walk on along their cycle until they come back inside it.
+        while True:
+            outside = values >= np.uint64(self._num_sequences)
+            if not outside.any():
+                return values.astype(np.int64)
+            values[outside] = self._permute(values[outside])
+
+    def _permute(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = values >> self._half_bits, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right + key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every other."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class TokenArray(Protocol):
@@ -71,3 +122,40 @@ class SequenceReader:
             "were written with another tokenizer; name it, or its vocab_size",
         )
         return torch.from_numpy(rows.astype(np.int64))
+
+
+class ValidationBatches:
+    """The same sequences at every evaluation, read anew each time.
+
+    Args:
+        reader: the validation data.
+        num_sequences: how many to read, spread evenly over the data.
+        batch_size: sequences of one tensor.
+        rank: among the data-parallel ranks.
+        world_size: number of data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        reader: SequenceReader,
+        *,
+        num_sequences: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        require(num_sequences >= 1, "an evaluation reads less than one sequence; give more tokens")
+        require(
+            len(reader) >= num_sequences,
+            f"the validation data has {len(reader)} sequences and an evaluation reads "
+            f"{num_sequences}: give more data, a larger validation_fraction or fewer tokens",
+        )
+        chosen = [i * len(reader) // num_sequences for i in range(num_sequences)]
+        bounds = [num_sequences * i // world_size for i in (rank, rank + 1)]
+        self._reader = reader
+        self._chosen = chosen[bounds[0] : bounds[1]]
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self._chosen), self._batch_size):
+            yield self._reader.read(self._chosen[start : start + self._batch_size])

@@ -23,7 +23,13 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from normuon_lab.atomic_files import write_bytes
-from normuon_lab.data.batches import BatchShare, LoadedBatch, TrainBatches, make_loader
+from normuon_lab.data.batches import (
+    BatchShare,
+    LoadedBatch,
+    PretrainData,
+    TrainBatches,
+    make_loader,
+)
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.documents import (
     DocumentGroup,
@@ -34,9 +40,8 @@ from normuon_lab.data.documents import (
     readable,
 )
 from normuon_lab.data.lanes import Lane, StreamOptions
-from normuon_lab.data.open_shards import cache_folder, open_validation_shards
-from normuon_lab.data.pretrain_data import PretrainData, ValidationBatches
-from normuon_lab.data.sequences import ArrayTokens, SequenceReader, TokenArray
+from normuon_lab.data.sequences import ArrayTokens, SequenceReader, TokenArray, ValidationBatches
+from normuon_lab.data.shard_data import cache_folder, open_validation_shards
 from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_source
 from normuon_lab.data.tokenizer import Ids, load_tokenizer
 from normuon_lab.errors import InputError, require

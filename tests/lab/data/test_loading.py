@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.loading import open_data
-from normuon_lab.data.pretrain_data import PretrainData
 from normuon_lab.errors import InputError
 from tests.lab.data.conftest import signal_from_elsewhere, write_shard
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normuon_lab.data.order import EpochOrder
+from normuon_lab.data.sequences import EpochOrder
 
 
 @settings(deadline=None)

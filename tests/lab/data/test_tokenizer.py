@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.prepare import PrepareRequest, prepare
-from normuon_lab.data.run_tokenizer import tokenizer_of_run
+from normuon_lab.data.prepare import PrepareRequest, prepare, tokenizer_of_run
 from normuon_lab.data.tokenizer import byte_tokenizer, load_tokenizer, save_for_transformers
 from normuon_lab.errors import InputError
 

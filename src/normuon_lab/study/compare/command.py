@@ -8,7 +8,7 @@ from pathlib import Path
 
 from normuon_lab.errors import require
 from normuon_lab.train.arms.registry import MAIN_ARMS
-from normuon_lab.train.runs.options import ExperimentOptions
+from normuon_lab.train.runs.config import ExperimentOptions
 
 
 @dataclass(frozen=True, kw_only=True)

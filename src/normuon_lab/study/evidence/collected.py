@@ -10,8 +10,7 @@ from typing import Any
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
 from normuon_lab.study.sweep.export import read_tuned_arms
-from normuon_lab.train.runs.objective import objective
-from normuon_lab.train.runs.records import RunRecord
+from normuon_lab.train.runs.records import RunRecord, objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from normuon_lab.study.statistics import (
     steps_saved_by_schedules,
     steps_saved_to_threshold,
 )
-from normuon_lab.train.runs.objective import MISSED_FACTOR
+from normuon_lab.train.runs.records import MISSED_FACTOR
 
 KIND = "normuon evidence table1"
 SCHEMA_VERSION = 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import RunsFailedError, require
 from normuon_lab.train.arms.registry import MAIN_ARMS
-from normuon_lab.train.runs.options import ExperimentOptions
+from normuon_lab.train.runs.config import ExperimentOptions
 
 if TYPE_CHECKING:
     from rich.table import Table

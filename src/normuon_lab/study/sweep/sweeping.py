@@ -19,8 +19,7 @@ from normuon_lab.study.sweep.space import AXES, Place, Setting, in_order, settin
 from normuon_lab.study.sweep.study import Studies, Trial
 from normuon_lab.train.arms.registry import check_arms
 from normuon_lab.train.runs.config import Experiment, RunSpec
-from normuon_lab.train.runs.objective import objective, objective_name
-from normuon_lab.train.runs.records import RunRecord
+from normuon_lab.train.runs.records import RunRecord, objective, objective_name
 from normuon_lab.train.runs.tasks import Task, load_task
 
 RunMany = Callable[[Sequence[RunSpec]], Mapping[RunSpec, RunRecord]]

@@ -32,7 +32,7 @@ from normuon_lab.train.pretrain.checkpoint import (
     hash_files,
 )
 from normuon_lab.train.pretrain.config import CheckpointConfig
-from normuon_lab.train.pretrain.ranks import Ranks
+from normuon_lab.train.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

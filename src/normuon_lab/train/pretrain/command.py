@@ -16,8 +16,7 @@ import tyro
 
 from normuon_lab.errors import require
 from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
-from normuon_lab.train.pretrain.config_file import merged, read_values
-from normuon_lab.train.pretrain.presets import DEFAULT_PRESET, pretrain_preset
+from normuon_lab.train.pretrain.settings import DEFAULT_PRESET, merged, pretrain_preset, read_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Train:
             if self.json:
                 print(json.dumps(contents))
             else:
-                from normuon_lab.train.pretrain.dry_run_text import print_dry_run
+                from normuon_lab.train.pretrain.dry_run import print_dry_run
 
                 print_dry_run(contents, Console())
             return 0

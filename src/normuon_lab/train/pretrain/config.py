@@ -1,7 +1,7 @@
 """What a training run is made of, as frozen and validated values; each field is a flag.
 
 Nothing here imports torch: the command line reads and checks a configuration before anything slow
-starts. Values of named presets are in `presets.py`, files in `config_file.py`.
+starts.
 """
 
 from __future__ import annotations

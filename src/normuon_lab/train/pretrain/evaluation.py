@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from normuon_lab.train.pretrain.ranks import Ranks
+from normuon_lab.train.ranks import Ranks
 
 
 @torch.no_grad()

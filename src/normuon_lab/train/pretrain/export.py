@@ -71,7 +71,7 @@ class ExportCommand:
 
     def _tokenizer(self, description: CheckpointDescription) -> TextTokenizer | None:
         from normuon_lab.data.config import DataConfig
-        from normuon_lab.data.run_tokenizer import tokenizer_of_run
+        from normuon_lab.data.prepare import tokenizer_of_run
         from normuon_lab.data.tokenizer import load_tokenizer
 
         if self.tokenizer == NO_TOKENIZER:
@@ -112,8 +112,7 @@ def export(
     import torch
 
     from normuon_lab.data.tokenizer import save_for_transformers
-    from normuon_lab.train.pretrain.checkpoint import load_model_only
-    from normuon_lab.train.pretrain.checkpoint_model import model_of
+    from normuon_lab.train.pretrain.checkpoint_tensors import load_model_only, model_of
 
     model: Any = model_of(description)
     vocab_size = int(model.config.vocab_size)

@@ -59,8 +59,7 @@ def inspect_checkpoint(path: Path, *, pattern: str = "*") -> dict[str, Any]:
         InputError: there is no checkpoint, it is damaged, or no matrix has such a name.
     """
     from normuon_lab.train.pretrain.checkpoint import resolve, verify
-    from normuon_lab.train.pretrain.checkpoint_model import model_of
-    from normuon_lab.train.pretrain.tensor_reader import read_shapes
+    from normuon_lab.train.pretrain.checkpoint_tensors import model_of, read_shapes
 
     path = resolve(path)
     description = verify(path)
@@ -172,7 +171,7 @@ def _figures(
 def _read(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     import torch
 
-    from normuon_lab.train.pretrain.tensor_reader import load_tensors_
+    from normuon_lab.train.pretrain.checkpoint_tensors import load_tensors_
 
     tensor = torch.empty(shape)
     load_tensors_({name: tensor}, path)

@@ -1,16 +1,20 @@
-"""Spreads a model over the ranks: tensor parallelism, recomputing, compiling, FSDP2, dtypes."""
+"""How ranks join, and how a model is spread over them: mesh, FSDP2, tensor parallelism, dtypes."""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -20,9 +24,81 @@ from torch.distributed.tensor.parallel import (
 )
 
 from normuon_lab.errors import InputError, require
-from normuon_lab.train.pretrain.config import ModelConfig
+from normuon_lab.train.pretrain.config import ModelConfig, ParallelConfig
 from normuon_lab.train.pretrain.model import config_of, layers_of
-from normuon_lab.train.pretrain.ranks import Ranks
+from normuon_lab.train.ranks import Ranks
+
+# Tokenising a corpus, or checking a large checkpoint, on one rank keeps the others waiting.
+_TIMEOUT = timedelta(minutes=60)
+
+
+@contextmanager
+def joined(parallel: ParallelConfig) -> Iterator[Ranks]:
+    """Take this process's place among those that torchrun started; leave it at the end.
+
+    Raises:
+        InputError: the sizes of the mesh do not fit the number of ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = mesh_shape(parallel, world_size=world_size)
+    has_cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        yield Ranks(rank=0, world_size=1, device=device, mesh=None)
+        return
+    _join(backend="cpu:gloo,cuda:nccl" if has_cuda else "gloo")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    yield Ranks(rank=dist.get_rank(), world_size=world_size, device=device, mesh=mesh)
+    # Not after an exception: a rank that fails alone must not wait here for the others.
+    dist.destroy_process_group()
+
+
+def _join(*, backend: str) -> None:
+    """Join the process group. Gloo besides NCCL: flags and checkpoints stay on the CPU.
+
+    When torchrun starts its ranks again they share a store with those that failed, whose addresses
+    are still in it (torch 2.13): names of each attempt are kept apart.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+    )
+
+
+def mesh_shape(parallel: ParallelConfig, *, world_size: int) -> tuple[int, int, int]:
+    """Sizes of dp_replicate, dp_shard and tp for so many ranks.
+
+    Raises:
+        InputError: their product is another number.
+
+    Example:
+        >>> mesh_shape(ParallelConfig(tp=2), world_size=8)
+        (1, 4, 2)
+    """
+    fixed = parallel.dp_replicate * parallel.tp
+    named = f"dp_replicate {parallel.dp_replicate} x tp {parallel.tp}"
+    if parallel.dp_shard is None:
+        require(
+            world_size % fixed == 0,
+            f"{named} does not divide the {world_size} ranks: start another number of them",
+        )
+        return (parallel.dp_replicate, world_size // fixed, parallel.tp)
+    require(
+        fixed * parallel.dp_shard == world_size,
+        f"{named} x dp_shard {parallel.dp_shard} is {fixed * parallel.dp_shard}, but "
+        f"{world_size} rank{'s were' if world_size > 1 else ' was'} started: use torchrun "
+        f"--nproc-per-node, or other sizes",
+    )
+    return (parallel.dp_replicate, parallel.dp_shard, parallel.tp)
+
 
 # What a tensor-parallel plan may say of modules outside the layers, which stay whole here.
 _OUTSIDE_LAYERS = ("colwise_gather_output", "colwise_rep", "embedding_rowwise")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-from normuon_lab.train.pretrain.ranks import Ranks
+from normuon_lab.train.ranks import Ranks
 
 
 class StopRequest:

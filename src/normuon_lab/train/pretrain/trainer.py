@@ -13,19 +13,18 @@ from torch.optim import Optimizer
 
 from normuon_lab.data.batches import TrainBatches
 from normuon_lab.errors import RunsFailedError
+from normuon_lab.train.pretrain.checkpoint_tensors import tensors_to_save
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter, RunPosition
 from normuon_lab.train.pretrain.clipping import clip_gradients_, has_nonfinite
 from normuon_lab.train.pretrain.config import PretrainConfig
-from normuon_lab.train.pretrain.display import RunDisplay
 from normuon_lab.train.pretrain.evaluation import validation_loss
-from normuon_lab.train.pretrain.metrics import MetricsLog
+from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay
 from normuon_lab.train.pretrain.model import next_token_loss
 from normuon_lab.train.pretrain.parallel import autocast, reduce_only_after_last_
-from normuon_lab.train.pretrain.ranks import Ranks
 from normuon_lab.train.pretrain.schedule import scheduled_factor
 from normuon_lab.train.pretrain.stopping import StopRequest
 from normuon_lab.train.pretrain.throughput import StepClock, memory_bytes
-from normuon_lab.train.pretrain.training_state import tensors_to_save
+from normuon_lab.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics

@@ -14,25 +14,28 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.loading import open_data
-from normuon_lab.data.pretrain_data import PretrainData
 from normuon_lab.errors import require
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
-from normuon_lab.train.pretrain.checkpoint import newest_complete
+from normuon_lab.train.pretrain.checkpoint import (
+    ResumePoint,
+    begin,
+    find_resume_point,
+    newest_complete,
+)
+from normuon_lab.train.pretrain.checkpoint_tensors import restore_
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
-from normuon_lab.train.pretrain.display import RunDisplay
-from normuon_lab.train.pretrain.metrics import MetricsLog, check_trackers
+from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, check_trackers
 from normuon_lab.train.pretrain.model import build_model, config_of, config_values
-from normuon_lab.train.pretrain.parallel import compute_dtype, spread
-from normuon_lab.train.pretrain.ranks import Ranks, joined
-from normuon_lab.train.pretrain.run_folder import ResumePoint, begin, find_resume_point
+from normuon_lab.train.pretrain.parallel import compute_dtype, joined, spread
 from normuon_lab.train.pretrain.stopping import StopRequest
 from normuon_lab.train.pretrain.throughput import flops_per_token, peak_flops
 from normuon_lab.train.pretrain.trainer import Trainer, Training
-from normuon_lab.train.pretrain.training_state import restore_
+from normuon_lab.train.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class TrainRequest:
     Attributes:
         config: resolved.
         out: the run's folder.
-        resume: see `run_folder.find_resume_point`.
+        resume: see `find_resume_point`.
     """
 
     config: PretrainConfig

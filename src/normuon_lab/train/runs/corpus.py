@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normuon_lab.data.local_texts import shakespeare_documents, stdlib_documents
+from normuon_lab.data.sources import shakespeare_documents, stdlib_documents
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, require
 from normuon_lab.train.runs.config import NUM_BYTES, Experiment, check_tokenizer

@@ -1,16 +1,109 @@
-"""What an experiment learns from: finds its data and checks that there is enough of it."""
+"""What runs learn from: a text, or the table of a + b mod p.
+
+A small model first learns the training pairs of the table by heart and much later, all at once, the
+rule: it groks (arXiv 2201.02177).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from normuon_lab.train.runs.config import Experiment, ModularAddition
-from normuon_lab.train.runs.corpus import check_lengths, load_corpus
-from normuon_lab.train.runs.modular import ModularTable
+import numpy as np
+import numpy.typing as npt
 
-# As in corpus.py.
+from normuon_lab.train.runs.config import NO_TARGET, Experiment, ModularAddition
+from normuon_lab.train.runs.corpus import check_lengths, load_corpus
+
+# The data is read and checked before anything slow starts, and importing torch takes seconds.
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Distinct from the epochs' numbers, which with the seed decide the order of the batches.
+_SPLIT_STREAM = (0, 1)
+_EVAL_BATCH_SIZE = 512
+
+Pairs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ModularTable:
+    """All pairs, split anew for every seed."""
+
+    config: ModularAddition
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides the table."""
+        return hashlib.sha256(json.dumps(self.config.to_json()).encode()).hexdigest()
+
+    def split(self, seed: int) -> tuple[Pairs, Pairs]:
+        """The pairs to train on and those held out, `[n, 2]` each, by the seed alone.
+
+        Example:
+            >>> train, held_out = ModularTable(ModularAddition(modulus=5)).split(seed=0)
+            >>> train.shape, held_out.shape
+            ((10, 2), (15, 2))
+        """
+        p = self.config.modulus
+        order = np.random.default_rng((seed, *_SPLIT_STREAM)).permutation(p * p)
+        pairs = np.stack(np.divmod(order, p), axis=1)
+        num_train = self.config.num_train_pairs
+        return pairs[:num_train], pairs[num_train:]
+
+    def train_batches(self, experiment: Experiment, *, seed: int) -> PairBatches:
+        """The pairs that each step of a run trains on."""
+        pairs, _ = self.split(seed)
+        return PairBatches(self.config, pairs, experiment.training.batch_size, seed)
+
+    def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
+        """As many held-out pairs as `eval_tokens` has room for."""
+        _, pairs = self.split(seed)
+        pairs = pairs[: experiment.training.eval_tokens // self.config.sequence_length]
+        return [
+            _sequences(self.config, pairs[i : i + _EVAL_BATCH_SIZE])
+            for i in range(0, len(pairs), _EVAL_BATCH_SIZE)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """What results record of the task."""
+        length, num_train = self.config.sequence_length, self.config.num_train_pairs
+        return {
+            "name": f"a + b mod {self.config.modulus}",
+            "sha256": self.digest,
+            "tokenizer": "numbers",
+            "vocab_size": self.config.vocab_size,
+            "train_tokens": length * num_train,
+            "validation_tokens": length * (self.config.modulus**2 - num_train),
+        }
+
+
+class PairBatches:
+    """Each step's sequences, in the order of `EpochOrder`."""
+
+    def __init__(self, config: ModularAddition, pairs: Pairs, batch_size: int, seed: int) -> None:
+        from normuon_lab.train.runs.batches import EpochOrder
+
+        self._config = config
+        self._pairs = pairs
+        self._order = EpochOrder(len(pairs), batch_size=batch_size, seed=seed)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of batch `step`, both int64 `[batch, 3]`."""
+        return _sequences(self._config, self._pairs[self._order.examples(step)])
+
+
+def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """``a b =`` and, under the last sign, the answer."""
+    import torch
+
+    p = config.modulus
+    inputs = np.column_stack([pairs, np.full(len(pairs), p)])
+    targets = np.full_like(inputs, NO_TARGET)
+    targets[:, -1] = pairs.sum(axis=1) % p
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 class TrainBatches(Protocol):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from normuon_lab.train.pretrain.checkpoint import newest_complete
+from normuon_lab.train.pretrain.checkpoint_tensors import TensorReader, load_tensors_
 from normuon_lab.train.pretrain.metrics import read_metrics
-from normuon_lab.train.pretrain.tensor_reader import TensorReader, load_tensors_
 from tests.lab.train.pretrain.processes import Job
 
 _PATIENCE_SECONDS = 60

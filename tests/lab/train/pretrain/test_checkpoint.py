@@ -17,15 +17,19 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from normuon_lab.errors import InputError
 from normuon_lab.train.pretrain.checkpoint import (
     find_checkpoints,
-    load_model_only,
     newest_complete,
     read_description,
     resolve,
     verify,
 )
+from normuon_lab.train.pretrain.checkpoint_tensors import (
+    TensorReader,
+    load_model_only,
+    load_tensors_,
+    read_shapes,
+)
 from normuon_lab.train.pretrain.config import ModelConfig
 from normuon_lab.train.pretrain.model import build_model
-from normuon_lab.train.pretrain.tensor_reader import TensorReader, load_tensors_, read_shapes
 
 
 @pytest.fixture

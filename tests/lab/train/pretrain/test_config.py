@@ -21,10 +21,15 @@ from normuon_lab.train.pretrain.config import (
     ScheduleConfig,
     trajectory,
 )
-from normuon_lab.train.pretrain.config_file import merged, read_values, write_config
-from normuon_lab.train.pretrain.presets import PRETRAIN_PRESETS, pretrain_preset
-from normuon_lab.train.pretrain.ranks import mesh_shape
+from normuon_lab.train.pretrain.parallel import mesh_shape
 from normuon_lab.train.pretrain.schedule import scheduled_factor
+from normuon_lab.train.pretrain.settings import (
+    PRETRAIN_PRESETS,
+    merged,
+    pretrain_preset,
+    read_values,
+    write_config,
+)
 from tests.lab.train.pretrain.processes import Job
 
 

@@ -13,7 +13,7 @@ from normuon_lab.cli import main
 from normuon_lab.errors import InputError
 from normuon_lab.train.pretrain.config import Hardware, MetricsConfig, ModelConfig, ParallelConfig
 from normuon_lab.train.pretrain.dry_run import dry_run, model_on_meta
-from normuon_lab.train.pretrain.presets import pretrain_preset
+from normuon_lab.train.pretrain.settings import pretrain_preset
 from normuon_lab.train.pretrain.throughput import flops_per_token
 
 

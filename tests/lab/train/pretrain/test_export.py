@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from normuon_lab.cli import main
 from normuon_lab.train.pretrain.checkpoint import newest_complete, read_description
-from normuon_lab.train.pretrain.checkpoint_model import model_of
+from normuon_lab.train.pretrain.checkpoint_tensors import load_tensors_, model_of
 from normuon_lab.train.pretrain.export import sample
-from normuon_lab.train.pretrain.tensor_reader import load_tensors_
 
 
 def stored_weight(run: Path, name: str, shape: torch.Size) -> torch.Tensor:

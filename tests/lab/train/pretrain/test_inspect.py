@@ -13,7 +13,7 @@ import torch
 
 from normuon_lab.cli import main
 from normuon_lab.train.pretrain.checkpoint import newest_complete
-from normuon_lab.train.pretrain.tensor_reader import load_tensors_
+from normuon_lab.train.pretrain.checkpoint_tensors import load_tensors_
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from normuon_lab.errors import InputError
 from normuon_lab.train.pretrain.config import ModelConfig
 from normuon_lab.train.pretrain.evaluation import validation_loss
 from normuon_lab.train.pretrain.model import build_model, layers_of, next_token_loss
-from normuon_lab.train.pretrain.ranks import Ranks
+from normuon_lab.train.ranks import Ranks
 
 SIZES = {
     "vocab_size": 50,

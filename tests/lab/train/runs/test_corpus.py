@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from normuon_lab.data.local_texts import stdlib_documents
+from normuon_lab.data.sources import stdlib_documents
 from normuon_lab.errors import InputError
 from normuon_lab.train.runs.corpus import END_OF_DOCUMENT, Corpus, load_corpus
 

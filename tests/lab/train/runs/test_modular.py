@@ -20,10 +20,8 @@ from normuon_lab.train.runs.config import (
 )
 from normuon_lab.train.runs.corpus import Corpus
 from normuon_lab.train.runs.models import build_model, next_token_loss, next_token_scores
-from normuon_lab.train.runs.modular import ModularTable
-from normuon_lab.train.runs.objective import objective
-from normuon_lab.train.runs.records import RunRecord
-from normuon_lab.train.runs.tasks import load_task
+from normuon_lab.train.runs.records import RunRecord, objective
+from normuon_lab.train.runs.tasks import ModularTable, load_task
 from normuon_lab.train.runs.train import train_run
 from normuon_lab.train.runs.workers import Finished, Job, run_jobs
 

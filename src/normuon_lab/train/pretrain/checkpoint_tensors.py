@@ -1,4 +1,7 @@
-"""Reads tensors from a torch.distributed.checkpoint folder without running what a file says.
+"""The tensors of a checkpoint: which there are, and how they are read without running code.
+
+A checkpoint holds weights, optimizer state and the states of random generators. Hyperparameters
+come from the configuration, and the learning rate from the step.
 
 torch's own reader unpickles `.metadata` freely. Here only the classes that describe tensors are
 admitted, entries that are not tensors are refused, and data is read from the folder's own files;
@@ -9,17 +12,25 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
 from normuon_lab.errors import InputError, require
+from normuon_lab.train.pretrain.checkpoint import CheckpointDescription
+from normuon_lab.train.ranks import Ranks
 
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -140,3 +151,99 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def tensors_to_save(
+    model: nn.Module, optimizers: Sequence[Optimizer], ranks: Ranks
+) -> dict[str, Any]:
+    """Nested tensors under `model`, `optimizer` and `trainer`: the live ones, not copies."""
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": _optimizer_state(model, optimizers)["state"],
+        "trainer": {"rng": {str(ranks.rank): _random_state(ranks.device)}},
+    }
+
+
+def restore_(
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    ranks: Ranks,
+    *,
+    world_size_then: int,
+) -> None:
+    """Load weights, optimizer state and RNG from a checkpoint, written by any number of ranks.
+
+    The states of random generators belong to ranks: with another number of ranks they stay as they
+    were seeded.
+
+    Raises:
+        InputError: the checkpoint is of another model or optimizer; nothing is changed then.
+    """
+    optimizer_state = _optimizer_state(model, optimizers)
+    random_state = _random_state(ranks.device)
+    tensors: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": optimizer_state["state"],
+    }
+    if world_size_then == ranks.world_size:
+        tensors["trainer"] = {"rng": {str(ranks.rank): random_state}}
+    load_tensors_(tensors, path)
+    # The tensors are in place already; optimizers may keep what they derive from them.
+    set_optimizer_state_dict(model, optimizers, optimizer_state)
+    _set_random_state(random_state, ranks.device)
+
+
+def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Of all optimizers together, by parameter name; made, at zero, where no step has made it."""
+    return dict(get_optimizer_state_dict(model, list(optimizers)))
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.Module:
+    """A model of the checkpoint's shapes, in float32, whose weights mean nothing yet.
+
+    Args:
+        description: of the checkpoint.
+        device: where to; "meta" takes no memory.
+
+    Raises:
+        InputError: this version of transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = dict(description.model_config)
+    try:
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise InputError(
+            f"this version of transformers cannot build the checkpoint's model: {''.join(reason)}"
+        ) from error
+
+
+def load_model_only(path: Path, model: nn.Module) -> None:
+    """Load a checkpoint's weights into a model, whole or sharded, in place.
+
+    Args:
+        path: the checkpoint's folder; see `resolve` for a run's.
+        model: of the same shapes.
+
+    Raises:
+        InputError: the weights are of another model; nothing is changed then.
+    """
+    load_tensors_({"model": get_model_state_dict(model)}, path)
