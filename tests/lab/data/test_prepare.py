@@ -20,7 +20,7 @@ import pytest
 import zstandard
 from tokenizers import Tokenizer
 
-from normuon_lab.data import encoding, shard_writer
+from normuon_lab.data import encoding, shards
 from normuon_lab.data import prepare as prepare_module
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.documents import is_held_out
@@ -108,7 +108,7 @@ class StoppedError(Exception):
 def stopping_after(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ends the preparation at the given write, wherever that falls."""
     calls = iter(range(10**6))
-    append = shard_writer.ShardWriter.append
+    append = shards.ShardWriter.append
 
     def stop_or_append(writer: Any, tokens: Any) -> None:
         if next(calls) == call:
@@ -118,7 +118,7 @@ def stopping_after(call: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         append(writer, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.ShardWriter, "append", stop_or_append)
+        patch.setattr(shards.ShardWriter, "append", stop_or_append)
         with pytest.raises(StoppedError):
             yield
 
@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_what_was_done_and_says_how_to_go_on(
     monkeypatch.setattr(prepare_module, "_TOKENS_BETWEEN_SAVES", 500)
     large = replace(request_of, shard_tokens=3000)
     calls = iter(range(10**6))
-    fsync = shard_writer.os.fsync
+    fsync = shards.os.fsync
 
     def full(descriptor: int) -> None:
         if next(calls) == 6:
@@ -292,7 +292,7 @@ def test_a_full_disk_keeps_what_was_done_and_says_how_to_go_on(
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.os, "fsync", full)
+        patch.setattr(shards.os, "fsync", full)
         with pytest.raises(InputError, match="No space left on device; what was done is kept"):
             prepare(large)
     assert (large.out / "progress.json").exists()
