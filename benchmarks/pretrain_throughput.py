@@ -24,9 +24,9 @@ from torch.nn import functional
 from normuon_lab.atomic_files import write_json
 from normuon_lab.data.loading import open_data
 from normuon_lab.machine import describe_machine, utc_now
+from normuon_lab.train.model import build_named_model
 from normuon_lab.train.pretrain.config import EvaluationConfig, PretrainConfig
 from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay
-from normuon_lab.train.pretrain.model import build_model
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined
 from normuon_lab.train.pretrain.settings import pretrain_preset
 from normuon_lab.train.pretrain.trainer import Trainer
@@ -39,7 +39,7 @@ class BareLoop:
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._model = build_model(config.model, seed=config.seed).to(device).train()
+        self._model = build_named_model(config.model.model, seed=config.seed).to(device).train()
         dtype = compute_dtype(config.model, device)
         self._optimizers = build_optimizers(self._model, config.optimizer, forward_dtype=dtype)
         self._autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
@@ -85,7 +85,7 @@ def measure(config: PretrainConfig, *, pairs: int, steps: int) -> dict[str, obje
         if ranks.device.type == "cpu":
             torch.set_flush_denormal(True)
         bare = BareLoop(config, ranks.device)
-        model = build_model(config.model, seed=config.seed)
+        model = build_named_model(config.model.model, seed=config.seed)
         data = open_data(
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )

@@ -6,7 +6,7 @@ One process is the case of one rank: nothing is started, and agreeing costs noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process among all of the run.
+    """This process among all of the run; `Ranks()` is a process alone, on the CPU.
 
     Attributes:
         rank: its number.
@@ -30,10 +30,10 @@ class Ranks:
         mesh: axes dp_replicate, dp_shard and tp; None for a process alone.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
-    mesh: DeviceMesh | None
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:

@@ -30,8 +30,8 @@ from normuon_lab.machine import describe_machine, utc_now
 from normuon_lab.study.evidence.protocol import Cell
 from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS
+from normuon_lab.train.model import build_model, next_token_loss
 from normuon_lab.train.runs.config import ModelConfig
-from normuon_lab.train.runs.models import build_model, next_token_loss
 
 KIND = "normuon evidence table2"
 SCHEMA_VERSION = 1
@@ -173,7 +173,7 @@ def _batch(config: ModelConfig, batch_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _prepared(arm: str, config: ModelConfig, inputs: Tensor, targets: Tensor) -> _Runner:
-    model = build_model(config, seed=0)
+    model = build_model(config.to_transformers(), seed=0)
     next_token_loss(model, inputs, targets).backward()
 
     def step() -> None:

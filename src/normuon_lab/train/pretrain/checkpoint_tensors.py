@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from normuon_lab.errors import InputError, require
+from normuon_lab.train.model import build_model
 from normuon_lab.train.pretrain.checkpoint import CheckpointDescription
 from normuon_lab.train.ranks import Ranks
 
@@ -222,13 +223,12 @@ def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.M
     Raises:
         InputError: this version of transformers cannot build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     values = dict(description.model_config)
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return build_model(config, device=device)
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise InputError(

@@ -142,6 +142,12 @@ class ScheduleConfig:
         is_share = 0.0 <= self.decay_fraction <= 1.0
         require(is_share, f"decay_fraction {self.decay_fraction}: give a number from 0 to 1")
 
+    def decay_steps(self, steps: int) -> int:
+        """Steps at the end of `steps` over which the rate falls."""
+        if self.schedule == "linear":
+            return steps - self.warmup_steps
+        return round(self.decay_fraction * steps)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:

@@ -1,7 +1,7 @@
 """Measures momentum and update of the hidden matrices while training goes on, from outside.
 
 Parameters and state are only read: the trajectory is the same bit for bit. Every matrix is measured
-by one rank; what the numbers mean is `matrix_figures.py`'s business.
+by one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from normuon import MatrixView, NorMuon, param_groups
-from normuon_lab.train.pretrain.matrix_figures import figures_by_block, measuring_flops
+from normuon_lab.train.matrix_figures import figures_by_block, measuring_flops, update_of
 
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """What optimizers call their momentum: NorMuon and Muon, and AdamW."""
@@ -143,8 +143,8 @@ class MatrixDiagnostics:
         group = self._group_of[matrix.param]
         momentum = _momentum_of(self._optimizer, matrix.param)
         local = _local(param)
-        kept = before.double() * (1.0 - float(group["lr"]) * float(group["weight_decay"]))
-        update = (kept - local.double()).to(torch.promote_types(local.dtype, torch.float32))
+        dtype = torch.promote_types(local.dtype, torch.float32)
+        update = update_of(before, local, group).to(dtype)
         # Ranks gather whatever they own: collectives must not depend on the rank.
         whole_update = _whole(_placed_like(update, param))
         whole = {

@@ -22,10 +22,14 @@ from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
 from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
-from normuon_lab.train.pretrain.config import Hardware, ModelConfig, PretrainConfig
-from normuon_lab.train.pretrain.model import config_of, transformers_config
+from normuon_lab.train.model import (
+    build_model,
+    config_of,
+    flops_per_token,
+    transformers_config,
+)
+from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
 from normuon_lab.train.pretrain.parallel import mesh_shape
-from normuon_lab.train.pretrain.throughput import flops_per_token
 from normuon_lab.train.pretrain.training import build_optimizers, micro_batch_size
 
 if TYPE_CHECKING:
@@ -53,11 +57,11 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
     Raises:
         InputError: a model that cannot be built, or a mesh or batch that does not divide.
     """
-    model = model_on_meta(config.model)
+    model = build_model(transformers_config(config.model.model), device="meta")
     shapes = shapes_of(model, name=config.model.model, split_heads=config.optimizer.split_heads)
     mesh = _mesh(config, hardware)
     micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
-    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(model, sequence_length=config.batch.sequence_length)
     tflops = config.metrics.device_tflops or _H100_TFLOPS
     rate = 1e12 * tflops * hardware.mfu
     request = PlanRequest(
@@ -122,19 +126,6 @@ def _expected(
         "tokens_per_second": config.batch.tokens_per_step / step_seconds,
         "total_seconds": step_seconds * config.batch.steps,
     }
-
-
-def model_on_meta(config: ModelConfig) -> nn.Module:
-    """The model by its shapes alone."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            transformers_config(config.model), trust_remote_code=False, dtype=torch.float32
-        )
-    return model
 
 
 def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:

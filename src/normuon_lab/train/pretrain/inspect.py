@@ -159,7 +159,7 @@ def _figures(
     path: Path, name: str, shapes: dict[str, tuple[int, ...]], view: MatrixView
 ) -> dict[str, float] | None:
     """The figures of a stored tensor; None for one that is zero or not finite."""
-    from normuon_lab.train.pretrain.matrix_figures import figures_by_block
+    from normuon_lab.train.matrix_figures import figures_by_block
 
     tensor = _read(path, name, shapes[name])
     (figures,) = figures_by_block(tensor, view)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,6 +26,18 @@ from normuon_lab.atomic_files import write_text
 from normuon_lab.errors import RunsFailedError, require
 
 METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 from NVIDIA's data sheets, in 1e12 FLOPs per second, by a part of the device's
+# name. The first that fits counts.
+_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
 
 
 class Tracker(Protocol):
@@ -214,3 +227,26 @@ class RunDisplay:
         """A line that stays."""
         if self._enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
+    """The peak of one device in FLOPs per second; None where it is neither given nor known."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """Bytes in use now and at most: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    statm = Path("/proc/self/statm")
+    if not statm.exists():  # Not on Linux: only the peak is known.
+        return peak, peak
+    return int(statm.read_text().split()[1]) * resource.getpagesize(), peak

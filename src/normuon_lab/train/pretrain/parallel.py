@@ -24,8 +24,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from normuon_lab.errors import InputError, require
+from normuon_lab.train.model import config_of, layers_of
 from normuon_lab.train.pretrain.config import ModelConfig, ParallelConfig
-from normuon_lab.train.pretrain.model import config_of, layers_of
 from normuon_lab.train.ranks import Ranks
 
 # Tokenising a corpus, or checking a large checkpoint, on one rank keeps the others waiting.

@@ -1,33 +1,95 @@
-"""The training loop: steps, evaluations, checkpoints and metrics of one run on one rank."""
+"""What is due between the steps of a run: metrics, evaluations, checkpoints, a request to stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normuon_lab.data.batches import TrainBatches
 from normuon_lab.errors import RunsFailedError
+from normuon_lab.train.loop import (
+    Batch,
+    FinishedStep,
+    TrainingLoop,
+    evaluate,
+    has_nonfinite,
+    learning_rate_factor,
+)
+from normuon_lab.train.model import next_token_loss
 from normuon_lab.train.pretrain.checkpoint_tensors import tensors_to_save
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter, RunPosition
-from normuon_lab.train.pretrain.clipping import clip_gradients_, has_nonfinite
 from normuon_lab.train.pretrain.config import PretrainConfig
-from normuon_lab.train.pretrain.evaluation import validation_loss
-from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay
-from normuon_lab.train.pretrain.model import next_token_loss
+from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, memory_bytes
 from normuon_lab.train.pretrain.parallel import autocast, reduce_only_after_last_
-from normuon_lab.train.pretrain.schedule import scheduled_factor
-from normuon_lab.train.pretrain.stopping import StopRequest
-from normuon_lab.train.pretrain.throughput import StepClock, memory_bytes
 from normuon_lab.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
+
+
+class StopRequest:
+    """A request to stop after the current step, which all ranks then do together.
+
+    SIGTERM, which schedulers send before they take the machine away, counts while this is open;
+    Ctrl-C within `interrupts_noted` alone, so that it ends at once what has no step to keep yet.
+    The signal only sets a flag: a step, or a checkpoint that is being written, ends first.
+
+    Attributes:
+        by: what asked, for messages.
+    """
+
+    def __init__(self) -> None:
+        self.by = ""
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @contextmanager
+    def interrupts_noted(self, ranks: Ranks) -> Iterator[None]:
+        """Note Ctrl-C too; a second one ends the process at once."""
+        self._speaks = ranks.is_main
+        before = signal.signal(signal.SIGINT, self._note_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop; all ranks call this together."""
+        return ranks.any(bool(self.by))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.by = "SIGTERM"
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.by = "Ctrl-C"
+        # By the system, since Python would wait for the end of a long operation.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._speaks:
+            # Unbuffered: the signal may have come while a line was being printed.
+            text = "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,7 +100,8 @@ class Training:
         config: resolved.
         ranks: who trains.
         model: spread over the ranks.
-        optimizers: those that step together; each group has its peak rate as `initial_lr`.
+        num_parameters: of the whole model.
+        optimizers: those that step together, at their peak learning rates.
         batches: training data, at its position.
         validation: validation data, read anew at each evaluation.
         writer: of checkpoints.
@@ -52,6 +115,7 @@ class Training:
     config: PretrainConfig
     ranks: Ranks
     model: nn.Module
+    num_parameters: int
     optimizers: Sequence[Optimizer]
     batches: TrainBatches
     validation: Iterable[Tensor]
@@ -79,11 +143,26 @@ class Trainer:
         self._config = training.config
         self._metrics = metrics
         self._display = display
-        self._clock = StepClock(training.ranks.device)
-        self._parameters = [p for p in training.model.parameters() if p.requires_grad]
-        self._num_micro_batches = training.batches.share.micro_batches_per_step
         self._saved_step = training.step
-        self._diagnosed: dict[str, float] = {}
+        steps, schedule = self._config.batch.steps, self._config.schedule
+        self._factor = partial(
+            learning_rate_factor,
+            steps=steps,
+            warmup_steps=schedule.warmup_steps,
+            decay_steps=schedule.decay_steps(steps),
+        )
+        self._loop = TrainingLoop(
+            training.model,
+            training.optimizers,
+            batches=self._micro_batches(),
+            loss=self._loss,
+            factor=self._factor,
+            num_micro_batches=training.batches.share.micro_batches_per_step,
+            max_grad_norm=self._config.optimizer.max_grad_norm,
+            probe=training.diagnostics,
+            step=training.step,
+            device=training.ranks.device,
+        )
 
     def run(self, stop: StopRequest) -> bool:
         """Train; a checkpoint is written at the end, whichever it is.
@@ -95,121 +174,84 @@ class Trainer:
             RunsFailedError: the loss stopped being a number, or a checkpoint cannot be written.
             InputError: the data cannot be read any more.
         """
-        run, steps = self._run, self._config.batch.steps
-        run.model.train()
-        while run.step < steps:
-            if stop.agreed(run.ranks):
-                self._save()
-                run.writer.wait()
-                return False
-            self.advance()
+        is_done = self._loop.run(
+            self._config.batch.steps,
+            after_step=self._after_step,
+            should_stop=lambda: stop.agreed(self._run.ranks),
+        )
         self._save()
-        run.writer.wait()
-        return True
+        self._run.writer.wait()
+        return is_done
 
     def advance(self) -> None:
-        """One step, and what is due after it.
+        """One step, and what is due after it; `run` without a request to stop."""
+        self._after_step(self._loop.advance())
 
-        Raises:
-            RunsFailedError: as `run`.
-            InputError: as `run`.
-        """
-        loss, norm = self._step()
-        self._after_step(loss, norm, is_last=self._run.step == self._config.batch.steps)
-
-    def _step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step.
-
-        Returns:
-            The mean loss of this rank's part of the batch, and the norm of the whole gradient.
-        """
-        run, clock = self._run, self._clock
-        clock.begin()
-        total = torch.zeros((), dtype=torch.float32, device=run.ranks.device)
-        for number in range(1, self._num_micro_batches + 1):
+    def _micro_batches(self) -> Iterator[Batch]:
+        run = self._run
+        for number in count(1):
             tokens = next(run.batches).to(run.ranks.device, non_blocking=True)
-            reduce_only_after_last_(run.model, is_last=number == self._num_micro_batches)
-            loss = self._loss(run.model, tokens) / self._num_micro_batches
-            loss.backward()
-            total += loss.detach()
-        norm = clip_gradients_(self._parameters, max_norm=self._config.optimizer.max_grad_norm)
-        self._set_learning_rates()
-        if run.diagnostics is not None:
-            run.diagnostics.before_step(run.step)
-        clock.begin_optimizer()
-        for optimizer in run.optimizers:
-            optimizer.step()
-        clock.end()
-        if run.diagnostics is not None:
-            self._diagnosed = run.diagnostics.after_step(run.step) or {}
-            if self._diagnosed:
-                self._diagnosed["diagnostics_seconds"] = run.diagnostics.last_seconds
-        for optimizer in run.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        return total, norm
+            is_last = number % run.batches.share.micro_batches_per_step == 0
+            reduce_only_after_last_(run.model, is_last=is_last)
+            yield _split(tokens)
 
-    def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         with autocast(self._config.model, self._run.ranks):
-            return next_token_loss(model, tokens)
+            return next_token_loss(model, inputs, targets)
 
-    def _set_learning_rates(self) -> None:
-        factor = self._factor(self._run.step)
-        for optimizer in self._run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-
-    def _factor(self, step: int) -> float:
-        config = self._config
-        return scheduled_factor(step, steps=config.batch.steps, schedule=config.schedule)
-
-    def _after_step(self, loss: Tensor, norm: Tensor, *, is_last: bool) -> None:
+    def _after_step(self, step: FinishedStep) -> None:
         """What is due at the border between two steps; the loss is checked before it is saved."""
-        step, config = self._run.step, self._config
-        saves = is_last or _is_due(step, config.checkpoint.save_every)
+        number = self._run.step = step.number
+        config, diagnostics = self._config, self._run.diagnostics
+        is_last = number == config.batch.steps
+        saves = is_last or _is_due(number, config.checkpoint.save_every)
         evaluates = config.evaluation.eval_every > 0 and (
-            is_last or _is_due(step, config.evaluation.eval_every)
+            is_last or _is_due(number, config.evaluation.eval_every)
         )
-        if saves or evaluates or self._diagnosed or _is_due(step, config.metrics.log_every):
-            self._log(loss, norm)
+        measured = dict(step.measured)
+        if measured and diagnostics is not None:
+            measured["diagnostics_seconds"] = diagnostics.last_seconds
+        if saves or evaluates or measured or _is_due(number, config.metrics.log_every):
+            self._log(step, measured)
         if evaluates:
             self._evaluate()
         if saves:
             self._save()
 
-    def _log(self, loss: Tensor, norm: Tensor) -> None:
+    def _log(self, step: FinishedStep, measured: Mapping[str, float]) -> None:
         run = self._run
-        mean = float(run.ranks.sum_over_data_(loss.clone()) / run.ranks.data_size)
-        self._check_finite(train_loss=mean, gradient_norm=float(norm))
-        times = self._clock.take()
+        loss = float(run.ranks.sum_over_data_(step.loss.clone()) / run.ranks.data_size)
+        assert step.gradient_norm is not None
+        norm = float(step.gradient_norm)
+        self._check_finite(train_loss=loss, gradient_norm=norm)
+        times = self._loop.clock.take()
         tokens_per_second = times.steps * self._config.batch.tokens_per_step / times.seconds
         in_use, peak = memory_bytes(run.ranks.device)
         row = {
             "tokens": self._tokens,
-            "train_loss": mean,
-            "gradient_norm": float(norm),
-            "learning_rate": self._config.optimizer.lr * self._factor(run.step - 1),
+            "train_loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": self._config.optimizer.lr * self._factor(step.number - 1),
             "step_seconds": times.seconds / times.steps,
             "tokens_per_second": tokens_per_second,
             "optimizer_time_share": times.optimizer_seconds / times.seconds,
             "memory_bytes": in_use,
             "peak_memory_bytes": peak,
-            **self._diagnosed,
+            **measured,
         }
         if run.peak_flops is not None:
             row["mfu"] = tokens_per_second * run.flops_per_token / run.peak_flops
-        self._diagnosed = {}
         if self._metrics is not None:
             self._metrics.log(run.step, row)
         self._display.advance(run.step, row)
 
     def _evaluate(self) -> None:
         run = self._run
-        value = validation_loss(
+        (value,) = evaluate(
             run.model,
-            run.validation,
-            run.ranks,
-            loss=self._loss,
+            map(_split, run.validation),
+            lambda *batch: (self._loss(*batch),),
+            ranks=run.ranks,
             sequence_length=self._config.batch.sequence_length,
         )
         self._check_finite(validation_loss=value)
@@ -233,7 +275,7 @@ class Trainer:
         run = self._run
         if run.step == self._saved_step:
             return
-        if run.ranks.any(bool(has_nonfinite(self._parameters))):
+        if run.ranks.any(bool(has_nonfinite(run.model.parameters()))):
             self._fail("weights are no longer finite")
         position = RunPosition(
             step=run.step,
@@ -248,6 +290,11 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self._run.step * self._config.batch.tokens_per_step
+
+
+def _split(tokens: Tensor) -> Batch:
+    """Inputs and targets of ``[batch, sequence + 1]`` tokens."""
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -20,6 +20,13 @@ from normuon_lab.errors import require
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
+from normuon_lab.train.model import (
+    build_named_model,
+    config_of,
+    config_values,
+    flops_per_token,
+    num_parameters,
+)
 from normuon_lab.train.pretrain.checkpoint import (
     ResumePoint,
     begin,
@@ -29,12 +36,9 @@ from normuon_lab.train.pretrain.checkpoint import (
 from normuon_lab.train.pretrain.checkpoint_tensors import restore_
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, check_trackers
-from normuon_lab.train.pretrain.model import build_model, config_of, config_values
+from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, check_trackers, peak_flops
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined, spread
-from normuon_lab.train.pretrain.stopping import StopRequest
-from normuon_lab.train.pretrain.throughput import flops_per_token, peak_flops
-from normuon_lab.train.pretrain.trainer import Trainer, Training
+from normuon_lab.train.pretrain.trainer import StopRequest, Trainer, Training
 from normuon_lab.train.ranks import Ranks
 
 
@@ -67,7 +71,9 @@ def train(request: TrainRequest, console: Console) -> None:
     with StopRequest() as stop, denormals_flushed(), joined(config.parallel) as ranks:
         # A process alone saves and loads alone; torch would say so each time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        model = build_model(config.model, seed=config.seed)
+        model = build_named_model(
+            config.model.model, seed=config.seed, pretrained=config.model.pretrained
+        )
         torch.manual_seed(config.seed + ranks.data_rank)  # For dropout.
         model_config = config_values(model)
         point = ranks.on_main(
@@ -91,7 +97,7 @@ def train(request: TrainRequest, console: Console) -> None:
 def build_optimizers(
     model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
 ) -> list[Optimizer]:
-    """The optimizers of an arm; each group keeps its peak learning rate as `initial_lr`.
+    """The optimizers of an arm, at their peak learning rates.
 
     Args:
         model: as it will be trained, spread over its ranks.
@@ -110,11 +116,7 @@ def build_optimizers(
         split_heads=config.split_heads,
         normuon=(("equilibrate", True),) if config.equilibrate else (),
     )
-    optimizers = PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
+    return PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
 
 
 def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
@@ -155,9 +157,9 @@ def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: Pretra
     """
     config = request.config
     micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
-    flops = flops_per_token(model, config_of(model), sequence_length=config.batch.sequence_length)
+    flops = flops_per_token(model, sequence_length=config.batch.sequence_length)
     peak = peak_flops(ranks.device, config.metrics.device_tflops)
-    model_config = config_values(model)
+    model_config, size = config_values(model), num_parameters(model)
     model = spread(model, config.model, ranks)
     forward_dtype = compute_dtype(config.model, ranks.device)
     optimizers = build_optimizers(model, config.optimizer, forward_dtype=forward_dtype)
@@ -172,6 +174,7 @@ def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: Pretra
         config=config,
         ranks=ranks,
         model=model,
+        num_parameters=size,
         optimizers=optimizers,
         batches=data.train_batches(
             global_batch_size=config.batch.batch_size,

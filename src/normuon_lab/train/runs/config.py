@@ -12,18 +12,19 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import require
 from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MODEL_FAMILIES = ("llama", "gpt2")
 SCHEDULES = ("linear", "constant")
 TOKENIZERS = ("bytes", "bpe")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 NUM_BYTES = 256
-# Where nothing is to be predicted; cross-entropy leaves it out.
-NO_TARGET = -100
 # Token arrays are uint16.
 MAX_BPE_TOKENS = 2**16
 
@@ -60,6 +61,39 @@ class ModelConfig:
         require(
             self.width % self.num_heads == 0 and (self.width // self.num_heads) % 2 == 0,
             f"width {self.width} must be an even multiple of num_heads {self.num_heads}",
+        )
+
+    def to_transformers(self) -> PretrainedConfig:
+        """The configuration of transformers that says the same; without dropout."""
+        from transformers import AutoConfig
+
+        shape = (
+            {
+                "hidden_size": self.width,
+                "intermediate_size": self.mlp_width,
+                "num_hidden_layers": self.num_layers,
+                "num_attention_heads": self.num_heads,
+                "num_key_value_heads": self.num_heads,
+                "max_position_embeddings": self.sequence_length,
+            }
+            if self.family == "llama"
+            else {
+                "n_embd": self.width,
+                "n_inner": self.mlp_width,
+                "n_layer": self.num_layers,
+                "n_head": self.num_heads,
+                "n_positions": self.sequence_length,
+                # Dropout would draw random numbers between the arms' shared data order.
+                **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+            }
+        )
+        return AutoConfig.for_model(
+            self.family,
+            vocab_size=self.vocab_size,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            **shape,
         )
 
 
@@ -101,6 +135,11 @@ class TrainConfig:
     def warmup_steps(self) -> int:
         """Steps over which the learning rate rises linearly to its peak."""
         return min(self.steps - 1, math.ceil(self.warmup_fraction * self.steps))
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps at the end over which the learning rate falls."""
+        return 0 if self.schedule == "constant" else self.steps - self.warmup_steps
 
     @property
     def eval_steps(self) -> tuple[int, ...]:

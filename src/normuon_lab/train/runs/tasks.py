@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from normuon_lab.train.runs.config import NO_TARGET, Experiment, ModularAddition
+from normuon_lab.train.runs.config import Experiment, ModularAddition
 from normuon_lab.train.runs.corpus import check_lengths, load_corpus
 
 # The data is read and checked before anything slow starts, and importing torch takes seconds.
@@ -98,6 +98,8 @@ class PairBatches:
 def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """``a b =`` and, under the last sign, the answer."""
     import torch
+
+    from normuon_lab.train.model import NO_TARGET
 
     p = config.modulus
     inputs = np.column_stack([pairs, np.full(len(pairs), p)])

@@ -1,34 +1,41 @@
 """One training run: from an experiment, a run's specification and a task to a record.
 
 Single-process and deterministic: the same inputs in the same environment give the same record,
-bit for bit, but for its times. Which runs there are, and in which process, is `workers.py`'s
-business.
+bit for bit, but for its times.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.arms.registry import ARMS
-from normuon_lab.train.runs.config import Experiment, RunSpec
-from normuon_lab.train.runs.models import (
+from normuon_lab.train.loop import FinishedStep, TrainingLoop, evaluate, learning_rate_factor
+from normuon_lab.train.model import (
     build_model,
-    hidden_matrix_kinds,
     next_token_loss,
     next_token_scores,
+    num_parameters,
 )
+from normuon_lab.train.ranks import Ranks
+from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
-from normuon_lab.train.runs.schedule import learning_rate_factor
 from normuon_lab.train.runs.tasks import Task
-from normuon_lab.train.runs.update_probe import UpdateProbe, choose_matrices
+from normuon_lab.train.runs.update_probe import UpdateProbe
 
 ProgressCallback = Callable[[int, float], None]
+
+
+class _DivergedError(Exception):
+    """The loss is not finite."""
 
 
 def train_run(
@@ -44,7 +51,7 @@ def train_run(
     Args:
         spec: arm, seed and peak learning rate.
         experiment: what the runs of a comparison share.
-        task: its data, see `tasks.load_task`.
+        task: its data, see `load_task`.
         probe_updates: also measure update matrices, which changes nothing else.
         on_step: called after every step with its number, from 1, and its training loss.
 
@@ -53,19 +60,9 @@ def train_run(
         the accuracy it was to reach.
     """
     started = time.perf_counter()
-    run = _Run(spec, experiment, task, probe_updates=probe_updates)
+    run = _Run(spec, experiment, task, probe_updates=probe_updates, on_step=on_step)
     with _deterministic():
-        run.evaluate(finished_steps=0)
-        for step in range(run.steps):
-            loss = run.train_step(step)
-            if not math.isfinite(loss):
-                break
-            if on_step is not None:
-                on_step(step + 1, loss)
-            if step + 1 in run.eval_steps:
-                run.evaluate(finished_steps=step + 1)
-                if run.has_reached_accuracy:
-                    break
+        run.train()
     record = run.finish()
     record.total_seconds = round(time.perf_counter() - started, 3)
     return record
@@ -75,76 +72,62 @@ class _Run:
     """The moving parts of one run."""
 
     def __init__(
-        self, spec: RunSpec, experiment: Experiment, task: Task, *, probe_updates: bool
+        self,
+        spec: RunSpec,
+        experiment: Experiment,
+        task: Task,
+        *,
+        probe_updates: bool,
+        on_step: ProgressCallback | None,
     ) -> None:
-        self._training = spec.training(experiment)
-        self.steps = self._training.steps
-        self.eval_steps = frozenset(self._training.eval_steps)
-        model = build_model(experiment.model, seed=spec.seed)
+        training = self._training = spec.training(experiment)
+        self._eval_steps = frozenset(training.eval_steps)
+        model = build_model(experiment.model.to_transformers(), seed=spec.seed)
         self._model = model.to(getattr(torch, experiment.weights))
-        self._optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate, spec.options)
-        self._peaks = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
-        self._loss = torch.compile(next_token_loss) if experiment.compile else next_token_loss
+        self._wrapped_loss = (
+            torch.compile(next_token_loss) if experiment.compile else next_token_loss
+        )
         self._scores = torch.compile(next_token_scores) if experiment.compile else next_token_scores
-        matrix_names = choose_matrices(
-            self._model, hidden_matrix_kinds(experiment.model), experiment.model.num_layers
-        )
-        self._probe = UpdateProbe(
-            self._model,
-            self._optimizers,
-            matrix_names=matrix_names if probe_updates else [],
-            steps=self._training.steps,
-        )
-        self._batches = task.train_batches(experiment, seed=spec.seed)
+        self._sequence_length = experiment.model.sequence_length
         self._held_out = task.held_out(experiment, seed=spec.seed)
+        self._on_step = on_step
+        optimizers = ARMS[spec.arm].build(self._model, spec.learning_rate, spec.options)
+        self._probe = (
+            UpdateProbe(self._model, optimizers, steps=training.steps) if probe_updates else None
+        )
         self._record = RunRecord(
             arm=spec.arm,
             seed=spec.seed,
             learning_rate=spec.learning_rate,
-            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            num_parameters=num_parameters(self._model),
             options=spec.options.to_json(),
-            steps=self.steps,
+            steps=training.steps,
+        )
+        self._loop = TrainingLoop(
+            self._model,
+            optimizers,
+            batches=map(task.train_batches(experiment, seed=spec.seed).batch, itertools.count()),
+            loss=self._loss,
+            factor=partial(
+                learning_rate_factor,
+                steps=training.steps,
+                warmup_steps=training.warmup_steps,
+                decay_steps=training.decay_steps,
+            ),
+            probe=self._probe,
         )
 
-    def train_step(self, step: int) -> float:
-        """Do step `step`, counted from 0, and return its training loss; no step if not finite."""
-        started = time.perf_counter()
-        loss = self._loss(self._model, *self._batches.batch(step))
-        value = loss.item()
-        self._record.train_losses.append(round(value, 6))
-        if not math.isfinite(value):
-            return value
-        loss.backward()
-        self._set_learning_rate(step)
-        self._record.train_seconds += time.perf_counter() - started
-        self._probe.before_step(step)
-        started = time.perf_counter()
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self._record.train_seconds += time.perf_counter() - started
-        self._probe.after_step(step)
-        return value
-
-    def evaluate(self, *, finished_steps: int) -> None:
-        """Take the validation loss and the accuracy: means over all that is held out."""
-        total_loss, total_accuracy, num_rows = 0.0, 0.0, 0
-        with torch.no_grad():
-            for inputs, targets in self._held_out:
-                loss, accuracy = self._scores(self._model, inputs, targets)
-                total_loss += loss.item() * len(inputs)
-                total_accuracy += accuracy.item() * len(inputs)
-                num_rows += len(inputs)
-        self._record.eval_steps.append(finished_steps)
-        self._record.eval_losses.append(total_loss / num_rows)
-        self._record.eval_accuracies.append(round(total_accuracy / num_rows, 6))
-        self._record.eval_seconds.append(round(self._record.train_seconds, 4))
-
-    @property
-    def has_reached_accuracy(self) -> bool:
-        """Whether the last evaluation was as good as the run was to become."""
-        wanted = self._training.stop_at_accuracy
-        return wanted is not None and self._record.eval_accuracies[-1] >= wanted
+    def train(self) -> None:
+        """Train until the last step, the accuracy to reach, or a loss that is not finite."""
+        self._evaluate(0)
+        try:
+            self._loop.run(
+                self._training.steps,
+                after_step=self._after_step,
+                should_stop=self._has_reached_accuracy,
+            )
+        except _DivergedError:
+            return
 
     def finish(self) -> RunRecord:
         """The record; where a loss stopped being a number, the curves end before it."""
@@ -158,20 +141,45 @@ class _Run:
         record.eval_losses = [record.eval_losses[i] for i in kept]
         record.eval_seconds = [record.eval_seconds[i] for i in kept]
         record.eval_accuracies = [record.eval_accuracies[i] for i in kept]
-        record.train_seconds = round(record.train_seconds, 4)
-        record.updates = self._probe.measurements
+        record.train_seconds = round(record.train_seconds + self._loop.clock.take().seconds, 4)
+        record.updates = self._probe.measurements if self._probe is not None else []
         return record
 
-    def _set_learning_rate(self, step: int) -> None:
-        factor = learning_rate_factor(
-            step,
-            steps=self._training.steps,
-            warmup_steps=self._training.warmup_steps,
-            schedule=self._training.schedule,
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._wrapped_loss(model, inputs, targets)
+        value = loss.item()
+        self._record.train_losses.append(round(value, 6))
+        if not math.isfinite(value):
+            # Before the optimizers see it: some refuse gradients that are not finite.
+            raise _DivergedError
+        return loss
+
+    def _after_step(self, step: FinishedStep) -> None:
+        if self._on_step is not None:
+            self._on_step(step.number, step.loss.item())
+        if step.number in self._eval_steps:
+            self._evaluate(step.number)
+
+    def _evaluate(self, finished_steps: int) -> None:
+        """Take the validation loss and the accuracy: means over all that is held out."""
+        record = self._record
+        loss, accuracy = evaluate(
+            self._model,
+            self._held_out,
+            self._scores,
+            ranks=Ranks(),
+            sequence_length=self._sequence_length,
         )
-        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+        record.train_seconds += self._loop.clock.take().seconds
+        record.eval_steps.append(finished_steps)
+        record.eval_losses.append(loss)
+        record.eval_accuracies.append(round(accuracy, 6))
+        record.eval_seconds.append(round(record.train_seconds, 4))
+
+    def _has_reached_accuracy(self) -> bool:
+        """Whether the last evaluation was as good as the run was to become."""
+        wanted = self._training.stop_at_accuracy
+        return wanted is not None and self._record.eval_accuracies[-1] >= wanted
 
 
 @contextmanager

@@ -9,48 +9,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.layer_names import layer_of
+from normuon_lab.layer_names import layer_numbers, layer_of
+from normuon_lab.train.matrix_figures import describe_matrix, update_of
 
-# Training stages at which updates are measured, as shares of all steps.
 STAGES = (0.1, 0.5, 0.9)
+"""Training stages at which updates are measured, as shares of all steps."""
+
+_KINDS = (
+    *("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
+    *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+)
+"""Endings of the names of the matrices that are measured: Llama's, and GPT-2's."""
 
 
 class UpdateProbe:
     """Measures the update matrices of a few hidden matrices at a few steps of one run.
 
-    Where the optimizer orthogonalises a momentum, that is measured too, as `momentum`: it is what
-    the update would be without orthogonalisation and scaling.
+    The update is taken per unit of learning rate. Where the optimizer orthogonalises a momentum,
+    that is measured too, as `momentum`: it is what the update would be without orthogonalisation
+    and scaling. Measured are the matrices of the first and the last layer.
 
     Args:
         model: the model; its parameters are read, never written.
         optimizers: those that step the model, asked for learning rate and weight decay.
-        matrix_names: names of the parameters to measure.
         steps: length of the run.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        *,
-        matrix_names: Sequence[str],
-        steps: int,
-    ) -> None:
-        self._parameters = dict(model.named_parameters())
-        self._matrix_names = list(matrix_names)
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, steps: int) -> None:
+        self._matrices = _chosen(model)
         self._transposed = _transposed_weights(model)
-        self._group_of = {
-            parameter: group
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        }
-        self._state_of = {
-            parameter: optimizer.state
+        self._placed = {
+            parameter: (group, optimizer)
             for optimizer in optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -62,20 +54,16 @@ class UpdateProbe:
     def before_step(self, step: int) -> None:
         """Remember the weights, if `step` is one to measure."""
         if step in self._due:
-            self._before = {
-                name: self._parameters[name].detach().clone() for name in self._matrix_names
-            }
+            self._before = {name: p.detach().clone() for name, p in self._matrices.items()}
 
     def after_step(self, step: int) -> None:
         """Measure the updates that step `step` made, if it is one to measure."""
         for name, before in self._before.items():
-            parameter = self._parameters[name]
-            group = self._group_of[parameter]
-            update = update_matrix(
-                before, parameter.detach(), lr=group["lr"], weight_decay=group["weight_decay"]
-            )
+            parameter = self._matrices[name]
+            group, optimizer = self._placed[parameter]
+            update = update_of(before, parameter.detach(), group) / group["lr"]
             measured = {"step": step + 1, "matrix": name, **self._described(name, update)}
-            momentum = self._state_of[parameter].get(parameter, {}).get("momentum_buffer")
+            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
             if momentum is not None:
                 measured["momentum"] = self._described(name, momentum.detach().double())
             self.measurements.append(measured)
@@ -85,40 +73,15 @@ class UpdateProbe:
         return describe_matrix(matrix.T if name in self._transposed else matrix)
 
 
-def update_matrix(before: Tensor, after: Tensor, *, lr: float, weight_decay: float) -> Tensor:
-    """The update per unit of learning rate, decay removed: (W (1 - lr wd) - W') / lr, in float64.
-
-    Args:
-        before: weights before the step, `[m, n]`.
-        after: weights after it, `[m, n]`.
-        lr: the learning rate of that step.
-        weight_decay: the decoupled decay of that step.
-    """
-    return (before.double() * (1.0 - lr * weight_decay) - after.double()) / lr
-
-
-def describe_matrix(update_MN: Tensor) -> dict[str, Any]:
-    """Shape, Frobenius norm, singular values and row norms, the last two in descending order."""
-    singular_values = torch.linalg.svdvals(update_MN)
-    row_norms = update_MN.norm(dim=1).sort(descending=True).values
+def _chosen(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are measured, by name."""
+    numbers = layer_numbers(name for name, _ in model.named_parameters())
+    endings = tuple(f"{kind}.weight" for kind in _KINDS)
     return {
-        "shape": list(update_MN.shape),
-        "frobenius_norm": float(f"{float(update_MN.norm()):.6g}"),
-        "singular_values": _rounded(singular_values),
-        "row_norms": _rounded(row_norms),
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(endings) and layer_of(name) in (numbers[0], numbers[-1])
     }
-
-
-def choose_matrices(model: nn.Module, kinds: Sequence[str], num_layers: int) -> list[str]:
-    """Names of the weights of the given kinds in the first and the last layer."""
-    layers = {0, num_layers - 1}
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if name.removesuffix(".weight").endswith(tuple(kinds))
-        and name.endswith(".weight")
-        and layer_of(name) in layers
-    ]
 
 
 def _transposed_weights(model: nn.Module) -> set[str]:
@@ -128,7 +91,3 @@ def _transposed_weights(model: nn.Module) -> set[str]:
     return {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     }
-
-
-def _rounded(values: Tensor) -> list[float]:
-    return [float(f"{value:.5g}") for value in values.tolist()]

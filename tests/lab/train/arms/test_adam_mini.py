@@ -7,8 +7,8 @@ import torch
 
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import ARMS
+from normuon_lab.train.model import build_model
 from normuon_lab.train.runs.config import ModelConfig
-from normuon_lab.train.runs.models import build_model
 
 WIDTH, HEADS, LR, DECAY, BETA1, BETA2 = 16, 2, 0.02, 0.1, 0.9, 0.8
 OPTIONS = ArmOptions(adam_lr=0.005, head_lr=0.01, weight_decay=DECAY, betas=(BETA1, BETA2))
@@ -18,7 +18,7 @@ def built(family):
     model = build_model(
         ModelConfig(
             family=family, num_layers=1, width=WIDTH, num_heads=HEADS, mlp_width=24, vocab_size=256
-        ),
+        ).to_transformers(),
         seed=0,
     )
     return model, ARMS["adam-mini"].build(model, LR, OPTIONS)[0]

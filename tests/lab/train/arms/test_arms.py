@@ -13,8 +13,8 @@ from normuon_lab.study.evidence.protocol import MAIN_ARMS, OTHER_ARMS
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS, PRETRAINING_ARMS
+from normuon_lab.train.model import build_model
 from normuon_lab.train.runs.config import ModelConfig, RunSpec
-from normuon_lab.train.runs.models import build_model
 from normuon_lab.train.runs.train import train_run
 
 LR = 0.004
@@ -27,7 +27,7 @@ NORMUON_ARMS = (
 
 def tiny_model(family="llama"):
     config = ModelConfig(family=family, num_layers=1, width=16, num_heads=2, mlp_width=48)
-    return build_model(config, seed=0)
+    return build_model(config.to_transformers(), seed=0)
 
 
 def step_once(name, *, family="llama"):

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from normuon_lab.errors import InputError
+from normuon_lab.train.model import build_named_model
 from normuon_lab.train.pretrain.checkpoint import (
     find_checkpoints,
     newest_complete,
@@ -28,8 +29,6 @@ from normuon_lab.train.pretrain.checkpoint_tensors import (
     load_tensors_,
     read_shapes,
 )
-from normuon_lab.train.pretrain.config import ModelConfig
-from normuon_lab.train.pretrain.model import build_model
 
 
 @pytest.fixture
@@ -154,7 +153,7 @@ def test_data_outside_of_the_folder_is_not_read(checkpoint: Path) -> None:
 
 
 def test_weights_load_into_a_whole_model_and_into_no_other(checkpoint: Path) -> None:
-    model = build_model(ModelConfig(model="llama-tiny"), seed=5)
+    model = build_named_model("llama-tiny", seed=5)
     before = [parameter.clone() for parameter in model.parameters()]
     load_model_only(checkpoint, model)
     after = list(model.parameters())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from normuon_lab.train.pretrain.clipping import clip_gradients_, has_nonfinite
+from normuon_lab.train.loop import clip_gradients_, has_nonfinite
 
 
 def parameters_with_gradients() -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ import pytest
 
 from normuon_lab.cli import main, parse
 from normuon_lab.errors import InputError
+from normuon_lab.train.loop import learning_rate_factor
 from normuon_lab.train.pretrain.command import Train
 from normuon_lab.train.pretrain.config import (
     BatchConfig,
@@ -22,7 +23,6 @@ from normuon_lab.train.pretrain.config import (
     trajectory,
 )
 from normuon_lab.train.pretrain.parallel import mesh_shape
-from normuon_lab.train.pretrain.schedule import scheduled_factor
 from normuon_lab.train.pretrain.settings import (
     PRETRAIN_PRESETS,
     merged,
@@ -166,15 +166,23 @@ def test_only_what_computes_the_same_numbers_may_change_on_resuming() -> None:
         assert trajectory(other.to_values()) != trajectory(values), section
 
 
+def factors(schedule: ScheduleConfig, steps: int) -> list[float]:
+    decay = schedule.decay_steps(steps)
+    return [
+        learning_rate_factor(t, steps=steps, warmup_steps=schedule.warmup_steps, decay_steps=decay)
+        for t in range(steps)
+    ]
+
+
 def test_warmup_stable_decay_and_linear_schedules() -> None:
     wsd = ScheduleConfig(schedule="wsd", warmup_steps=4, decay_fraction=0.5)
-    found = [scheduled_factor(step, steps=20, schedule=wsd) for step in range(20)]
+    found = factors(wsd, 20)
     assert found[:4] == [0.25, 0.5, 0.75, 1.0]
     assert found[4:11] == [1.0] * 7
     assert found[11:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     linear = ScheduleConfig(warmup_steps=10)
-    found = [scheduled_factor(step, steps=20, schedule=linear) for step in range(20)]
+    found = factors(linear, 20)
     assert found[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert found[10:] == pytest.approx([1 - 0.1 * step for step in range(10)])
     none = ScheduleConfig(schedule="wsd", warmup_steps=0, decay_fraction=0.0)
-    assert {scheduled_factor(step, steps=5, schedule=none) for step in range(5)} == {1.0}
+    assert set(factors(none, 5)) == {1.0}

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from normuon import MatrixView, NorMuon, param_groups
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
+from normuon_lab.train.matrix_figures import MAX_CONDITION_NUMBER, matrix_figures
 from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
-from normuon_lab.train.pretrain.matrix_figures import MAX_CONDITION_NUMBER, matrix_figures
 from tests.distributed.ranks import Ranks
 from tests.spectra import spectrum_zoo
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
-from normuon_lab.train.pretrain.config import Hardware, MetricsConfig, ModelConfig, ParallelConfig
-from normuon_lab.train.pretrain.dry_run import dry_run, model_on_meta
+from normuon_lab.train.model import build_model, flops_per_token, transformers_config
+from normuon_lab.train.pretrain.config import Hardware, MetricsConfig, ParallelConfig
+from normuon_lab.train.pretrain.dry_run import dry_run
 from normuon_lab.train.pretrain.settings import pretrain_preset
-from normuon_lab.train.pretrain.throughput import flops_per_token
 
 
 def test_the_1b_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,8 +97,8 @@ def test_the_text_shows_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_tied_embedding_counts_as_the_head() -> None:
-    model = model_on_meta(ModelConfig(model="gpt2-124m"))
-    found = flops_per_token(model, model.config, sequence_length=1024)
+    model = build_model(transformers_config("gpt2-124m"), device="meta")
+    found = flops_per_token(model, sequence_length=1024)
     assert found.weights == 6 * 124_439_808
     assert found.attention == 12 * 12 * 768 * 1024
     assert isinstance(model, nn.Module)

@@ -11,9 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from normuon_lab.errors import InputError
-from normuon_lab.train.pretrain.config import ModelConfig
-from normuon_lab.train.pretrain.evaluation import validation_loss
-from normuon_lab.train.pretrain.model import build_model, layers_of, next_token_loss
+from normuon_lab.train.loop import evaluate
+from normuon_lab.train.model import build_named_model, layers_of, next_token_loss
 from normuon_lab.train.ranks import Ranks
 
 SIZES = {
@@ -45,18 +44,18 @@ def test_a_users_configuration_is_built_with_the_seeds_weights(
 ) -> None:
     path, _ = saved
     state = torch.get_rng_state()
-    first = build_model(ModelConfig(model=str(path)), seed=3)
+    first = build_named_model(str(path), seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert same(first, build_model(ModelConfig(model=str(path / "config.json")), seed=3))
-    assert not same(first, build_model(ModelConfig(model=str(path)), seed=4))
+    assert same(first, build_named_model(str(path / "config.json"), seed=3))
+    assert not same(first, build_named_model(str(path), seed=4))
     assert {parameter.dtype for parameter in first.parameters()} == {torch.float32}
     assert len(layers_of(first)) == 3
 
 
 def test_pretrained_weights_are_taken_in_float32(saved: tuple[Path, LlamaForCausalLM]) -> None:
     path, model = saved
-    found = build_model(ModelConfig(model=str(path), pretrained=True), seed=3)
+    found = build_named_model(str(path), pretrained=True, seed=3)
     assert same(found, model.float())
 
 
@@ -64,10 +63,10 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(InputError, match="vit is no causal language model"):
-        build_model(ModelConfig(model=str(config)), seed=0)
+        build_named_model(str(config), seed=0)
     config.write_text(json.dumps({"model_type": "llama", **SIZES}))
     with pytest.raises(InputError, match="--model"):
-        build_model(ModelConfig(model=str(tmp_path), pretrained=True), seed=0)
+        build_named_model(str(tmp_path), pretrained=True, seed=0)
 
 
 def test_the_loss_is_that_of_transformers(saved: tuple[Path, LlamaForCausalLM]) -> None:
@@ -76,21 +75,22 @@ def test_the_loss_is_that_of_transformers(saved: tuple[Path, LlamaForCausalLM]) 
     tokens = torch.randint(50, (3, 9))
     expected = model(input_ids=tokens, labels=tokens).loss
     # Both are means of the same 24 cross-entropies, in float32.
-    torch.testing.assert_close(next_token_loss(model, tokens), expected, rtol=1e-6, atol=0)
+    found = next_token_loss(model, tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-def test_the_validation_loss_is_the_mean_over_sequences_of_all_batches() -> None:
+def test_a_score_is_the_mean_over_sequences_of_all_batches() -> None:
     """Batches of other sizes count by their sequences; the model's mode is put back."""
     model = nn.Linear(1, 1).train()
-    alone = Ranks(rank=0, world_size=1, device=torch.device("cpu"), mesh=None)
-    batches = [torch.full((4, 3), 1), torch.full((1, 3), 6)]
+    batches = [(torch.full((4, 2), value), torch.full((4, 2), 0)) for value in (1, 1)]
+    batches.append((torch.full((2, 2), 6), torch.full((2, 2), 5)))
     modes = []
 
-    def loss(module: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    def scores(module: nn.Module, inputs: torch.Tensor, targets: torch.Tensor):
         modes.append(module.training)
-        return tokens.float().mean()
+        return inputs.float().mean(), targets.float().mean()
 
-    found = validation_loss(model, batches, alone, loss=loss, sequence_length=2)
-    assert found == 2.0
-    assert modes == [False, False]
+    found = evaluate(model, batches, scores, ranks=Ranks(), sequence_length=2)
+    assert found == [2.0, 1.0]
+    assert modes == [False] * 3
     assert model.training

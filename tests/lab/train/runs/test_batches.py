@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from normuon_lab.errors import InputError
+from normuon_lab.train.loop import learning_rate_factor
 from normuon_lab.train.runs.batches import BatchSampler, validation_batches
 from normuon_lab.train.runs.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.train.runs.corpus import Corpus, check_lengths
-from normuon_lab.train.runs.schedule import learning_rate_factor
 
 
 def sampler(seed: int = 0, *, num_tokens: int = 101, batch_size: int = 4) -> BatchSampler:
@@ -72,23 +72,29 @@ def test_a_text_must_fill_a_batch_and_an_evaluation(
 
 
 def test_schedule_rises_and_falls_linearly_and_never_steps_by_zero() -> None:
-    factors = [learning_rate_factor(t, steps=100, warmup_steps=5) for t in range(100)]
+    factors = [
+        learning_rate_factor(t, steps=100, warmup_steps=5, decay_steps=95) for t in range(100)
+    ]
     assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert np.allclose(np.diff(factors[5:]), -1 / 95, rtol=0, atol=1e-15)
     assert factors[-1] == pytest.approx(1 / 95)
 
 
 def test_a_constant_schedule_stays_after_its_warmup() -> None:
+    training = TrainConfig(steps=100, warmup_fraction=0.04, schedule="constant")
+    assert training.decay_steps == 0
     factors = [
-        learning_rate_factor(t, steps=100, warmup_steps=4, schedule="constant") for t in range(100)
+        learning_rate_factor(t, steps=100, warmup_steps=4, decay_steps=0) for t in range(100)
     ]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert set(factors[4:]) == {1.0}
 
 
 def test_schedule_without_warmup_and_of_one_step() -> None:
-    assert learning_rate_factor(0, steps=4, warmup_steps=0) == 1.0
-    assert learning_rate_factor(0, steps=1, warmup_steps=TrainConfig(steps=1).warmup_steps) == 1.0
+    assert learning_rate_factor(0, steps=4, warmup_steps=0, decay_steps=4) == 1.0
+    one = TrainConfig(steps=1)
+    assert (one.warmup_steps, one.decay_steps) == (0, 1)
+    assert learning_rate_factor(0, steps=1, warmup_steps=0, decay_steps=1) == 1.0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 240])

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence.protocol import cell_of
+from normuon_lab.train.model import build_model, next_token_loss, next_token_scores
 from normuon_lab.train.runs.config import (
     Experiment,
     ModelConfig,
@@ -19,7 +20,6 @@ from normuon_lab.train.runs.config import (
     TrainConfig,
 )
 from normuon_lab.train.runs.corpus import Corpus
-from normuon_lab.train.runs.models import build_model, next_token_loss, next_token_scores
 from normuon_lab.train.runs.records import RunRecord, objective
 from normuon_lab.train.runs.tasks import ModularTable, load_task
 from normuon_lab.train.runs.train import train_run
@@ -91,7 +91,7 @@ def test_the_answer_is_the_only_target() -> None:
 
 
 def test_loss_and_accuracy_are_of_the_answers_alone() -> None:
-    model = build_model(EXPERIMENT.model, seed=0)
+    model = build_model(EXPERIMENT.model.to_transformers(), seed=0)
     inputs, targets = TASK.train_batches(EXPERIMENT, seed=0).batch(0)
     with torch.no_grad():
         answers = model(input_ids=inputs).logits[:, -1]

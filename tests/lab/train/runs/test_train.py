@@ -11,13 +11,13 @@ from torch import nn
 
 from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS
+from normuon_lab.train.matrix_figures import describe_matrix, update_of
+from normuon_lab.train.model import build_model
 from normuon_lab.train.runs import train as train_module
 from normuon_lab.train.runs.config import Experiment, ModelConfig, RunSpec, TrainConfig
 from normuon_lab.train.runs.corpus import Corpus
-from normuon_lab.train.runs.models import build_model
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.train import train_run
-from normuon_lab.train.runs.update_probe import describe_matrix, update_matrix
 
 LEARNING_RATE = 0.004
 
@@ -103,7 +103,7 @@ def test_the_update_is_what_the_step_adds_without_decay() -> None:
     before, direction = torch.randn(5, 3), torch.randn(5, 3)
     lr, decay = 0.01, 0.1
     after = before * (1 - lr * decay) - lr * direction
-    found = update_matrix(before, after, lr=lr, weight_decay=decay)
+    found = update_of(before, after, {"lr": lr, "weight_decay": decay}) / lr
     torch.testing.assert_close(found, direction.double(), atol=5e-5, rtol=0)
 
 
@@ -155,7 +155,8 @@ def test_conv1d_updates_have_their_neurons_as_rows(corpus: Corpus, experiment: E
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_initial_weights_depend_on_the_seed_alone(family: str) -> None:
-    config = ModelConfig(family=family, num_layers=1, width=16, num_heads=2, mlp_width=32)
+    small = ModelConfig(family=family, num_layers=1, width=16, num_heads=2, mlp_width=32)
+    config = small.to_transformers()
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
     first = build_model(config, seed=0)
@@ -170,7 +171,8 @@ def test_initial_weights_depend_on_the_seed_alone(family: str) -> None:
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_every_parameter_has_one_optimizer_and_decay_is_on_hidden_matrices_only(arm: str) -> None:
-    model = build_model(ModelConfig(num_layers=2, width=16, num_heads=2, mlp_width=32), seed=0)
+    config = ModelConfig(num_layers=2, width=16, num_heads=2, mlp_width=32)
+    model = build_model(config.to_transformers(), seed=0)
     hidden = {id(parameter) for _, parameter in split_parameters(model)[0]}
     seen: dict[int, float] = {}
     for optimizer in ARMS[arm].build(model, LEARNING_RATE):

@@ -1,11 +1,13 @@
-"""What a matrix looks like in three numbers: condition number, effective rank, spread of row norms.
+"""What matrices and the updates of a step look like in numbers.
 
-Of whole matrices on one device; who gathers and who measures what is `diagnostics.py`'s business.
+Of whole matrices on one device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,3 +83,31 @@ def measuring_flops(shape: torch.Size, view: MatrixView) -> float:
         # LAPACK's tridiagonal reduction takes 4/3 k^3, at the speed of matrix times vector.
         flops += batch * (2.0 * short * short * long + 10.0 * short**3)
     return flops
+
+
+def update_of(before: Tensor, after: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """What a step did beyond weight decay, ``W (1 - lr wd) - W'``, in float64.
+
+    Args:
+        before: weights before the step.
+        after: weights after it, of the same shape.
+        group: the param group, of which learning rate and decoupled decay are taken.
+    """
+    kept = 1.0 - float(group["lr"]) * float(group["weight_decay"])
+    return before.double() * kept - after.double()
+
+
+def describe_matrix(update_MN: Tensor) -> dict[str, Any]:
+    """Shape, Frobenius norm, singular values and row norms, the last two in descending order."""
+    singular_values = torch.linalg.svdvals(update_MN)
+    row_norms = update_MN.norm(dim=1).sort(descending=True).values
+    return {
+        "shape": list(update_MN.shape),
+        "frobenius_norm": float(f"{float(update_MN.norm()):.6g}"),
+        "singular_values": _rounded(singular_values),
+        "row_norms": _rounded(row_norms),
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
