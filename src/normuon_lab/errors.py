@@ -1,4 +1,4 @@
-"""The errors that the command line turns into one line and an exit code."""
+"""The errors that the command line turns into one line and an exit code, and their wording."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ class InterruptedRunsError(Exception):
     def __init__(self, text: str, *, can_resume: bool) -> None:
         super().__init__(text)
         self.can_resume = can_resume
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, for messages.
+
+    Example:
+        >>> counted(1, "shard"), counted(1200, "shard")
+        ('1 shard', '1,200 shards')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def require(condition: bool, message: str) -> None:

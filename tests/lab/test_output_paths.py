@@ -91,7 +91,7 @@ def test_an_empty_file_among_others_is_passed_over(tmp_path: Path, capsys) -> No
     (tmp_path / "b.jsonl").write_text('{"text": "some text"}\n')
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     assert main(["data", "prepare", *files, "--out", str(tmp_path / "out")]) == 0
-    assert "1 documents" in capsys.readouterr().out
+    assert "1 document in" in capsys.readouterr().out
 
 
 def test_the_module_says_which_extra_is_missing() -> None:

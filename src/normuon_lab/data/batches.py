@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 
 # macOS does not say who sent a signal, and has no schedulers that preempt.
 _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")
@@ -86,8 +86,9 @@ class BatchShare:
         require(self.micro_batch_size >= 1, "the micro batch has no sequences; give at least 1")
         require(
             self.global_batch_size % (self.world_size * self.micro_batch_size) == 0,
-            f"a batch of {self.global_batch_size} sequences does not split over "
-            f"{self.world_size} data-parallel ranks into micro batches of {self.micro_batch_size}",
+            f"a batch of {counted(self.global_batch_size, 'sequence')} does not split over "
+            f"{counted(self.world_size, 'data-parallel rank')} into micro batches of "
+            f"{self.micro_batch_size}",
         )
 
     @property

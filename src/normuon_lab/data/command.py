@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
+from normuon_lab.errors import counted
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -134,10 +135,11 @@ class DataCommand:
 def summary_of(manifest: dict[str, Any], out: Path) -> str:
     """What was written, in a few lines."""
     lines = [
-        f"{part}: {contents['tokens']:,} tokens in {len(contents['shards'])} shards"
+        f"{part}: {counted(contents['tokens'], 'token')} in "
+        f"{counted(len(contents['shards']), 'shard')}"
         for part, contents in manifest["parts"].items()
     ]
-    return "\n".join([*lines, f"{manifest['documents']:,} documents in {out}"])
+    return "\n".join([*lines, f"{counted(manifest['documents'], 'document')} in {out}"])
 
 
 def _progress_bar() -> Progress:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.sources import Stream, TextFiles, builder_of
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 
 # Importing `datasets` takes seconds.
 if TYPE_CHECKING:
@@ -244,7 +244,10 @@ def _tail_start(text: str, fraction: float) -> int:
 def _label(group: DocumentGroup) -> str:
     if not group.paths:
         return f"hub:{group.builder}" + (f":{group.config}" if group.config else "")
-    more = f" or one of {len(group.paths) - 1} files after it" if len(group.paths) > 1 else ""
+    num_more = len(group.paths) - 1
+    more = f" or one of the {counted(num_more, 'file')} after it" if num_more > 1 else ""
+    if num_more == 1:
+        more = " or the file after it"
     return f"{group.paths[0]}{more}"
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from normuon_lab.errors import require
+from normuon_lab.errors import counted, require
 
 _ROUNDS = 6
 
@@ -147,7 +147,7 @@ class ValidationBatches:
         require(num_sequences >= 1, "an evaluation reads less than one sequence; give more tokens")
         require(
             len(reader) >= num_sequences,
-            f"the validation data has {len(reader)} sequences and an evaluation reads "
+            f"the validation data has {counted(len(reader), 'sequence')} and an evaluation reads "
             f"{num_sequences}: give more data, a larger validation_fraction or fewer tokens",
         )
         chosen = [i * len(reader) // num_sequences for i in range(num_sequences)]

@@ -32,7 +32,7 @@ from normuon_lab.data.sequences import EpochOrder, SequenceReader, ValidationBat
 from normuon_lab.data.shards import TokenShards
 from normuon_lab.data.sources import PreparedFolder, ShardFiles, TextFiles, resolve_source
 from normuon_lab.data.tokenizer import BYTES, load_tokenizer
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 from normuon_lab.machine import default_num_workers
 
 
@@ -230,9 +230,9 @@ class ShardData(PretrainData):
         reader = self._reader(self._opened.train)
         require(
             len(reader) >= global_batch_size,
-            f"the training data has {len(self._opened.train)} tokens, {len(reader)} sequences of "
-            f"{self._sequence_length}; one batch takes {global_batch_size}: give more data or a "
-            "smaller batch",
+            f"the training data has {counted(len(self._opened.train), 'token')}, "
+            f"{counted(len(reader), 'sequence')} of {self._sequence_length}; one batch "
+            f"takes {global_batch_size}: give more data or a smaller batch",
         )
         return ShardBatches(
             reader,

@@ -44,7 +44,7 @@ from normuon_lab.data.sequences import ArrayTokens, SequenceReader, TokenArray, 
 from normuon_lab.data.shard_data import cache_folder, open_validation_shards
 from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_source
 from normuon_lab.data.tokenizer import Ids, load_tokenizer
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -100,9 +100,9 @@ class StreamData(PretrainData):
         num_lanes = self._num_lanes(global_batch_size)
         require(
             num_lanes % world_size == 0,
-            f"the stream has {num_lanes} lanes, which {world_size} data-parallel ranks cannot "
-            "share evenly; give another stream_lanes or batch, or prepare the data (normuon data "
-            "prepare), which any number of ranks can read",
+            f"the stream has {counted(num_lanes, 'lane')}, which {world_size} data-parallel ranks "
+            "cannot share evenly; give another stream_lanes or batch, or prepare the data (normuon "
+            "data prepare), which any number of ranks can read",
         )
         return StreamBatches(
             self._options,
@@ -147,11 +147,13 @@ class StreamData(PretrainData):
             return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
         require(
             global_batch_size % asked == 0,
-            f"stream_lanes {asked} does not divide the {global_batch_size} sequences of a batch",
+            f"stream_lanes {asked} does not divide the {counted(global_batch_size, 'sequence')} "
+            "of a batch",
         )
         require(
             asked <= num_files,
-            f"stream_lanes {asked}: the data has {num_files} files, and every lane needs its own",
+            f"stream_lanes {asked}: the data has {counted(num_files, 'file')}, and every lane "
+            "needs its own",
         )
         return asked
 

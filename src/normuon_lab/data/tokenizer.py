@@ -1,6 +1,6 @@
 """Tokenizers by one interface: bytes, a `tokenizers` file, a transformers tokenizer, a trained BPE.
 
-Downloads nothing except where a name is not a local path; then transformers asks the Hub.
+Downloads nothing except where a name is neither a local path nor in the cache of the Hub.
 """
 
 from __future__ import annotations
@@ -91,6 +91,50 @@ def load_tokenizer(name: str, *, separator: str | None = None) -> TextTokenizer:
         require(path.exists(), f"tokenizer: no such file: {name}")
         return _from_file(name, path, separator)
     return _from_transformers(name, separator)
+
+
+@dataclass(frozen=True, slots=True)
+class HubAnswer:
+    """Whether the Hugging Face Hub has to be asked for something, and can be.
+
+    Attributes:
+        local_only: it is to be loaded from this machine.
+        failure: why the Hub cannot be asked, in a line; None where it can be or need not be.
+    """
+
+    local_only: bool
+    failure: str | None = None
+
+
+def hub_answer(name: str, *, file: str) -> HubAnswer:
+    """Ask the Hub once, and not at all for what is on this machine or if HF_HUB_OFFLINE is set.
+
+    Its own client tries six times, with half a minute of waiting, before it gives up.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        file: what is needed of it; if the Hub's cache has it, the cache is used.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).exists():
+        return HubAnswer(local_only=True)
+    try:
+        is_cached = isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:
+        return HubAnswer(True, f"there is no such file, and {name} is not a name of the Hub")
+    if is_cached:
+        return HubAnswer(local_only=True)
+    if is_offline_mode():
+        return HubAnswer(True, "it is not on this machine, and HF_HUB_OFFLINE is set")
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # Of several libraries.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return HubAnswer(True, f"it is not on this machine, and the Hub does not give it: {reason}")
+    return HubAnswer(local_only=False)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -190,10 +234,11 @@ def _from_file(name: str, path: Path, separator: str | None) -> TextTokenizer:
 def _from_transformers(name: str, separator: str | None) -> TextTokenizer:
     from transformers import AutoTokenizer
 
+    hub = hub_answer(name, file=TOKENIZER_FILE)
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        loaded = AutoTokenizer.from_pretrained(name, local_files_only=hub.local_only)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = hub.failure or str(error).strip().splitlines()[0]
         raise InputError(
             f"tokenizer: {name} is neither bytes, a tokenizers file, nor a transformers tokenizer "
             f"that can be loaded: {reason}"
@@ -201,6 +246,9 @@ def _from_transformers(name: str, separator: str | None) -> TextTokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     require(backend is not None, f"tokenizer: {name} has no fast version in `tokenizers`")
     assert backend is not None
+    # What transformers makes of a folder that has a model's configuration and no tokenizer.
+    is_blank = backend.get_vocab_size() <= len(loaded.all_special_tokens)
+    require(not is_blank, f"tokenizer: {name} holds no vocabulary")
     return _with_backend(name, backend, separator or loaded.eos_token)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normuon_lab.data.tokenizer import HubAnswer, hub_answer
 from normuon_lab.errors import InputError, require
 from normuon_lab.plan.model_matrices import read_config
 from normuon_lab.plan.presets import PRESETS, preset_config
@@ -59,12 +60,14 @@ def build_named_model(name: str, *, seed: int, pretrained: bool = False) -> nn.M
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    hub = hub_answer(name, file="model.safetensors") if pretrained else HubAnswer(local_only=False)
     try:
         if not pretrained:
             return build_model(transformers_config(name), seed=seed)
         logging.set_verbosity_error()
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             name,
+            local_files_only=hub.local_only,
             use_safetensors=True,
             trust_remote_code=False,
             dtype=torch.float32,
@@ -74,7 +77,7 @@ def build_named_model(name: str, *, seed: int, pretrained: bool = False) -> nn.M
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"--model {name}: {_first_line(error)}") from None
+        raise InputError(f"--model {name}: {hub.failure or _first_line(error)}") from None
 
 
 def transformers_config(model: str) -> PretrainedConfig:
@@ -90,13 +93,16 @@ def transformers_config(model: str) -> PretrainedConfig:
     if Path(model).exists():
         config = read_config(model)
     else:
+        hub = hub_answer(model, file="config.json")
         try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(
+                model, trust_remote_code=False, local_files_only=hub.local_only
+            )
         except Exception as error:
             known = ", ".join(PRESETS)
             raise InputError(
                 f"--model {model} is neither a named model ({known}) nor a file, and the Hub did "
-                f"not give it: {_first_line(error)}"
+                f"not give it: {hub.failure or _first_line(error)}"
             ) from None
     is_language_model = type(config) in AutoModelForCausalLM._model_mapping
     require(is_language_model, f"--model {model}: {config.model_type} is no causal language model")

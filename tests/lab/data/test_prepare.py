@@ -341,7 +341,7 @@ def test_the_command_prepares_and_tells(jsonl: Path, tmp_path: Path) -> None:
     done = run_command("data", "prepare", jsonl, "--out", out, "--validation-fraction", 0.1)
     assert done.code == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text())
-    assert f"train: {manifest['parts']['train']['tokens']:,} tokens in 1 shards" in done.stdout
+    assert f"train: {manifest['parts']['train']['tokens']:,} tokens in 1 shard\n" in done.stdout
     again = run_command(
         "data", "prepare", jsonl, "--out", out, "--validation-fraction", 0.1, "--json"
     )

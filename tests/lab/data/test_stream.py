@@ -225,7 +225,7 @@ def test_what_a_stream_cannot_do_is_told(config: DataConfig) -> None:
         opened(replace(config, stream_lanes=16)).train_batches(
             global_batch_size=16, micro_batch_size=1, rank=0, world_size=1
         )
-    with pytest.raises(InputError, match="has 1 lanes, which 2 data-parallel ranks cannot"):
+    with pytest.raises(InputError, match="has 1 lane, which 2 data-parallel ranks cannot"):
         position_on_ranks(0, 2, config=replace(config, stream_lanes=1), taken=0)
     with pytest.raises(InputError, match="have no text in a field 'body': they have text, id"):
         position_on_ranks(0, 1, config=replace(config, text_field="body"), taken=1)

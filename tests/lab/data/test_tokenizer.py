@@ -72,6 +72,9 @@ def test_what_is_no_tokenizer_is_one_line(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps({"model": 3}))
+    untrained = tmp_path / "untrained"
+    untrained.mkdir()
+    (untrained / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     nameless = tmp_path / "nameless.json"
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(nameless))
     cases = [
@@ -81,6 +84,8 @@ def test_what_is_no_tokenizer_is_one_line(
         (str(tokenizer_file), "<nope>", "has no token '<nope>'"),
         ("bytes", "x", "separator: bytes have none but byte 0"),
         (str(tmp_path), None, "neither bytes, a tokenizers file, nor a transformers tokenizer"),
+        # transformers makes a tokenizer of one token of it.
+        (str(untrained), None, "holds no vocabulary"),
     ]
     for name, separator, message in cases:
         with pytest.raises(InputError, match=message) as caught:

@@ -17,6 +17,7 @@ from torch import nn
 
 from normuon.distributed.cost import CostModel
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
+from normuon_lab.errors import counted
 from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
@@ -253,8 +254,9 @@ def _plan_line(contents: Mapping[str, Any]) -> str:
 def _expected_line(contents: Mapping[str, Any]) -> str:
     hardware, expected = contents["hardware"], contents["expected"]
     return (
-        f"Expected on {hardware['num_ranks']} devices of {hardware['device_tflops']:g} TFLOP/s at "
-        f"MFU {hardware['mfu']:g} and {hardware['bandwidth']:g} GB/s: "
+        f"Expected on {counted(hardware['num_ranks'], 'device')} of "
+        f"{hardware['device_tflops']:g} TFLOP/s at MFU {hardware['mfu']:g} and "
+        f"{hardware['bandwidth']:g} GB/s: "
         f"{expected['step_seconds']:.3f} s a step, {expected['optimizer_seconds_per_step']:.3f} s "
         f"of it NorMuon's; {expected['tokens_per_second']:,.0f} tokens/s; "
         f"{expected['total_seconds'] / 86_400:.2f} days."

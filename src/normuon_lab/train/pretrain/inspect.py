@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from normuon_lab.errors import require
+from normuon_lab.errors import counted, require
 
 # The command line is read before torch is imported, which takes seconds.
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def print_contents(contents: dict[str, Any], console: Console) -> None:
     elements = contents["elements"]
     console.print(
         f"{contents['checkpoint']}: every byte is as it was written\n"
-        f"step {contents['step']:,}, {contents['tokens']:,} tokens, written by "
-        f"{contents['world_size']} ranks\n"
+        f"step {contents['step']:,}, {counted(contents['tokens'], 'token')}, written by "
+        f"{counted(contents['world_size'], 'rank')}\n"
         f"{contents['model']}, {elements['model']:,} elements; optimizer {elements['optimizer']:,} "
         f"elements; {contents['bytes'] / 2**20:,.1f} MiB",
         highlight=False,

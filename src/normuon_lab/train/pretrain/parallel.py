@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 from normuon_lab.train.model import config_of, layers_of
 from normuon_lab.train.pretrain.config import ModelConfig, ParallelConfig
 from normuon_lab.train.ranks import Ranks
@@ -88,7 +88,8 @@ def mesh_shape(parallel: ParallelConfig, *, world_size: int) -> tuple[int, int, 
     if parallel.dp_shard is None:
         require(
             world_size % fixed == 0,
-            f"{named} does not divide the {world_size} ranks: start another number of them",
+            f"{named} does not divide the {counted(world_size, 'rank')}: start another number "
+            "of them",
         )
         return (parallel.dp_replicate, world_size // fixed, parallel.tp)
     require(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -37,6 +36,9 @@ from normuon_lab.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
+
+
+INTERRUPT = "Ctrl-C"
 
 
 class StopRequest:
@@ -77,19 +79,23 @@ class StopRequest:
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop; all ranks call this together."""
-        return ranks.any(bool(self.by))
+        if not ranks.any(bool(self.by)):
+            return False
+        self.by = INTERRUPT if ranks.any(self.by == INTERRUPT) else "SIGTERM"
+        return True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.by = "SIGTERM"
 
     def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.by = "Ctrl-C"
+        self.by = INTERRUPT
         # By the system, since Python would wait for the end of a long operation.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._speaks:
             # Unbuffered: the signal may have come while a line was being printed.
             text = "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            with suppress(OSError):
+                os.write(2, text.encode())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,9 +104,9 @@ class Training:
 
     Attributes:
         config: resolved.
+        title: what is trained on what, in a line.
         ranks: who trains.
         model: spread over the ranks.
-        num_parameters: of the whole model.
         optimizers: those that step together, at their peak learning rates.
         batches: training data, at its position.
         validation: validation data, read anew at each evaluation.
@@ -113,9 +119,9 @@ class Training:
     """
 
     config: PretrainConfig
+    title: str
     ranks: Ranks
     model: nn.Module
-    num_parameters: int
     optimizers: Sequence[Optimizer]
     batches: TrainBatches
     validation: Iterable[Tensor]

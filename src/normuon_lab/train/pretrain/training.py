@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -16,7 +18,7 @@ from torch.optim import Optimizer
 
 from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.loading import open_data
-from normuon_lab.errors import require
+from normuon_lab.errors import counted, require
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
@@ -28,6 +30,7 @@ from normuon_lab.train.model import (
     num_parameters,
 )
 from normuon_lab.train.pretrain.checkpoint import (
+    CONFIG_FILE,
     ResumePoint,
     begin,
     find_resume_point,
@@ -38,7 +41,7 @@ from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
 from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, check_trackers, peak_flops
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined, spread
-from normuon_lab.train.pretrain.trainer import StopRequest, Trainer, Training
+from normuon_lab.train.pretrain.trainer import INTERRUPT, StopRequest, Trainer, Training
 from normuon_lab.train.ranks import Ranks
 
 
@@ -60,11 +63,12 @@ class TrainRequest:
 def train(request: TrainRequest, console: Console) -> None:
     """Train, alone or as one of torchrun's ranks.
 
-    SIGTERM ends it after the current step, with a checkpoint.
+    SIGTERM and Ctrl-C end it after the current step, with a checkpoint.
 
     Raises:
         InputError: something given cannot be used; nothing was overwritten.
         RunsFailedError: training failed; the checkpoints before are untouched.
+        KeyboardInterrupt: Ctrl-C ended it.
     """
     config = request.config
     check_trackers(config.metrics.trackers)
@@ -88,10 +92,12 @@ def train(request: TrainRequest, console: Console) -> None:
             _go_on_from_(point, training)
         ranks.on_main(lambda: begin(request.out, config))
         try:
-            _run(training, request, stop, console)
+            is_interrupted = _run(training, request, stop, console)
         finally:
             training.writer.close()
             training.batches.close()
+    if is_interrupted:
+        raise KeyboardInterrupt
 
 
 def build_optimizers(
@@ -131,14 +137,15 @@ def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
     """
     require(
         batch.batch_size % data_ranks == 0,
-        f"batch_size {batch.batch_size} does not split over {data_ranks} data-parallel ranks",
+        f"batch_size {batch.batch_size} does not split over "
+        f"{counted(data_ranks, 'data-parallel rank')}",
     )
     share = batch.batch_size // data_ranks
     size = min(batch.micro_batch_size, share)
     require(
         share % size == 0,
-        f"a rank's {share} sequences of a step do not split into micro batches of {size}: give "
-        "another --micro-batch-size",
+        f"a rank's {counted(share, 'sequence')} of a step do not split into micro batches of "
+        f"{size}: give another --micro-batch-size",
     )
     return size
 
@@ -174,7 +181,7 @@ def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: Pretra
         config=config,
         ranks=ranks,
         model=model,
-        num_parameters=size,
+        title=_title(config, data, size),
         optimizers=optimizers,
         batches=data.train_batches(
             global_batch_size=config.batch.batch_size,
@@ -205,6 +212,18 @@ def _validation(
     )
 
 
+def _title(config: PretrainConfig, data: PretrainData, size: int) -> str:
+    """Which model, and how large, on which data, and how much, in a line."""
+    described = data.describe()
+    source = ", ".join(described["source"])
+    amount = (
+        counted(described["train_tokens"], "token")
+        if "train_tokens" in described
+        else f"streamed from {counted(described['files'], 'file')}"
+    )
+    return f"{config.model.model} ({counted(size, 'parameter')}) on {source} ({amount})"
+
+
 def _go_on_from_(point: ResumePoint, training: Training) -> None:
     description = point.description
     training.batches.load_state_dict(description.data_state)
@@ -218,9 +237,10 @@ def _go_on_from_(point: ResumePoint, training: Training) -> None:
     training.step = description.step
 
 
-def _run(training: Training, request: TrainRequest, stop: StopRequest, console: Console) -> None:
-    is_main, config, first_step = training.ranks.is_main, training.config, training.step
-    display = RunDisplay(console, step=first_step, steps=config.batch.steps, enabled=is_main)
+def _run(training: Training, request: TrainRequest, stop: StopRequest, console: Console) -> bool:
+    """Train, and say how it ended; whether Ctrl-C ended it."""
+    ranks, config, first_step = training.ranks, training.config, training.step
+    display = RunDisplay(console, step=first_step, steps=config.batch.steps, enabled=ranks.is_main)
     metrics = (
         MetricsLog(
             request.out,
@@ -228,22 +248,34 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
             trackers=config.metrics.trackers,
             config=config.to_values(),
         )
-        if is_main
+        if ranks.is_main
         else None
     )
-    with metrics or nullcontext(), display:
+    with metrics or nullcontext(), display, stop.interrupts_noted(ranks):
+        display.say(f"training {training.title}, into {request.out}")
         if first_step:
             display.say(f"going on from step {first_step}")
         is_done = Trainer(training, metrics=metrics, display=display).run(stop)
-        if is_done:
-            display.say(f"done: {newest_complete(request.out)}")
-        elif training.step == 0:
-            display.say("stopped by SIGTERM before the first step")
-        else:
-            display.say(
-                f"stopped by SIGTERM after step {training.step}, which is kept; --resume auto goes "
-                "on with it"
-            )
+    kept = newest_complete(request.out)
+    if is_done:
+        display.say(f"done: {kept}")
+    elif kept is None:
+        display.say(f"stopped by {stop.by} before the first step")
+    else:
+        display.say(f"stopped by {stop.by} after step {training.step}, which is kept; go on with:")
+        display.say(_resume_command(request.out))
+    return not is_done and stop.by == INTERRUPT
+
+
+def _resume_command(out: Path) -> str:
+    """What goes on with a stopped run on as many ranks of this machine."""
+    # torchrun's, which tells its processes.
+    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    program = ["normuon"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        program = ["torchrun", "--nproc-per-node", local, "-m", "normuon_lab"]
+    options = ["--config", str(out / CONFIG_FILE), "--out", str(out), "--resume", "auto"]
+    return shlex.join([*program, "train", *options])
 
 
 def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> None:
@@ -252,7 +284,7 @@ def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> 
     length = config.batch.sequence_length
     require(
         longest is None or length <= longest,
-        f"sequence_length {length}: the model has {longest} positions",
+        f"sequence_length {length}: the model has {counted(longest or 0, 'position')}",
     )
     known: Any = model
     size = known.get_input_embeddings().num_embeddings

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from normuon_lab.errors import require
+from normuon_lab.errors import counted, require
 from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class RunSpec:
     @property
     def name(self) -> str:
         """How messages call this run."""
-        length = "" if self.steps is None else f" over {self.steps} steps"
+        length = "" if self.steps is None else f" over {counted(self.steps, 'step')}"
         return f"{self.arm} seed {self.seed}{length}"
 
     def training(self, experiment: Experiment) -> TrainConfig:

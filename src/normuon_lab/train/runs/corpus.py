@@ -17,7 +17,7 @@ import numpy as np
 
 from normuon_lab.data.sources import shakespeare_documents, stdlib_documents
 from normuon_lab.data.tokenizer import train_bpe
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, counted, require
 from normuon_lab.train.runs.config import NUM_BYTES, Experiment, check_tokenizer
 
 # The text is read and checked before anything slow starts, and importing torch takes seconds.
@@ -176,13 +176,14 @@ def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
     validation_need = experiment.training.eval_tokens // length * length + 1
     require(
         corpus.validation.size >= validation_need,
-        f"the text is too short: its validation part has {corpus.validation.size} tokens and one "
+        f"the text is too short: its validation part has "
+        f"{counted(corpus.validation.size, 'token')} and one "
         f"evaluation reads {validation_need}; give more text or a smaller --eval-tokens",
     )
     require(
         corpus.train.size >= train_need,
-        f"the text is too short: its training part has {corpus.train.size} tokens and one batch "
-        f"reads {train_need}; give more text or a smaller --batch-size",
+        f"the text is too short: its training part has {counted(corpus.train.size, 'token')} and "
+        f"one batch reads {train_need}; give more text or a smaller --batch-size",
     )
 
 

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from normuon_lab.errors import RunsFailedError
+from normuon_lab.errors import RunsFailedError, counted
 from normuon_lab.machine import default_num_workers
 from normuon_lab.train.runs import workers
 from normuon_lab.train.runs.config import Experiment, RunSpec
@@ -84,7 +84,7 @@ class RunDisplay:
     def finish(self, spec: RunSpec, record: RunRecord) -> None:
         """A run is done."""
         outcome = (
-            f"diverged after {len(record.train_losses)} steps"
+            f"diverged after {counted(len(record.train_losses), 'step')}"
             if record.final_loss is None
             else f"validation loss {record.final_loss:.4f}"
         )

@@ -99,14 +99,19 @@ class Job:
         for process in self._processes:
             process.join()
 
-    def wait(self, seconds: float = _SECONDS) -> Outcome:
-        """Wait for the end. When one rank fails the others are ended, as torchrun does."""
+    def wait(self, seconds: float = _SECONDS, *, grace: float = 1.0) -> Outcome:
+        """Wait for the end. When one rank fails the others are ended, as torchrun does.
+
+        Args:
+            seconds: after which all are ended.
+            grace: seconds that the others have when one has failed.
+        """
         deadline = time.monotonic() + seconds
         while any(process.is_alive() for process in self._processes):
             failed = any(process.exitcode not in (None, 0) for process in self._processes)
             if failed or time.monotonic() > deadline:
                 for process in self._processes:
-                    process.join(1.0)
+                    process.join(grace)
                     process.kill()
             time.sleep(0.02)
         for process in self._processes:

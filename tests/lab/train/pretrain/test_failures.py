@@ -225,7 +225,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, text_file: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp", 2], "dp_replicate 1 x tp 2 does not divide the 1 ranks"),
+        (["--tp", 2], "dp_replicate 1 x tp 2 does not divide the 1 rank:"),
         (["--dp-shard", 4], "is 4, but 1 rank was started: use torchrun"),
         (["--micro-batch-size", 3], "do not split into micro batches of 3"),
         (["--trackers", "wandb"], "--trackers wandb: the package wandb is not installed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import time
@@ -101,6 +102,62 @@ def test_sigterm_keeps_the_step_and_ends_well(
     assert_same_end(whole, out)
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
     assert steps == list(range(1, 61))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ctrl_c_keeps_the_step_and_says_what_to_type(
+    tmp_path: Path, words: Words, text_file: Path, world_size: int
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run = words(**{"steps": 60, "arm": "adamw", "save-every": 40})
+    job = Job([*run, "--out", out], tmp_path / "first", world_size=world_size)
+    wait_for_step(job, out, 5)
+    job.send(signal.SIGINT, ranks=range(world_size))
+    outcome = job.wait(60, grace=30)
+    assert set(outcome.codes) == {130}, outcome.stderr
+    assert outcome.stderr[0] == (
+        "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
+        "normuon: interrupted\n"
+    )
+    first, *_, stopped, command = outcome.stdout.splitlines()
+    assert first.startswith("training llama-tiny (")
+    assert f" parameters) on {text_file} (" in first
+    assert first.endswith(f" tokens), into {out}")
+    newest = newest_complete(out)
+    assert newest is not None
+    step = verify(newest).step
+    assert 5 <= step < 60
+    assert stopped == f"stopped by Ctrl-C after step {step}, which is kept; go on with:"
+    program, typed = command.split(" train ")
+    assert program == (
+        "normuon" if world_size == 1 else "torchrun --nproc-per-node 2 -m normuon_lab"
+    )
+    again = ["train", *shlex.split(typed)]
+    outcome = Job(again, tmp_path / "second", world_size=world_size).wait().check()
+    assert f"going on from step {step}" in outcome.stdout
+    Job([*run, "--out", whole], tmp_path / "third", world_size=world_size).wait().check()
+    assert_same_end(whole, out)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: Words) -> None:
+    """In the middle of a step of some seconds, whose end the first one waits for."""
+    run = words(**{"steps": 9, "batch-size": 512, "micro-batch-size": 1, "arm": "adamw"})
+    out = tmp_path / "out"
+    job = Job([*run, "--out", out], tmp_path / "logs")
+    deadline = time.monotonic() + 240
+    said = tmp_path / "logs" / "0.err"
+    while "training llama-tiny" not in (tmp_path / "logs" / "0.out").read_text():
+        assert time.monotonic() < deadline, job.wait(1).stderr
+        time.sleep(0.01)
+    # What is printed comes just before the signal is watched for.
+    time.sleep(1)
+    job.send(signal.SIGINT, ranks=[0])
+    while "Ctrl-C again ends at once" not in said.read_text():
+        assert time.monotonic() < deadline, job.wait(1).stderr
+        time.sleep(0.01)
+    job.send(signal.SIGINT, ranks=[0])
+    assert job.wait(30).codes == (-signal.SIGINT,)
+    assert find_checkpoints(out) == []
 
 
 def test_a_run_goes_on_where_its_data_has_moved(
