@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -34,6 +34,9 @@ PRELOADED = [
 
 COLLECTIVE_SECONDS = 90
 """Gloo's own timeout; shorter than a case's, so that a lone rank says what it waited for."""
+
+SECONDS_AFTER_A_FAILURE = 20
+"""The others may fail too and say why; most of them wait for the one that failed."""
 
 
 def _serve(rank: int, pipe: Connection) -> None:
@@ -100,7 +103,7 @@ class Ranks:
             order = (case.__module__, case.__name__, world_size, f"{folder}/store", kwargs)
             for _, pipe in self._workers[:world_size]:
                 pipe.send(order)
-            answers = [self._answer(rank) for rank in range(world_size)]
+            answers = self._answers(world_size)
         failed = {rank: text for rank, (good, text) in enumerate(answers) if not good}
         if failed:
             self.close()  # What a failed rank leaves behind is no start for the next case.
@@ -110,20 +113,35 @@ class Ranks:
             pipe.send(None)
         return [value for _, value in answers]
 
-    def _answer(self, rank: int) -> tuple[bool, Any]:
-        process, pipe = self._workers[rank]
+    def _answers(self, world_size: int) -> list[tuple[bool, Any]]:
+        """What every rank answered; after a failure the others have a little time left."""
+        waiting = {self._workers[rank][1]: rank for rank in range(world_size)}
+        answers: dict[int, tuple[bool, Any]] = {}
         deadline = time.monotonic() + CASE_SECONDS
-        while time.monotonic() < deadline:
-            if pipe.poll(0.2):
-                try:
-                    answer: tuple[bool, Any] = pipe.recv()
-                except EOFError:
-                    process.join(5)
-                    return False, f"died with exit code {process.exitcode}"
-                return answer
-            if not process.is_alive():
-                return False, f"died with exit code {process.exitcode}"
-        return False, f"no answer within {CASE_SECONDS} s: it hangs"
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for pipe in wait(list(waiting), timeout=left):
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                answers[rank] = self._answer(rank)
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
+        has_failed = any(not good for good, _ in answers.values())
+        reason = (
+            "was ended: another rank had failed"
+            if has_failed
+            else f"no answer within {CASE_SECONDS} s: it hangs"
+        )
+        return [answers.get(rank, (False, reason)) for rank in range(world_size)]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        """What a rank sent; the end of its pipe is that of a process that died."""
+        process, pipe = self._workers[rank]
+        try:
+            answer: tuple[bool, Any] = pipe.recv()
+        except EOFError:
+            process.join(5)
+            return False, f"died with exit code {process.exitcode}"
+        return answer
 
     def close(self) -> None:
         """Ends every process of the pool."""
