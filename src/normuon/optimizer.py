@@ -40,7 +40,9 @@ from normuon.state import (
     matrix_param,
     missing_keys,
 )
+from normuon.statistics import Recorder, Statistics
 from normuon.step.adamw import step_adamw_
+from normuon.step.figures import nowhere
 from normuon.step.local import LocalMatrices
 from normuon.step.pieces import gradient_of
 from normuon.step.rule import AdjustLrFn, NeuronAxis
@@ -192,6 +194,7 @@ class NorMuon(Optimizer):
         self._lost_process_group = False
         self._sharing = Sharing(balance=balance, bucket_bytes=bucket_bytes, teams=teams)
         self._sharded_steps: list[ShardedStep] | None = None
+        self._recorder = Recorder()
         self._forget_layouts()
         self._workspace, self._stagings = Workspace(), Stagings()
         super().__init__(params, defaults)
@@ -246,14 +249,21 @@ class NorMuon(Optimizer):
                 "optimizer.process_group, and 'process_group' in the groups that had their own"
             )
         self._adopt_params()
+        measures = self._recorder.begin_step()
         prepared = [self._prepared(number, group) for number, group in enumerate(self.param_groups)]
         shares = any(shared for _, shared in prepared)
         if shares:
-            self._agree()
+            self._agree(measures)
+        if measures:
+            self._recorder.begin_()
         for number, (alone, _) in enumerate(prepared):
-            self._step_alone(number, alone)
+            self._step_alone(number, alone, measures)
         if shares:
             self._step_shared()
+        if measures:
+            steps = self._planned_steps() if shares else []
+            noted = [step.record.noted() for step in steps if step.record is not None]
+            self._recorder.end_step_(self.state, noted)
         return loss
 
     def _adopt_params(self) -> None:
@@ -265,6 +275,7 @@ class NorMuon(Optimizer):
         self._sharded_steps = None
         self._local_matrices: dict[int, LocalMatrices] = {}
         self._structures: dict[int, object] = {}
+        self._recorder.forget_layouts()
 
     def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool]:
         """The places of a group's parameters that are stepped on this rank alone, and whether it
@@ -305,14 +316,18 @@ class NorMuon(Optimizer):
             check_param_fits(group, index, state)
         return alone, shares
 
-    def _step_alone(self, number: int, places: list[int]) -> None:
+    def _step_alone(self, number: int, places: list[int], measures: bool) -> None:
         """Steps those of a group's parameters that no other rank shares."""
         group = self.param_groups[number]
         if not places:
             return
         params = [group["params"][index] for index in places]
+        record = self._recorder.record_of(number, group) if measures else None
         if group["algorithm"] == "adamw":
-            step_adamw_(params, [self.state[param] for param in params], group)
+            states = [self.state[param] for param in params]
+            step_adamw_(params, states, group)
+            if record is not None:
+                record.note_adamw_(params, states)
             return
         is_traced = torch.compiler.is_compiling()
         matrices = None if is_traced else self._local_matrices.get(number)
@@ -325,13 +340,15 @@ class NorMuon(Optimizer):
             )
             if not is_traced:
                 self._local_matrices[number] = matrices
-        matrices.step_(MatrixOptions.from_group(group), self._workspace, self._stagings)
+        rows_of = nowhere if record is None else record.rows_of
+        options = MatrixOptions.from_group(group)
+        matrices.step_(options, self._workspace, self._stagings, rows_of)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _agree(self) -> None:
+    def _agree(self, measures: bool) -> None:
         """Ranks that disagree find out before anything moves."""
         for sharded_step in self._planned_steps():
-            sharded_step.take_gradients()
+            sharded_step.take_gradients(measures=measures)
         for sharded_step in self._planned_steps():
             sharded_step.agree_()
 
@@ -358,6 +375,47 @@ class NorMuon(Optimizer):
                 )
             ]
         return self._sharded_steps
+
+    def record_statistics(self, every: int = 1) -> None:
+        """Measures the next step and every so many steps from there, for `statistics`.
+
+        What is measured stays on the device and makes nothing wait: a step's Gram matrices and
+        norms of rows are reduced where they are at hand, the weights are read once more, and ranks
+        that share parameters sum a few numbers per matrix in one all-reduce. So every rank must
+        call this alike. Other steps cost nothing.
+
+        Args:
+            every: 1 for every step, 0 for none from now on.
+
+        Raises:
+            ValueError: a negative number, or no whole one.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(
+                f"every={every!r} must be a whole number of steps, 1 for every step, 0 for none"
+            )
+        self._recorder.measure(every)
+
+    def statistics(self) -> Statistics:
+        """What the last measured step did, by group and by matrix; see `Statistics`.
+
+        Raises:
+            RuntimeError: no step has been measured.
+
+        Example:
+            >>> import torch, normuon
+            >>> layer = torch.nn.Linear(4, 8, bias=False)
+            >>> optimizer = normuon.NorMuon(layer.parameters(), lr=1e-3)
+            >>> optimizer.record_statistics()
+            >>> layer(torch.ones(2, 4)).square().mean().backward()
+            >>> optimizer.step()
+            >>> figures = optimizer.statistics().to_dict()
+            >>> round(figures["group0.normuon/update_rms"], 6)
+            0.0002
+            >>> round(figures["group0.normuon/effective_rank"], 3)  # All rows are alike.
+            1.0
+        """
+        return self._recorder.statistics(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
@@ -436,6 +494,7 @@ class NorMuon(Optimizer):
         super().__setstate__(state)
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
+        self.__dict__.setdefault("_recorder", Recorder())
         self._forget_layouts()
         self._workspace, self._stagings = Workspace(), Stagings()
         # Process groups and plans belong to the processes that run, not to what is saved.

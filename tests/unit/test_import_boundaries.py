@@ -48,15 +48,18 @@ ORDER = [
     "state",
     "checkpoint",
     "step.fused",
+    "step.figures",
     "step.order",
     "step.slabs",
     "step.adamw",
+    "step.record",
     "step.local",
     "step.matrix_tasks",
     "step.team",
     "step.shared_params",
     "step.bucket",
     "step.flags",
+    "step.shared_record",
     "step.owners",
     "step.sharded",
     "models.rules",
@@ -65,6 +68,7 @@ ORDER = [
     "models.groups",
     "convert_sources",
     "convert",
+    "statistics",
     "optimizer",
     "planning",
     "integrations",
@@ -104,7 +108,7 @@ def test_imports_point_down(path):
 
 ON_ONE_DEVICE = [
     *("rule", "normalizer", "pieces", "order", "local", "adamw"),
-    *("addresses", "fused", "fused_neurons", "triton_passes", "staging"),
+    *("addresses", "fused", "fused_neurons", "triton_passes", "staging", "figures", "record"),
 ]
 """The files of `step` that know nothing of ranks."""
 

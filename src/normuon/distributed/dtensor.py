@@ -279,6 +279,24 @@ def place_among_copies(param: Tensor) -> tuple[int, int] | None:
     return (num_shards, own) if has_copies else None
 
 
+def is_first_copy(param: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether what this rank stores of a parameter belongs to the first of its copies.
+
+    Args:
+        param: a DTensor, or a plain tensor that every rank of a group has whole.
+        group: the ranks that share it.
+    """
+    if not isinstance(param, DTensor):
+        return dist.get_rank(group) == 0
+    coordinate = param.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(
+        at == 0
+        for at, placement in zip(coordinate, param.placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
+
+
 def axes_with_idle_ranks(
     param: DTensor, layout: ShardLayout, *, kept_dims: Sequence[int]
 ) -> list[int]:

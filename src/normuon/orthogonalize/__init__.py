@@ -17,7 +17,7 @@ from normuon.orthogonalize.coefficients import (
     resolve_coefficients,
 )
 from normuon.orthogonalize.flops import num_panels
-from normuon.orthogonalize.iteration import gram_newton_schulz, newton_schulz
+from normuon.orthogonalize.iteration import effective_rank, gram_newton_schulz, newton_schulz
 from normuon.orthogonalize.normalize import (
     equilibrate_,
     largest_magnitude,
@@ -27,6 +27,7 @@ from normuon.orthogonalize.precision import (
     NS_DTYPES,
     multiplies_bfloat16_natively,
     resolve_ns_dtype,
+    sums_dtype,
     transport_dtype,
 )
 from normuon.orthogonalize.segments import METHODS
@@ -43,6 +44,7 @@ __all__ = [
     "Triple",
     "Workspace",
     "check_backend",
+    "effective_rank",
     "equilibrate_",
     "flops_per_matrix",
     "gram_newton_schulz",
@@ -56,5 +58,6 @@ __all__ = [
     "resolve_backend",
     "resolve_coefficients",
     "resolve_ns_dtype",
+    "sums_dtype",
     "transport_dtype",
 ]

@@ -23,7 +23,7 @@ from normuon.orthogonalize.fused import (
     symmetric_product_fused,
     why_not_symmetric,
 )
-from normuon.orthogonalize.iteration import iterate, iterate_
+from normuon.orthogonalize.iteration import effective_rank, iterate, iterate_
 from normuon.orthogonalize.kernels import (
     MISSING,
     is_installed,
@@ -59,6 +59,7 @@ def orthogonalize(
     workspace: Workspace | None = None,
     scratch: Tensor | None = None,
     sum_squares_B: Tensor | None = None,
+    effective_rank_B: Tensor | None = None,
     fused: bool | None = None,
 ) -> Tensor:
     """O = NS(M) of Alg. 1, line 3, for a batch of matrices of any scale.
@@ -78,6 +79,9 @@ def orthogonalize(
         scratch: contiguous memory of the shape that may be overwritten, ``x_BMN`` itself perhaps;
             it saves a copy where its dtype is that of `normalize_frobenius`'s division.
         sum_squares_B: each matrix's sum of squares in float64, where it is known.
+        effective_rank_B: where to write each matrix's `effective_rank`, once evened if
+            ``equilibrate`` asks for that; None for nowhere. It costs a reduction where a Gram
+            matrix is at hand, and a product under a callable, ``"kernels"`` and ``"compile"``.
         fused: False to normalise by torch's own operations where Triton kernels would run.
 
     Returns:
@@ -108,8 +112,18 @@ def orthogonalize(
     )
     with _without_autocast(x_BMN.device.type):
         if callable(orthogonalizer):
+            _write_effective_rank_(effective_rank_B, unit_BMN)
             return _by_callable(unit_BMN, orthogonalizer)
-        return _by_method(unit_BMN, tuple(coefficients), orthogonalizer, backend, workspace)
+        return _by_method(
+            unit_BMN, tuple(coefficients), orthogonalizer, backend, workspace, effective_rank_B
+        )
+
+
+def _write_effective_rank_(effective_rank_B: Tensor | None, x_BMN: Tensor) -> None:
+    """By a product of its own, for what shows nobody its Gram matrix."""
+    if effective_rank_B is not None:
+        x_BMN = x_BMN.mT if x_BMN.shape[-2] > x_BMN.shape[-1] else x_BMN
+        effective_rank_B.copy_(effective_rank(x_BMN @ x_BMN.mT))
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -129,6 +143,7 @@ def _by_method(
     method: str,
     backend: Backend,
     workspace: Workspace,
+    effective_rank_B: Tensor | None,
 ) -> Tensor:
     # `resolve_backend` keeps what is traced eager, and torch.compile cannot trace the question.
     if backend == "auto" and not torch.compiler.is_compiling() and is_fake(x_BMN):
@@ -147,6 +162,8 @@ def _by_method(
     segments = segments_for(
         method, m, n, coefficients=coefficients, dtype=x_BMN.dtype, panels=panels
     )
+    if chosen in ("kernels", "compile") or torch.compiler.is_compiling():
+        _write_effective_rank_(effective_rank_B, x_BMN)
     if chosen == "kernels":
         return kernel_orthogonalizer(coefficients, segments)(x_BMN)
     if torch.compiler.is_compiling():  # The whole step is being compiled, this part with it.
@@ -154,7 +171,12 @@ def _by_method(
     if chosen == "compile":
         return compiled_iterate(coefficients, segments)(x_BMN)
     return iterate_(
-        x_BMN, coefficients, segments=segments, workspace=workspace, symmetric=symmetric
+        x_BMN,
+        coefficients,
+        segments=segments,
+        workspace=workspace,
+        symmetric=symmetric,
+        effective_rank_B=effective_rank_B,
     )
 
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from normuon.orthogonalize.coefficients import Triple
 from normuon.orthogonalize.flops import num_panels
+from normuon.orthogonalize.precision import sums_dtype
 from normuon.orthogonalize.segments import gram_segments, plain_segments
 from normuon.orthogonalize.symmetric import product, symmetric_product
 from normuon.orthogonalize.workspace import Workspace
@@ -97,6 +99,7 @@ def iterate_(
     segments: Sequence[int],
     workspace: Workspace,
     symmetric: SymmetricProduct | None = None,
+    effective_rank_B: Tensor | None = None,
 ) -> Tensor:
     """The polynomial with symmetric products halved and all memory taken from a workspace.
 
@@ -106,6 +109,8 @@ def iterate_(
         segments: steps per segment, their sum the number of steps.
         workspace: where iterates and S x S matrices live.
         symmetric: how symmetric products of batches are computed; None: by `symmetric_product`.
+        effective_rank_B: where to write each matrix's `effective_rank`, from the first Gram matrix
+            that the polynomial needs anyway; None for nowhere.
 
     Returns:
         ``[B, M, N]``: ``x_BMN`` itself or a tensor of the workspace, valid until its next use.
@@ -113,12 +118,15 @@ def iterate_(
     panels = num_panels(min(x_BMN.shape[-2:]), device_type=x_BMN.device.type)
     if panels == 1 or symmetric is not None:
         chosen = symmetric or symmetric_product
-        return _iterate_whole_(x_BMN, coefficients, segments, workspace, chosen)
+        return _iterate_whole_(x_BMN, coefficients, segments, workspace, chosen, effective_rank_B)
     by_panels = partial(symmetric_product, panels=panels)
+    ranks = [None] * len(x_BMN) if effective_rank_B is None else list(effective_rank_B)
     if x_BMN.shape[0] == 1:
-        return _iterate_whole_(x_BMN[0], coefficients, segments, workspace, by_panels)[None]
-    for x_MN in x_BMN:  # Panels are for single matrices: each of them fills the device.
-        x_MN.copy_(_iterate_whole_(x_MN, coefficients, segments, workspace, by_panels))
+        only = _iterate_whole_(x_BMN[0], coefficients, segments, workspace, by_panels, ranks[0])
+        return only[None]
+    # Panels are for single matrices: each of them fills the device.
+    for x_MN, rank in zip(x_BMN, ranks, strict=True):
+        x_MN.copy_(_iterate_whole_(x_MN, coefficients, segments, workspace, by_panels, rank))
     return x_BMN
 
 
@@ -128,6 +136,7 @@ def _iterate_whole_(
     segments: Sequence[int],
     workspace: Workspace,
     symmetric: SymmetricProduct,
+    rank: Tensor | None,
 ) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     square = (*x.shape[:-2], min(x.shape[-2:]), min(x.shape[-2:]))
@@ -139,8 +148,8 @@ def _iterate_whole_(
     }
     wide, spare = (x.mT, spare.mT) if tall else (x, spare)
     for steps in _cut(coefficients, segments):
-        _segment(wide, steps, out=spare, squares=squares, symmetric=symmetric)
-        wide, spare = spare, wide
+        _segment(wide, steps, out=spare, squares=squares, symmetric=symmetric, rank=rank)
+        wide, spare, rank = spare, wide, None
     return wide.mT if tall else wide
 
 
@@ -158,6 +167,7 @@ def _segment(
     out: Tensor | None = None,
     squares: Mapping[str, Tensor] | None = None,
     symmetric: SymmetricProduct = symmetric_product,
+    rank: Tensor | None = None,
 ) -> Tensor:
     """Several steps on a matrix or batch with S <= L, seen only through its Gram matrix.
 
@@ -167,9 +177,12 @@ def _segment(
         out: where to write; None makes new tensors throughout.
         squares: memory of the S x S matrices, by name; needed with ``out``.
         symmetric: how symmetric products are computed.
+        rank: where to write the `effective_rank` of ``x``.
     """
     into: dict[str, Tensor | None] = {**dict.fromkeys(SQUARES), **(squares or {})}
     r = symmetric(x, x.mT, out=into["r"])
+    if rank is not None:
+        rank.copy_(effective_rank(r))
     q = None
     for number, (a, b, c) in enumerate(coefficients, start=1):
         z = symmetric(r, r, add=r, beta=b, alpha=c, out=into["z"])
@@ -193,3 +206,32 @@ def plus_identity(z: Tensor, a: float, *, out: Tensor | None) -> Tensor:
     q = z.clone() if out is None else out.copy_(z)
     q.diagonal(dim1=-2, dim2=-1).add_(a)
     return q
+
+
+def effective_rank(gram: Tensor) -> Tensor:
+    r"""How many directions a matrix has, weighted by their energy: ``(tr R)^2 / tr(R^2)``.
+
+    With singular values s and ``R = X X^T`` this is ``(sum s^2)^2 / sum s^4``: k if k singular
+    values are equal and the others 0, and 1 if one dwarfs the others. It is the effective rank
+    ``R_0`` of R in Bartlett et al. (arXiv 1906.11300, definition 3), also called participation
+    ratio. No singular value has to be computed, and a factor of X changes nothing.
+
+    Args:
+        gram: R or ``X^T X``, ``[..., S, S]``, in any floating dtype.
+
+    Returns:
+        ``[...]``, in `sums_dtype`; 0 for a matrix of zeros.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([2.0, 2.0, 0.0]))
+        >>> effective_rank(x @ x.mT)
+        tensor(2., dtype=torch.float64)
+    """
+    wide = sums_dtype(gram.device)
+    row_norms = torch.linalg.vector_norm(
+        gram, dim=-1, dtype=torch.promote_types(gram.dtype, torch.float32)
+    )
+    squares = row_norms.to(wide).square().sum(-1)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide)
+    found: Tensor = (trace.square() / squares).masked_fill(squares == 0, 0.0)
+    return found

@@ -22,6 +22,18 @@ def transport_dtype(ns_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ns_dtype == torch.float16 else ns_dtype
 
 
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums over many elements: float64, or float32 where a device lacks it.
+
+    In float64 a sum hardly depends on how its terms are spread over ranks.
+
+    Example:
+        >>> sums_dtype(torch.device("cpu"))
+        torch.float64
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def resolve_ns_dtype(
     ns_dtype: torch.dtype | None, *, param_dtype: torch.dtype, device: torch.device
 ) -> torch.dtype:

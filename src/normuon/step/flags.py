@@ -201,3 +201,8 @@ class GradientFlags:
     def of_vector(self, number: int) -> Tensor:
         """The flag of an `adamw` parameter."""
         return self._here()[self._first[len(self._shared.matrices) + number]]
+
+    def moves_of_vectors(self) -> Tensor:
+        """Booleans: which of the `adamw` parameters are stepped, where the parameters are."""
+        count = len(self._shared.vectors)
+        return self._here()[self._size - count : self._size] == GRADIENT

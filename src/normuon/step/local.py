@@ -12,6 +12,7 @@ from torch import Tensor
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace, resolve_ns_dtype, transport_dtype
 from normuon.state import compute_device_of
+from normuon.step.figures import Rows, RowsOf, nowhere
 from normuon.step.fused import Passes, passes_for
 from normuon.step.order import (
     Moves,
@@ -107,19 +108,27 @@ class LocalMatrices:
             owner.param is param for owner, param in zip(self._owners, params, strict=True)
         )
 
-    def step_(self, options: MatrixOptions, workspace: Workspace, stagings: Stagings) -> None:
-        """Lines 2 to 7 for every matrix."""
+    def step_(
+        self,
+        options: MatrixOptions,
+        workspace: Workspace,
+        stagings: Stagings,
+        rows_of: RowsOf = nowhere,
+    ) -> None:
+        """Lines 2 to 7 for every matrix; see `step_whole_batch_` for ``rows_of``."""
         for owner in self._owners:
             owner.grad = gradient_of(owner.param)
-        staged = []
+        moves, staged = self._moves, []
         for batch, device in zip(self._batches_for(options), self._devices, strict=True):
             if device == batch.first.param.device:
-                step_whole_batch_(batch, options=options, workspace=workspace, moves=self._moves)
+                step_whole_batch_(
+                    batch, options=options, workspace=workspace, moves=moves, rows_of=rows_of
+                )
             else:
                 staging = stagings.between(batch.first.param.device, device)
                 staged.append((batch, options, staging))
         if staged:
-            step_staged_batches_(staged, workspace=workspace, moves=self._moves)
+            step_staged_batches_(staged, workspace=workspace, moves=moves, rows_of=rows_of)
         for owner in self._owners:
             owner.grad = None  # Gradients live as long as their parameters say.
 
@@ -155,13 +164,22 @@ def step_whole_batch_(
     options: MatrixOptions,
     workspace: Workspace,
     moves: Moves,
+    rows_of: RowsOf,
 ) -> None:
-    """Lines 2 to 7 for a batch of matrices that this rank stores whole."""
+    """Lines 2 to 7 for a batch of matrices that this rank stores whole.
+
+    Args:
+        batch: the matrices.
+        options: of the group.
+        workspace: scratch kept between steps.
+        moves: which of them are stepped.
+        rows_of: where to note their figures, if anywhere.
+    """
     param = batch.first.param
     dtype, device = param.dtype, param.device
     ns_dtype = resolve_ns_dtype(options.ns_dtype, param_dtype=dtype, device=device)
     shape = (batch.count, batch.rows, batch.cols)
-    moves_K = moves(batch)
+    moves_K, rows = moves(batch), rows_of(batch)
     passes = passes_for(batch, options.fused)
     direction_BMN = workspace.empty(
         "direction",
@@ -183,10 +201,19 @@ def step_whole_batch_(
         workspace=workspace,
         sum_squares_B=sum_squares_B,
         moves_B=moves_K,
+        measures=rows is not None,
     )
     _store_and_apply_(
         batch, update, options=options, workspace=workspace, passes=passes, moves_K=moves_K
     )
+    _note_(batch, update, rows)
+
+
+def _note_(batch: PieceBatch, update: WholeUpdate, rows: Rows | None) -> None:
+    if rows is not None:
+        assert update.figures is not None, "they were asked for"
+        rows.add_(update.figures)
+        rows.add_weights_(batch)
 
 
 def _store_and_apply_(
@@ -225,6 +252,7 @@ def step_staged_batches_(
     *,
     workspace: Workspace,
     moves: Moves,
+    rows_of: RowsOf,
 ) -> None:
     """Lines 2 to 7 for batches on the host whose matrices are orthogonalised on another device.
 
@@ -233,7 +261,15 @@ def step_staged_batches_(
     going: list[Iterator[None]] = []
     for number, (batch, options, staging) in enumerate(batches):
         slot = number % NUM_SLOTS
-        begun = _staged_step_(batch, options, staging, slot=slot, workspace=workspace, moves=moves)
+        begun = _staged_step_(
+            batch,
+            options,
+            staging,
+            slot=slot,
+            workspace=workspace,
+            moves=moves,
+            rows=rows_of(batch),
+        )
         going = _one_stage_further([begun, *going])
     while going:
         going = _one_stage_further(going)
@@ -258,6 +294,7 @@ def _staged_step_(
     slot: int,
     workspace: Workspace,
     moves: Moves,
+    rows: Rows | None,
 ) -> Iterator[None]:
     """`step_whole_batch_` in three stages: up, on the device and back, on the host."""
     param_dtype = batch.first.param.dtype
@@ -296,8 +333,10 @@ def _staged_step_(
         ns_dtype=ns_dtype,
         workspace=workspace,
         moves_B=None if moves_K is None else vectors[-1],
+        measures=rows is not None,
     )
-    found = [update.o_BMN, *update.state.values(), *update.summary.values()]
+    noted = [] if update.figures is None else [update.figures]
+    found = [update.o_BMN, *update.state.values(), *update.summary.values(), *noted]
     home = staging.lend(f"whole home {slot}", [(t.numel(), t.dtype) for t in found])
     with staging.coming_down():
         for number, tensor in enumerate(found):
@@ -309,11 +348,13 @@ def _staged_step_(
     update = WholeUpdate(
         o_BMN,
         dict(zip(update.state, here, strict=False)),
-        dict(zip(update.summary, here[len(update.state) :], strict=True)),
+        dict(zip(update.summary, here[len(update.state) :], strict=False)),
+        here[-1] if noted else None,
     )
     _store_and_apply_(
         batch, update, options=options, workspace=workspace, passes=passes, moves_K=moves_K
     )
+    _note_(batch, update, rows)
     home.give_back()
 
 

@@ -24,6 +24,7 @@ from normuon.orthogonalize import (
     transport_dtype,
 )
 from normuon.step import rule
+from normuon.step.figures import row_norms, update_row_norms, whole_figures
 from normuon.step.fused import Passes
 from normuon.step.normalizer import Vectors
 from normuon.step.pieces import PieceBatch
@@ -143,11 +144,13 @@ class WholeUpdate:
         o_BMN: orthogonalised directions, in ``ns_dtype``; the holder may overwrite them.
         state: the new vectors of the state.
         summary: what its factors need besides.
+        figures: see `figures.whole_figures`, if they were asked for.
     """
 
     o_BMN: Tensor
     state: Vectors
     summary: Vectors
+    figures: Tensor | None = None
 
 
 def orthogonalize_(
@@ -159,6 +162,7 @@ def orthogonalize_(
     workspace: Workspace,
     sum_squares_B: Tensor | None = None,
     moves_B: Tensor | None = None,
+    measures: bool = False,
 ) -> WholeUpdate:
     """Lines 3 to 6 for whole matrices.
 
@@ -170,9 +174,16 @@ def orthogonalize_(
         workspace: scratch kept between calls; O may live there until its next use.
         sum_squares_B: what `advance_` returned.
         moves_B: booleans: which matrices are stepped; the others keep their state. None: all.
+        measures: whether to return figures.
     """
+    count, m, n = direction_BMN.shape
+    taken_BMN, norm_BM, rank_B = direction_BMN, None, None
+    if measures:
+        taken_BMN = direction_BMN.to(transport_dtype(ns_dtype))  # As it reaches an owner.
+        norm_BM = row_norms(taken_BMN)
+        rank_B = norm_BM.new_empty(count)
     o_BMN = orthogonalize(
-        direction_BMN,
+        taken_BMN,
         coefficients=options.coefficients,
         dtype=ns_dtype,
         orthogonalizer=options.orthogonalizer,
@@ -181,15 +192,22 @@ def orthogonalize_(
         workspace=workspace,
         scratch=direction_BMN,
         sum_squares_B=sum_squares_B,
+        effective_rank_B=rank_B,
         fused=options.fused,
     )  # Alg. 1, line 3
     updated, summary = options.normalizer.update(o_BMN, state)  # Alg. 1, lines 4 to 6
+    figures = None
+    if norm_BM is not None and rank_B is not None:
+        factors = options.normalizer.factors(updated, summary, (m, n))
+        rate = options.lr * options.normalizer.constant(m, n)
+        update_BM = update_row_norms(o_BMN, factors, rate)
+        figures = whole_figures(norm_BM, update_BM, rank_B, num_columns=n, moves_B=moves_B)
     if moves_B is not None:
         updated = {
             name: torch.where(moves_B[:, None], vector, state[name])
             for name, vector in updated.items()
         }
-    return WholeUpdate(o_BMN, updated, summary)
+    return WholeUpdate(o_BMN, updated, summary, figures)
 
 
 def apply_(

@@ -11,10 +11,12 @@ from normuon.distributed.plan import Plan
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace
 from normuon.step.bucket import Bucket, OwnedMatrices, SharedTasks
+from normuon.step.figures import Rows
 from normuon.step.flags import GradientFlags
 from normuon.step.order import matrices_per_batch, orthogonalize_
 from normuon.step.shared_params import SharedParams
-from normuon.step.slabs import update_slab
+from normuon.step.shared_record import SharedRecord
+from normuon.step.slabs import NUM_MEASURING_SWAPS, update_slab
 from normuon.step.team import Part, run_together
 
 Options = Mapping[int, MatrixOptions]
@@ -61,6 +63,7 @@ class Owners:
         matrices: Sequence[Tensor],
         vectors: Mapping[int, Tensor],
         options: Options,
+        record: SharedRecord | None,
     ) -> None:
         """Lines 3 to 6 for one bucket.
 
@@ -69,14 +72,15 @@ class Owners:
             matrices: directions, flat, by class of matrices; O is written there.
             vectors: as `OwnedMatrices.first_vector` counts them; the new ones are written there.
             options: of all groups.
+            record: where to note figures, if anywhere.
         """
         owned = zip(self._buckets[number].owned, matrices, self._indices[number], strict=True)
         for alike, slab, index in owned:
             if alike.task.slab is None:
                 of_group = options[id(alike.matrix.owner.group)]
-                self._orthogonalize(alike, slab, vectors, index, of_group)
+                self._orthogonalize(alike, slab, vectors, index, of_group, record)
         if self._plan.num_swaps(number):
-            self._orthogonalize_slabs(number, matrices, vectors, options)
+            self._orthogonalize_slabs(number, matrices, vectors, options, record)
 
     def _orthogonalize(
         self,
@@ -85,6 +89,7 @@ class Owners:
         vectors: Mapping[int, Tensor],
         index: Tensor,
         options: MatrixOptions,
+        record: SharedRecord | None,
     ) -> None:
         matrix, task = owned.matrix, owned.task
         param = matrix.owner.param
@@ -103,6 +108,7 @@ class Owners:
             for n, size in enumerate(owned.vector_sizes)
         ]
         moves_B = None if _moves_surely(owned) else self._flags.moves_at_owner(index)
+        rows = None if record is None else record.rows_of_owned(owned)
         for start in range(0, len(owned.tasks), limit):
             part = slice(start, start + limit)
             update = orthogonalize_(
@@ -112,7 +118,10 @@ class Owners:
                 ns_dtype=matrix.ns_dtype,
                 workspace=self._workspace,
                 moves_B=None if moves_B is None else moves_B[part],
+                measures=rows is not None,
             )
+            if rows is not None and update.figures is not None:
+                rows.narrow(start, len(update.figures)).add_(update.figures)
             # Compared by storage, since a fake tensor has no address.
             if update.o_BMN.untyped_storage()._cdata != slab_BMN.untyped_storage()._cdata:
                 slab_BMN[part].copy_(update.o_BMN)
@@ -126,26 +135,36 @@ class Owners:
         matrices: Sequence[Tensor],
         vectors: Mapping[int, Tensor],
         options: Options,
+        record: SharedRecord | None,
     ) -> None:
         """Lines 3 to 6 for the slabs that this rank has of matrices that teams divide."""
         parts: dict[int, Part] = {}
         places: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+        rows: dict[int, Rows] = {}
+        measures = record is not None
         owned = zip(self._buckets[number].owned, matrices, self._indices[number], strict=True)
         for alike, slab, index in owned:
             for place, task in enumerate(alike.tasks if alike.task.slab else ()):
                 of_group = options[id(alike.matrix.owner.group)]
-                parts[task], into = self._slab(alike, place, slab, vectors, of_group)
-                places[task] = (*into, self._flags.moves_at_owner(index[place : place + 1]))
+                moves_1 = self._flags.moves_at_owner(index[place : place + 1])
+                parts[task], into = self._slab(
+                    alike, place, slab, vectors, of_group, moves_1=moves_1, measures=measures
+                )
+                places[task] = (*into, moves_1)
+                if record is not None:
+                    rows[task] = record.rows_of_owned(alike).narrow(place, 1)
         # By matrix: members list what they have of two matrices in the same order.
         tasks = self._plan.tasks
         order = sorted(parts, key=lambda task: (tasks[task].param, tasks[task].index))
         updates = run_together(
             [parts[task] for task in order],
-            self._plan.num_swaps(number),
+            self._plan.num_swaps(number) + NUM_MEASURING_SWAPS * measures,
             group=self._shared.group,
             device=self._shared.compute_device,
         )
-        for task, (o_MN, state, summary) in zip(order, updates, strict=True):
+        for task, (o_MN, state, summary, figures) in zip(order, updates, strict=True):
+            if figures is not None:
+                rows[task].add_(figures)
             matrix_MN, vectors_1V, moves_1 = places[task]
             matrix_MN.copy_(o_MN)
             for old_1V, new_1V in zip(vectors_1V, state.values(), strict=False):
@@ -160,6 +179,9 @@ class Owners:
         slab: Tensor,
         vectors: Mapping[int, Tensor],
         options: MatrixOptions,
+        *,
+        moves_1: Tensor,
+        measures: bool,
     ) -> tuple[Part, tuple[Tensor, list[Tensor]]]:
         """The program of one slab, and where its results go."""
         task = self._plan.tasks[owned.tasks[place]]
@@ -178,6 +200,8 @@ class Owners:
             split=task.split,
             options=options,
             ns_dtype=owned.matrix.ns_dtype,
+            moves_1=moves_1,
+            measures=measures,
         )
         return Part(program, task.slab.ranks), (matrix_MN, vectors_1V)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace
 from normuon.step.adamw import step_shared_adamw_
 from normuon.step.bucket import Bucket, OwnedMatrices, SharedTasks, StoredPieces
+from normuon.step.figures import nowhere
 from normuon.step.flags import GradientFlags
 from normuon.step.fused import Passes, passes_for
 from normuon.step.local import step_staged_batches_, step_whole_batch_, whole_batches
@@ -24,6 +26,7 @@ from normuon.step.order import advance_, apply_, direction_dtype, stats_dtype, s
 from normuon.step.owners import Owners
 from normuon.step.pieces import PieceBatch, local_tensor
 from normuon.step.shared_params import SharedParams
+from normuon.step.shared_record import SharedRecord
 from normuon.step.staging import Leg, Loan, Sizes, Stagings, bytes_of, cut
 
 NUM_SLOTS = 2
@@ -76,6 +79,10 @@ class ShardedStep:
         self._owners = Owners(
             shared, tasks, self.buckets, flags=self.flags, workspace=self._workspace
         )
+        self._new_record = partial(
+            SharedRecord, shared, tasks, num_matrices, self.flags, Stagings().between(*places)
+        )
+        self.record: SharedRecord | None = None
         self._idle_vectors = [(m, list(m.idle_vectors())) for m in shared.matrices]
         self._options: dict[int, MatrixOptions] = {}
         self._matrices_here: dict[int, list[Tensor]] = {}
@@ -118,12 +125,19 @@ class ShardedStep:
             batches += whole_batches(runs, options)
         return batches
 
-    def take_gradients(self) -> None:
+    def take_gradients(self, *, measures: bool = False) -> None:
         """Notes this rank's gradients before anything is stepped; every rank calls it.
+
+        Args:
+            measures: whether to note figures of this step, in `record`.
 
         Raises:
             ValueError: a gradient of which nothing says how it lies; names the parameter.
         """
+        self.shared.measures = measures
+        if measures:
+            self.record = self.record or self._new_record()
+            self.record.begin_()
         for matrix in self.shared.matrices:
             owner = matrix.owner
             owner.grad = placed_gradient(owner.param, label=owner.label)
@@ -137,6 +151,10 @@ class ShardedStep:
             ValueError: on every rank; see `GradientFlags`.
         """
         self.flags.agree_(self._flagged)
+
+    @property
+    def _measured(self) -> SharedRecord | None:
+        return self.record if self.shared.measures else None
 
     def step_(self) -> None:
         """Lines 2 to 7 for every matrix, and AdamW's step. Every rank calls it at every step.
@@ -165,6 +183,8 @@ class ShardedStep:
             self._finish(buckets[-1])
         self._share_idle_vectors()
         self._count_skipped()
+        if self._measured is not None:
+            self._measured.share_()
         for matrix in self.shared.matrices:
             matrix.owner.grad = None  # Gradients live as long as their parameters say.
         for vector in self.shared.vectors:
@@ -173,13 +193,16 @@ class ShardedStep:
     def _step_alone(self) -> None:
         """The matrices that no message is needed for."""
         pairs = [(batch, self._options[id(batch.first.group)]) for batch in self._alone]
-        workspace, moves = self._workspace, self._moves
+        workspace, moves, record = self._workspace, self._moves, self._measured
+        rows_of = nowhere if record is None else record.rows_of_whole
         if self._staging.is_needed:
             staged = [(batch, options, self._staging) for batch, options in pairs]
-            step_staged_batches_(staged, workspace=workspace, moves=moves)
+            step_staged_batches_(staged, workspace=workspace, moves=moves, rows_of=rows_of)
             return
         for batch, options in pairs:
-            step_whole_batch_(batch, options=options, workspace=workspace, moves=moves)
+            step_whole_batch_(
+                batch, options=options, workspace=workspace, moves=moves, rows_of=rows_of
+            )
 
     def _moves(self, batch: PieceBatch) -> Tensor | None:
         """Which matrices of a batch are stepped; None where this rank's own gradients say all."""
@@ -271,7 +294,7 @@ class ShardedStep:
         matrices, vectors = self._matrices_here[number], self._vectors_here[number]
         copies.out_of_message[0].run_([received.elements], matrices)
         copies.out_of_message[1].run_([received.entries], vectors)
-        self._owners.orthogonalize_(number, matrices, vectors, self._options)
+        self._owners.orthogonalize_(number, matrices, vectors, self._options, self._measured)
         sent = bucket.back.sent
         bucket.home.into_message[0].run_(matrices, [sent.elements])
         bucket.home.into_message[1].run_(vectors, [sent.entries])
@@ -359,6 +382,8 @@ class ShardedStep:
             passes=self._passes.pop(id(batch)),
             moves_K=self._moves(batch),
         )
+        if self._measured is not None:
+            self._measured.rows_of_pieces(batch).add_weights_(batch)
 
     def _share_idle_vectors(self) -> None:
         """Copies state to ranks whose shard is empty, so that their replica of it is no other."""

@@ -50,6 +50,11 @@ class SharedMatrix:
         return self.owner.label
 
     @property
+    def state(self) -> State:
+        """Its state."""
+        return self.owner.state
+
+    @property
     def local_grad(self) -> Tensor | None:
         """This rank's part of the gradient at the present step."""
         return self.owner.grad
@@ -123,12 +128,14 @@ class SharedParams:
         matrices: parameters of `normuon` and `muon` groups.
         vectors: parameters of `adamw` groups.
         compute_device: where matrices are orthogonalised and what the ranks exchange is.
+        measures: whether the present step is measured.
     """
 
     group: dist.ProcessGroup
     matrices: list[SharedMatrix]
     vectors: list[SharedVector]
     compute_device: torch.device
+    measures: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +149,7 @@ class SharedParams:
         groups |= {vector.place[0]: vector.group for vector in self.vectors}
         for number in sorted(groups):
             yield f"group {number}: {options_text(groups[number])}"
+        yield f"the step is measured: {self.measures}"
 
     def lines(self) -> Iterator[str]:
         """What ranks must agree on besides the plan: parameters, algorithms and options."""

@@ -19,12 +19,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from normuon.distributed.slabs import Slab, Split, strips_of
+from normuon.distributed.slabs import Slab, Split, even_cuts, strips_of
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import largest_magnitude, num_panels
 from normuon.orthogonalize.coefficients import Triple
-from normuon.orthogonalize.iteration import plus_identity
+from normuon.orthogonalize.iteration import effective_rank, plus_identity
 from normuon.orthogonalize.symmetric import product, symmetric_product
+from normuon.step.figures import row_norms, update_row_norms, whole_figures
 from normuon.step.normalizer import DividedNormalizer, Vectors
 
 T = TypeVar("T")
@@ -159,7 +160,9 @@ def update_slab(
     split: Split,
     options: MatrixOptions,
     ns_dtype: torch.dtype,
-) -> Program[tuple[Tensor, Vectors, Vectors]]:
+    moves_1: Tensor | None = None,
+    measures: bool = False,
+) -> Program[tuple[Tensor, Vectors, Vectors, Tensor | None]]:
     """Lines 3 to 6 for a slab, as `order.orthogonalize_` does them for whole matrices.
 
     Args:
@@ -170,14 +173,18 @@ def update_slab(
         split: how the matrix is divided.
         options: of the group.
         ns_dtype: dtype to orthogonalise in.
+        moves_1: a boolean: whether the matrix is stepped; for its figures alone. None: it is.
+        measures: whether to find figures, by `NUM_MEASURING_SWAPS` exchanges more.
 
     Returns:
-        The slab of O, the new state and the summary.
+        The slab of O, the new state, the summary, and the figures of the whole matrix or None.
     """
     member = Member(slab)
     x_SL = direction_MN.mT if split.cuts_rows else direction_MN
+    norms_1M = row_norms(direction_MN[None]) if measures else None
+    rank_1 = None if norms_1M is None else norms_1M.new_empty(1)
     unit_SL = yield from _normalized(x_SL, member, ns_dtype)
-    o_SL = yield from _iterated(unit_SL, options.coefficients, split.segments, member)
+    o_SL = yield from _iterated(unit_SL, options.coefficients, split.segments, member, rank_1)
     o_MN = o_SL.mT if split.cuts_rows else o_SL
     normalizer = options.normalizer
     assert isinstance(normalizer, DividedNormalizer), "a plan divides no other's matrices"
@@ -188,7 +195,30 @@ def update_slab(
         cut=-2 if split.cuts_rows else -1,
         total=member.summed,
     )
-    return o_MN, updated, summary
+    figures = None
+    if norms_1M is not None and rank_1 is not None:
+        shape = (slab.rows, slab.cols)
+        factors = normalizer.factors(updated, summary, shape)
+        update_1M = update_row_norms(o_MN[None], factors, options.lr * normalizer.constant(*shape))
+        norms_1M, update_1M = yield from _whole_row_norms(norms_1M, update_1M, slab, split, member)
+        figures = whole_figures(norms_1M, update_1M, rank_1, num_columns=slab.cols, moves_B=moves_1)
+    return o_MN, updated, summary, figures
+
+
+NUM_MEASURING_SWAPS = 1
+"""How much more often members exchange at a step that is measured."""
+
+
+def _whole_row_norms(
+    norms_1m: Tensor, update_1m: Tensor, slab: Slab, split: Split, member: Member
+) -> Program[tuple[Tensor, Tensor]]:
+    """The norms of whole rows of the whole matrix, from those of a slab."""
+    squares_2M = norms_1m.new_zeros(2, slab.rows)
+    first = even_cuts(slab.rows, member.size)[member.number][0] if split.cuts_rows else 0
+    squares_2M[:, first : first + norms_1m.shape[1]] = torch.cat([norms_1m, update_1m]).square()
+    whole_2M = yield from member.summed(squares_2M)
+    norms_1M, update_1M = torch.split(whole_2M.sqrt(), 1)
+    return norms_1M, update_1M
 
 
 def _normalized(x_SL: Tensor, member: Member, dtype: torch.dtype) -> Program[Tensor]:
@@ -209,23 +239,35 @@ def _normalized(x_SL: Tensor, member: Member, dtype: torch.dtype) -> Program[Ten
 
 
 def _iterated(
-    x_SL: Tensor, coefficients: Sequence[Triple], segments: Sequence[int], member: Member
+    x_SL: Tensor,
+    coefficients: Sequence[Triple],
+    segments: Sequence[int],
+    member: Member,
+    rank_1: Tensor | None,
 ) -> Program[Tensor]:
     """The Newton-Schulz polynomial; see `iteration.gram_newton_schulz`."""
     short = len(x_SL)
     squares = list(x_SL.new_empty((5, short, short)).unbind(0))
     for stop, length in zip(accumulate(segments), segments, strict=True):
-        x_SL = yield from _segment(x_SL, coefficients[stop - length : stop], squares, member)
+        of_segment = coefficients[stop - length : stop]
+        x_SL = yield from _segment(x_SL, of_segment, squares, member, rank_1)
+        rank_1 = None
     return x_SL
 
 
 def _segment(
-    x_SL: Tensor, coefficients: Sequence[Triple], squares: Sequence[Tensor], member: Member
+    x_SL: Tensor,
+    coefficients: Sequence[Triple],
+    squares: Sequence[Tensor],
+    member: Member,
+    rank_1: Tensor | None,
 ) -> Program[Tensor]:
     r, z, t, q, spare = squares
     panels = num_panels(len(r), device_type=r.device.type)
     symmetric_product(x_SL, x_SL.mT, panels=panels, out=r)
     yield from member.sum_squares_(r)
+    if rank_1 is not None:
+        rank_1.copy_(effective_rank(r))
     for number, (a, b, c) in enumerate(coefficients):
         is_first, is_last = number == 0, number == len(coefficients) - 1
         member.multiply_(r, r, add=r, beta=b, alpha=c, out=z)

@@ -13,8 +13,8 @@ from normuon.distributed.exchange import exchange_tensors
 from normuon.step.normalizer import Vectors
 from normuon.step.slabs import Program, Swap
 
-SlabUpdate = tuple[Tensor, Vectors, Vectors]
-"""A slab of O, and the new state and the summary of its matrix."""
+SlabUpdate = tuple[Tensor, Vectors, Vectors, Tensor | None]
+"""A slab of O, and the new state, the summary and perhaps the figures of its matrix."""
 
 
 @dataclass(slots=True)
