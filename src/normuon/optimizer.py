@@ -376,25 +376,28 @@ class NorMuon(Optimizer):
             ]
         return self._sharded_steps
 
-    def record_statistics(self, every: int = 1) -> None:
-        """Measures the next step and every so many steps from there, for `statistics`.
+    def record_statistics(self, every: int | None = None) -> None:
+        """Measures the next step for `statistics`, or every so many steps from there.
 
-        What is measured stays on the device and makes nothing wait: a step's Gram matrices and
-        norms of rows are reduced where they are at hand, the weights are read once more, and ranks
-        that share parameters sum a few numbers per matrix in one all-reduce. So every rank must
-        call this alike. Other steps cost nothing.
+        What is measured stays on the device and makes nothing wait: a step's Gram matrices and rows
+        are reduced where they are at hand, the weights are read once more, and ranks that share
+        parameters sum a few numbers per matrix in one all-reduce. So every rank must call this
+        alike. Other steps cost nothing.
 
         Args:
-            every: 1 for every step, 0 for none from now on.
+            every: None for the next step alone, 1 for every step from now on, 0 for none.
 
         Raises:
             ValueError: a negative number, or no whole one.
         """
+        if every is None:
+            self._recorder.measure_next()
+            return
         if isinstance(every, bool) or not isinstance(every, int) or every < 0:
             raise ValueError(
-                f"every={every!r} must be a whole number of steps, 1 for every step, 0 for none"
+                f"every={every!r} must be a whole number of steps: 1 for every step, 0 for none"
             )
-        self._recorder.measure(every)
+        self._recorder.measure_every(every)
 
     def statistics(self) -> Statistics:
         """What the last measured step did, by group and by matrix; see `Statistics`.

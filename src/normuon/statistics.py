@@ -180,31 +180,31 @@ def _matrix_owners(
 
 
 class Recorder:
-    """Which steps of an optimizer are measured, and what the last of them noted.
-
-    Attributes:
-        step: how many steps have begun.
-        every: measured are the first step after this was set, and every so many steps from there.
-    """
+    """Which steps of an optimizer are measured, and what the last of them noted."""
 
     def __init__(self) -> None:
-        self.step = self.every = 0
-        self._steps_left = 0
+        self._step = self._every = self._steps_left = 0
+        self._measures_next = False
         self._records: dict[int, GroupRecord] = {}
         self._noted: list[Noted] = []
         self._noted_at = 0
 
-    def measure(self, every: int) -> None:
+    def measure_next(self) -> None:
+        """Measures the next step, whatever else is measured."""
+        self._measures_next = True
+
+    def measure_every(self, every: int) -> None:
         """Measures every so many steps, the next one first; 0 for none."""
-        self.every, self._steps_left = every, 0
+        self._every, self._steps_left = every, 0
+        self._measures_next = False
 
     def begin_step(self) -> bool:
         """Whether the step that begins is measured."""
-        self.step += 1
-        if not self.every:
-            return False
-        is_due = self._steps_left == 0
-        self._steps_left = self.every - 1 if is_due else self._steps_left - 1
+        self._step += 1
+        is_due, self._measures_next = self._measures_next, False
+        if self._every:
+            is_due |= self._steps_left == 0
+            self._steps_left = (self._steps_left or self._every) - 1
         return is_due
 
     def begin_(self) -> None:
@@ -232,7 +232,7 @@ class Recorder:
             record.finish_(states)
             self._noted += record.noted()
         self._noted += shared
-        self._noted_at = self.step
+        self._noted_at = self._step
 
     def forget_layouts(self) -> None:
         """Rows are numbered anew where parameters or groups were replaced."""

@@ -45,11 +45,12 @@ def built(sizes, *, dtype=torch.float32, **options):
         yield NorMuon(groups, lr=1e-3, **{**OFFLOADED, **given, **options})
 
 
-def stepped(sizes, *, missing=((), (), ()), **options):
+def stepped(sizes, *, missing=((), (), ()), measures=False, **options):
     """The races of the last step, where all tensors of the optimizer are, and what it steps."""
     from tests.accelerator.streams import Races, streams
 
     with streams() as line, built(sizes, **options) as optimizer:
+        optimizer.record_statistics(every=int(measures))
         for step, without in enumerate(missing):
             cases.set_gradients(optimizer, missing=without)
             races = Races(line)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from normuon import MatrixView, NorMuon
 from tests.distributed.parity import PLACEMENTS, gradient, spread, weights
+from tests.distributed.test_teams import exchanges_cost_nothing, slabs_of
 
 STEPS = 3
 SHAPES = [(17, 5), (18, 40), (24, 16), (1, 9), (9, 1), (2, 3)]
@@ -111,6 +113,90 @@ def test_any_number_of_ranks(ranks, world_size, placement):
 )
 def test_every_option(ranks, placement, options):
     same_everywhere(ranks.run(flat_case, 3, placement=placement, options=options))
+
+
+def copies_case(rank, world_size):
+    """Plain parameters under DDP."""
+    params = [nn.Parameter(start) for start in weights(ALL)]
+    _, many = figures(params, process_group=dist.group.WORLD)
+    return differing(alone(), many), many
+
+
+def test_copies_under_a_process_group(ranks):
+    same_everywhere(ranks.run(copies_case, 3))
+
+
+def teams_case(rank, world_size, placement, options):
+    """To rounding, as the step of teams is; in float64, since one device goes other ways."""
+
+    def in_float64(params):
+        return [nn.Parameter(param.detach().double()) for param in params]
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    with exchanges_cost_nothing():
+        params = in_float64(placed(mesh, [PLACEMENTS[placement]]))
+        optimizer, many = figures(params, teams="auto", **options)
+    cuts = {task.split.cuts_rows for task in optimizer._sharded_steps[0].plan.tasks if task.slab}
+    assert slabs_of(optimizer)
+    one = figures(in_float64(weights(ALL)), **options)[1]
+    found = [
+        f"{name}: {value!r} and {many[name]!r}"
+        for name, value in one.items()
+        if abs(many[name] - value) > 1e-6 * abs(value) + 1e-9
+    ]
+    return found, many, cuts
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": True, "poisoned": (0, 1, 6)}], ids=str)
+def test_teams_that_divide_a_matrix(ranks, options):
+    found = ranks.run(teams_case, 8, placement="shard_rows", options=options)
+    same_everywhere([(differences, values) for differences, values, _ in found])
+    assert set().union(*(cuts for *_, cuts in found)) == {False, True}, "rows and columns are cut"
+
+
+def disagreement_case(rank, world_size):
+    mesh = init_device_mesh("cpu", (world_size,))
+    (param,) = (nn.Parameter(spread(w, mesh, [Shard(0)])) for w in weights([(6, 4)]))
+    optimizer = NorMuon([param], lr=1e-2)
+    messages = []
+    for step in range(2):
+        if step == 1 and rank == 1:
+            optimizer.record_statistics()
+        param.grad = spread(gradient((6, 4), step, 0), mesh, [Shard(0)])
+        try:
+            optimizer.step()
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_ranks_of_which_some_measure_all_raise(ranks):
+    found = ranks.run(disagreement_case, 2)
+    assert found[0] == found[1]
+    assert "'record_statistics() measures this step: False' on rank 0" in found[0][0]
+
+
+def own_experts_case(rank, world_size):
+    """Parameters of which every rank has its own are not summed with others'."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    shared = nn.Parameter(spread(weights([(6, 4)])[0], mesh, [Shard(0)]))
+    own = nn.Parameter(gradient((5, 3), 7, rank))
+    optimizer = NorMuon([{"params": [shared, own]}], lr=1e-2)
+    optimizer.record_statistics()
+    shared.grad = spread(gradient((6, 4), 0, 0), mesh, [Shard(0)])
+    own.grad = gradient((5, 3), 8, rank)
+    optimizer.step()
+    found = optimizer.statistics().to_dict(per_matrix=True)
+    total = 24 * found["group 0 parameter 0/weight_rms"] ** 2
+    total += float(own.detach().square().sum())
+    assert abs(found["group0.normuon/weight_rms"] - (total / 39) ** 0.5) < 1e-6
+    return found["group 0 parameter 0/weight_rms"], found["group 0 parameter 1/weight_rms"]
+
+
+def test_parameters_of_ones_own_beside_shared_ones(ranks):
+    first, second = ranks.run(own_experts_case, 2)
+    assert first[0] == second[0]
+    assert first[1] != second[1]
 
 
 MESHES = {

@@ -72,6 +72,7 @@ ORDER = [
     "optimizer",
     "planning",
     "integrations",
+    "integrations.loggers",
     "integrations.torchtitan",
     "integrations.transformers",
     "integrations.lightning",

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from normuon.integrations.loggers import MeasuredSteps
 from normuon.models.groups import Override, Pattern, describe_groups, param_groups
 from normuon.optimizer import NorMuon
+from normuon.statistics import Statistics
 
 
 def trainer_optimizer(
@@ -129,3 +131,55 @@ def told(optimizer: NorMuon, options: Mapping[str, Any], args: Any) -> str:
         f"{describe_groups(optimizer.param_groups, collapse=True)}\n"
         f"NorMuon: {rates}; schedule {kind}"
     )
+
+
+def log_statistics(
+    trainer: Any,
+    *,
+    every: int | None = None,
+    per_matrix: bool = False,
+    prefix: str = "normuon/",
+) -> None:
+    """Logs the statistics of NorMuon's steps with the Trainer's own logs, wherever these go.
+
+    They are in ``trainer.state.log_history`` too.
+
+    Args:
+        trainer: a Trainer that trains with NorMuon, however it was built.
+        every: steps between measurements; None for ``TrainingArguments.logging_steps``.
+        per_matrix: also log every matrix and `adamw` parameter, not groups alone.
+        prefix: of all names.
+
+    Raises:
+        ValueError: ``every`` is below 1, or None while ``logging_steps`` is a fraction of a run.
+    """
+    from transformers import TrainerCallback
+
+    steps = trainer.args.logging_steps if every is None else every
+    if steps < 1 or steps != int(steps):
+        raise ValueError(
+            f"every={every!r}, with logging_steps={trainer.args.logging_steps!r}, must be a whole "
+            "number of steps, at least 1"
+        )
+    measured: list[Statistics] = []
+
+    class StatisticsCallback(TrainerCallback):
+        """Measures the optimizer's steps and logs them when the Trainer has counted them."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._steps = MeasuredSteps(
+                kwargs["optimizer"],
+                lambda statistics, _: measured.append(statistics),
+                every=int(steps),
+                step=state.global_step,
+            )
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if measured:
+                numbers = measured.pop().to_dict(per_matrix=per_matrix)
+                trainer.log({f"{prefix}{name}": value for name, value in numbers.items()})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._steps.remove()
+
+    trainer.add_callback(StatisticsCallback())

@@ -32,8 +32,8 @@ COLUMN = {name: number for number, name in enumerate(COLUMNS)}
 DEAD = torch.finfo(torch.float32).eps
 """A row is dead if its norm is at most this much of the longest row's: beside that it is rounding.
 
-What `torch.linalg.matrix_rank` takes for zero among singular values. A neuron that no longer gets a
-gradient is there after 311 steps of b1 = 0.95.
+As `torch.linalg.matrix_rank` cuts singular values. A neuron that gets no gradient any more is there
+within 311 steps of b1 = 0.95.
 """
 
 

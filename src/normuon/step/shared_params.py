@@ -149,7 +149,7 @@ class SharedParams:
         groups |= {vector.place[0]: vector.group for vector in self.vectors}
         for number in sorted(groups):
             yield f"group {number}: {options_text(groups[number])}"
-        yield f"the step is measured: {self.measures}"
+        yield f"record_statistics() measures this step: {self.measures}"
 
     def lines(self) -> Iterator[str]:
         """What ranks must agree on besides the plan: parameters, algorithms and options."""
