@@ -6,7 +6,10 @@ $ python docs/figures/make_figures.py
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from normuon import NorMuon
+from normuon import NorMuon, param_groups
+from normuon.integrations.loggers import log_statistics
 from normuon_lab.plot_style import GRID, INK, MUTED, color_of
 
 HERE = Path(__file__).parent
@@ -94,6 +98,53 @@ def draw_row_norms() -> None:
     save(figure, "row_norms.svg")
 
 
+def tutorials_figures() -> dict[str, list[float]]:
+    """The statistics of every step of the tutorial's training, by name: its own code is run."""
+    page = (HERE.parent / "tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    code: dict[str, Any] = {}
+    for block in blocks[: next(n for n, b in enumerate(blocks) if "def train" in b) + 1]:
+        exec(block.partition("optimizer = NorMuon")[0], code)
+    model = code["model"]
+    optimizer = NorMuon(param_groups(model), lr=2e-3)
+    found: dict[str, list[float]] = defaultdict(list)
+
+    def keep(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            found[name].append(value)
+
+    log_statistics(optimizer, keep, every=1, prefix="")
+    code["train"](model, optimizer, 0, 100)
+    return found
+
+
+def draw_statistics() -> None:
+    """What the steps of the tutorial did."""
+    found = tutorials_figures()
+    figure, panels = plt.subplots(1, 3, figsize=(9.5, 2.9), layout="constrained")
+    lines = {
+        "RMS of the update over the weights'": [
+            ("group1.adamw/update_to_weight", "AdamW's group", COLORS["adamw"]),
+            ("group0.normuon/update_to_weight", "hidden matrices", COLORS["normuon"]),
+        ],
+        "spread of row norms": [
+            ("group0.normuon/momentum_row_spread", "momentum", MUTED),
+            ("group0.normuon/update_row_spread", "update", COLORS["normuon"]),
+        ],
+        "effective rank of the momentum\n(1: full)": [
+            ("group0.normuon/effective_rank_share", "", COLORS["normuon"]),
+        ],
+    }
+    for axes, (title, of_panel) in zip(panels, lines.items(), strict=True):
+        for name, label, color in of_panel:
+            axes.plot(range(1, 101), found[name], color=color, linewidth=1.6, label=label)
+        axes.set(xlabel="step", ylim=(0, None))
+        axes.set_title(title, fontsize=10.5, color=INK)
+        if len(of_panel) > 1:
+            axes.legend(frameon=False, fontsize=9.5)
+    save(figure, "statistics.svg")
+
+
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white", lw=2))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white")
@@ -126,4 +177,5 @@ def draw_owner() -> None:
 if __name__ == "__main__":
     draw_losses()
     draw_row_norms()
+    draw_statistics()
     draw_owner()
