@@ -39,6 +39,19 @@ SAID = {
         r"^lm_head\.weight .* adamw .* output head$",
         r"^loss after 100 steps: (0\.0\d|\d\.\d+e-)",
     ),
+    "how-to/name-heads.md": (r"^layers\.0\.qkv\.weight .* 12 of 8x32 ",),
+    "how-to/parametrizations.md": (
+        r"^2\.parametrizations\.weight\.original1 .* adamw .* part of a parametrized weight",
+        r"^spectral_norm: loss 0\.0",
+        r"^weight_norm: loss 0\.0",
+        r"^2\.weight .* normuon .* Linear$",
+    ),
+    "how-to/rnn.md": (r"^rnn\.weight_hh_l1 .* 1 of 64x64, 1 of 64x64, ", r"^loss [01]\."),
+    "how-to/lora.md": (
+        r"^0\.lora_A .* 1 of 4x16 .* low-rank adapter",
+        r"^loss 0\.[0-4]",
+        r"^B .* 1 of 32x4 .* 1 ",
+    ),
     "how-to/learning-rate.md": (r"^0\.0036\d*$",),
     "how-to/debugging.md": (r"^\{0: 1, 1: 0\}$", r"^tensor\(0\.2000"),
 }

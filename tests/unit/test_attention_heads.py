@@ -118,3 +118,43 @@ def test_a_model_without_attention_to_train_stays_as_it_is(model):
         describe_groups(param_groups(model, split_heads=split)) for split in (True, False)
     )
     assert split == whole
+
+
+class CountsHeadsItsOwnWay(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_head = 4
+        self.c_attn = nn.Linear(32, 96, bias=False)
+        self.c_proj = nn.Linear(32, 32, bias=False)
+
+
+class HoldsThemApart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            self.add_module(name, nn.Linear(32, 32, bias=False))
+
+
+def test_attention_without_a_head_size_is_warned_about_once_for_each_class():
+    """Otherwise split_heads=True would do nothing there, and say nothing."""
+    layers = [CountsHeadsItsOwnWay(), CountsHeadsItsOwnWay(), HoldsThemApart(), Attention()]
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers), "lm_head": nn.Linear(24, 9)})
+    with pytest.warns(UserWarning, match="split_heads=True leaves") as caught:
+        groups = param_groups(model, split_heads=True)
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert texts[0].startswith(
+        "split_heads=True leaves layers.0.c_attn.weight [96, 32] and 1 more whole: "
+        "CountsHeadsItsOwnWay has no head_dim."
+    )
+    assert "layers.2.to_q.weight [32, 32] and 2 more whole: HoldsThemApart" in texts[1]
+    assert any(group.get("view") == MatrixView(heads=4) for group in groups)
+
+
+def test_what_an_override_or_a_head_size_splits_is_not_warned_about(recwarn):
+    model = nn.ModuleDict({"attn": CountsHeadsItsOwnWay(), "lm_head": nn.Linear(32, 9)})
+    views = views_of(model, overrides={"*c_attn.weight": MatrixView(heads=12)})
+    assert views["attn.c_attn.weight"] == MatrixView(heads=12)
+    model["attn"].head_dim = 8
+    assert views_of(model) == views
+    assert not recwarn.list

@@ -190,13 +190,65 @@ class Extra(nn.Linear):
         super().__init__(WIDTH, WIDTH)
         self.gain = nn.Parameter(torch.ones(WIDTH, 1))
         self.channel_scale = nn.Parameter(torch.ones(WIDTH, 1, 1))
-        self.lora_A, self.lora_B = (nn.Parameter(torch.ones(2, WIDTH)) for _ in range(2))
+        self.lora_A = nn.Parameter(torch.ones(2, WIDTH))
+        self.lora_B = nn.Parameter(torch.ones(WIDTH, 2))
 
 
 def test_only_a_modules_own_weight_is_its_matrix():
     found = algorithms(mlp(extra=Extra(), head=nn.Linear(WIDTH, 3)))
     assert found["extra.weight"] == found["extra.lora_A"] == "normuon"
     assert found["extra.gain"] == found["extra.channel_scale"] == "adamw"
+
+
+class Adapter(nn.Module):
+    def __init__(self, names: tuple[str, str], down: tuple[int, int], up: tuple[int, int]):
+        super().__init__()
+        for name, shape in zip(names, (down, up), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize(
+    ("down", "up", "neuron_dim"),
+    [
+        ((4, 24), (32, 4), 0),
+        ((24, 4), (4, 32), 1),
+        ((4, 24), (24, 4), 0),  # Both products exist: 24 x 24 of rank 4, or 4 x 4 of rank 24.
+        ((24, 4), (4, 24), 1),
+    ],
+)
+def test_the_factors_of_an_adapter_say_together_how_they_are_stored(names, down, up, neuron_dim):
+    """Once every ``lora_*`` was taken for [out, in], so that neurons were along the rank."""
+    (group,) = param_groups(Adapter(names, down, up))
+    assert [name for name, _ in group["params"]] == list(names)
+    assert group["view"] == MatrixView(neuron_dim=neuron_dim)
+
+
+@pytest.mark.parametrize(
+    ("names", "down", "up"),
+    [
+        (("lora_A", "lora_B"), (8, 8), (8, 8)),  # Both products exist.
+        (("lora_A", "lora_B"), (8, 24), (32, 4)),  # Neither does.
+        (("lora_A", "other"), (4, 24), (32, 4)),  # No partner.
+        (("lora_A", "lora_middle"), (4, 24), (32, 4)),
+    ],
+)
+def test_factors_whose_shapes_do_not_say_it_are_asked_about(names, down, up):
+    with pytest.raises(ValueError, match=r"only their shape could say .*Adapter\.lora_A"):
+        param_groups(Adapter(names, down, up))
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l1", "weight_ih_l1_reverse"])
+def test_old_weight_norm_is_known_on_every_layer_of_a_recurrent_module(name):
+    """Once only the first layer's were, and the others' directions took NorMuon as matrices."""
+    model = nn.ModuleDict(
+        {"rnn": nn.LSTM(8, 16, num_layers=2, bidirectional=True), "head": nn.Linear(32, 3)}
+    )
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model["rnn"], name)
+    found = algorithms(model)
+    assert found[f"rnn.{name}_v"] == found[f"rnn.{name}_g"] == "adamw"
+    assert found["rnn.weight_hh_l0"] == "normuon"
 
 
 class Mixing(nn.Module):

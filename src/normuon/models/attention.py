@@ -11,12 +11,13 @@ from normuon.models.rules import Verdict
 HEAD_SIZE_NAMES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 """Attributes by which attention modules (transformers', timm's, torch's) call a head's size."""
 
+SEPARATE_NAMES = (
+    *(("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v")),
+    *(("wq", "wk", "wv"), ("to_q", "to_k", "to_v"), ("q_lin", "k_lin", "v_lin")),
+)
+FUSED_NAMES = ("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "query_key_value")
 PROJECTION_NAMES = frozenset(
-    (
-        *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "wq", "wk", "wv"),
-        *("to_q", "to_k", "to_v", "q_lin", "k_lin", "v_lin", "q_attn"),
-        *("qkv", "qkv_proj", "to_qkv", "Wqkv", "c_attn", "query_key_value"),
-    )
+    (*(n for names in SEPARATE_NAMES for n in names), *FUSED_NAMES, "q_attn")
 )
 """Their children whose output neurons are heads, one after another: separate ones, then fused.
 
@@ -51,6 +52,28 @@ def head_sizes(model: nn.Module) -> dict[int, int]:
         if isinstance(module, nn.MultiheadAttention):
             weights += [getattr(module, name) for name in OWN_PROJECTIONS]
         found.update({id(weight): size for weight in weights if _is_trained(weight)})
+    return found
+
+
+def without_head_size(model: nn.Module) -> dict[int, str]:
+    """The class of the attention module of every projection whose head size is not known.
+
+    By ``id`` of the weight. Attention is a module with a fused projection, or with separate ones of
+    q, k and v, under the names that `head_sizes` looks for.
+
+    Example:
+        >>> attention = nn.ModuleDict({"c_attn": nn.Linear(4, 12), "c_proj": nn.Linear(4, 4)})
+        >>> without_head_size(attention) == {id(attention["c_attn"].weight): "ModuleDict"}
+        True
+    """
+    known = head_sizes(model)
+    found: dict[int, str] = {}
+    for module in model.modules():
+        children = dict(module.named_children())
+        for names in (*((name,) for name in FUSED_NAMES), *SEPARATE_NAMES):
+            weights = [getattr(children.get(name), "weight", None) for name in names]
+            if all(_is_trained(weight) and id(weight) not in known for weight in weights):
+                found.update({id(weight): type(module).__name__ for weight in weights})
     return found
 
 

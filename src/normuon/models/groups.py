@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from normuon.models.attention import head_sizes, split_into_heads
+from normuon.models.attention import head_sizes, split_into_heads, without_head_size
 from normuon.models.heads import is_base_model, last_matrix, output_heads
 from normuon.models.rules import Owner, Verdict, judge, owners_of
 from normuon.models.view import MatrixView
@@ -54,8 +54,8 @@ def param_groups(
         other: options for every other group; ``{"weight_decay": 0.0}`` is preset.
         split_heads: orthogonalise every attention head's rows of the query, key and value
             projections as a matrix of their own, scale included, fused or not. Heads are found by
-            the attention module's ``head_dim`` (or a like name); overrides win. A model without
-            such modules stays as it is.
+            the attention module's ``head_dim`` (or a like name); overrides win. A warning names
+            attention modules that have none; a model without attention stays as it is.
         hidden_required: False allows a model without a hidden matrix, as a pipeline stage may be
             that holds the embedding alone: its parameters all take `adamw`.
 
@@ -113,6 +113,8 @@ def param_groups(
     _check_complete(groups, unplaced, [p for p in overrides if p not in used], hidden_required)
     if hidden_required and not heads and not is_base_model(model):
         _warn_without_head(model, groups, overridden)
+    if split_heads:
+        _warn_unsplit(model, groups, overridden)
     return sorted(groups.values(), key=lambda group: ALGORITHMS.index(group["algorithm"]))
 
 
@@ -236,6 +238,25 @@ def _warn_without_head(
         f"overrides={{'{name}': 'adamw'}}; if it is hidden, overrides={{'{name}': 'normuon'}}",
         stacklevel=3,
     )
+
+
+def _warn_unsplit(
+    model: nn.Module, groups: Mapping[str, Mapping[str, Any]], overridden: set[str]
+) -> None:
+    unknown = without_head_size(model)
+    whole: dict[str, list[str]] = {}
+    for group in groups.values():
+        for name, param in group["params"] if group["algorithm"] != "adamw" else ():
+            if id(param) in unknown and name not in overridden:
+                whole.setdefault(unknown[id(param)], []).append(f"{name} {list(param.shape)}")
+    for kind, labels in whole.items():
+        more = f" and {len(labels) - 1} more" if labels[1:] else ""
+        warnings.warn(
+            f"split_heads=True leaves {labels[0]}{more} whole: {kind} has no head_dim. Set it to "
+            "the size of a head before param_groups, or say how it splits with "
+            "overrides={'name or pattern': normuon.MatrixView(heads=...)}",
+            stacklevel=3,
+        )
 
 
 def describe_groups(groups: Iterable[Mapping[str, Any]], *, collapse: bool = False) -> str:

@@ -27,6 +27,9 @@ PATCH_PARTS = ("PatchEmbed", "patch_embed", "patch_embedding", "patchify", "x_em
 MATRIX_NAMES = ("weight", "weight_ih", "weight_hh", "weight_hr", "in_proj_weight")
 """What a matrix module calls its own matrices; the rest of its parameters are gains and such."""
 
+ADAPTER_ENDINGS = (("A", "B"), ("a", "b"), ("down", "up"))
+"""How the names of a low-rank adapter's two factors end, the one that the input meets first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -124,12 +127,11 @@ def _judge_parametrized(owner: Owner) -> Verdict | None:
 
     What they train is no matrix that the layer multiplies by.
     """
-    old = owner.param_name.endswith(("_orig", "_g", "_v")) and not hasattr(
-        type(owner.module), owner.param_name
-    )
+    stem, _, ending = owner.param_name.rpartition("_")
     if isinstance(owner.module, ParametrizationList):
         return Verdict("adamw", f"part of a parametrized weight: {owner.param_name}")
-    if old and owner.param_name.rpartition("_")[0] in ("weight", "weight_ih_l0", "weight_hh_l0"):
+    # The old functions leave the computed weight on the module as a plain tensor.
+    if ending in ("orig", "g", "v") and isinstance(vars(owner.module).get(stem), Tensor):
         return Verdict("adamw", f"part of a parametrized weight: {_where(owner)}")
     return None
 
@@ -214,7 +216,7 @@ def _judge_convolution(module: nn.modules.conv._ConvNd, owner: Owner) -> Verdict
 def _judge_by_name(param: Tensor, owner: Owner) -> Verdict | None:
     name = owner.param_name
     if name.startswith("lora_") and "embedding" not in owner.module_name and param.ndim == 2:
-        return Verdict("normuon", f"low-rank adapter: {_where(owner)}", MatrixView.linear())
+        return _judge_adapter(owner)
     if any(part in f"{owner.module_name}.{name}" for part in ("lora_embedding", "lora_magnitude")):
         return Verdict("adamw", f"adapter of an embedding: {owner.module_name}")
     if "bias" in name:
@@ -226,3 +228,25 @@ def _judge_by_name(param: Tensor, owner: Owner) -> Verdict | None:
     if any(cls.startswith("XLNetRelative") for cls in _class_names(owner.module)):
         return Verdict("adamw", f"attention of three dims: {_where(owner)}")
     return None
+
+
+def _judge_adapter(owner: Owner) -> Verdict | None:
+    """A bare factor of a low-rank adapter, stored as the shapes of the two factors allow.
+
+    ``[r, in]`` and ``[out, r]`` are multiplied as B A, ``[in, r]`` and ``[r, out]`` as A B. Where
+    both products exist, the rank is the smaller of the sizes that they sum over. None where neither
+    exists or these sizes are equal, or without a partner.
+    """
+    stem, _, ending = owner.param_name.rpartition("_")
+    endings = next((pair for pair in ADAPTER_ENDINGS if ending in pair), ())
+    factors = [getattr(owner.module, f"{stem}_{one}", None) for one in endings]
+    if not factors or not all(isinstance(one, Tensor) and one.ndim == 2 for one in factors):
+        return None
+    down, up = (factor.shape for factor in factors)
+    as_linear, as_transposed = up[1] == down[0], down[1] == up[0]
+    if not as_linear and not as_transposed or down[0] == down[1] == up[0] == up[1]:
+        return None
+    reason = f"low-rank adapter: {_where(owner)}"
+    if as_linear and (not as_transposed or down[0] < down[1]):
+        return Verdict("normuon", reason, MatrixView.linear())
+    return Verdict("normuon", f"{reason}, stored [in, out]", MatrixView.transposed())
