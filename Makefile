@@ -1,25 +1,38 @@
 # `make compare` and `make test` do all their own set-up: Python >= 3.10 and make are enough.
 PYTHON ?= python3
-VENV := .venv
+# Another torch than the pinned one, in a virtual environment of its own: make test TORCH=2.9.1
+TORCH ?=
+VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
 LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
 .PHONY: compare gpu results reproduce-quick test test-all lint types docs format install clean
 
+ifeq ($(TORCH),)
+PINS := constraints.txt
+else
+# torchvision 0.(15 + n) is built for torch 2.n; triton's version is what that torch asks for.
+PINS := $(VENV)-constraints.txt
+VISION := 0.$(shell expr 15 + $(word 2,$(subst ., ,$(TORCH)))).*
+$(PINS): constraints.txt Makefile
+	grep -vE '^(torch|torchvision|triton)==' constraints.txt > $@
+	printf 'torch==%s\ntorchvision==%s\n' '$(TORCH)' '$(VISION)' >> $@
+endif
+
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
-$(LAB): pyproject.toml constraints.txt
+$(LAB): pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) torch
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[lab]'
 	touch $(LAB)
 
 # timm in a folder of its own: PyPI's torchvision is built for CUDA's torch, and beside torch's CPU
 # wheel it would break the import of transformers, which loads torchvision wherever it finds it.
 $(STAMP): $(LAB)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lab,dev,integrations,docs]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/vision timm torchvision
+	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[lab,dev,integrations,docs]'
+	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps --target $(VENV)/vision timm torchvision
 	touch $(STAMP)
 
 install: $(STAMP)
@@ -62,4 +75,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf .venv .venv-torch-* .pytest_cache .mypy_cache .ruff_cache dist build

@@ -16,4 +16,4 @@ __all__ = [
     "plan_for",
     "suggest_lr",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

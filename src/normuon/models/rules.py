@@ -244,7 +244,7 @@ def _judge_adapter(owner: Owner) -> Verdict | None:
         return None
     down, up = (factor.shape for factor in factors)
     as_linear, as_transposed = up[1] == down[0], down[1] == up[0]
-    if not as_linear and not as_transposed or down[0] == down[1] == up[0] == up[1]:
+    if (not as_linear and not as_transposed) or down[0] == down[1] == up[0] == up[1]:
         return None
     reason = f"low-rank adapter: {_where(owner)}"
     if as_linear and (not as_transposed or down[0] < down[1]):
