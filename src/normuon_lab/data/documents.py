@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.sources import Stream, TextFiles, builder_of
-from normuon_lab.errors import InputError, counted, require
+from normuon_lab.errors import InputError, counted, first_line, require
 
 # Importing `datasets` takes seconds.
 if TYPE_CHECKING:
@@ -212,9 +212,7 @@ def readable(group: DocumentGroup) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise InputError(f"{_undecodable(group)} is not text in UTF-8 ({error.reason})") from error
     except (OSError, ValueError, TypeError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise InputError(f"cannot read {_label(group)}: {reason}") from error
+        raise InputError(f"cannot read {_label(group)}: {first_line(error)}") from error
 
 
 def _held_out_files(paths: Sequence[Path], fraction: float, seed: int) -> set[Path]:

@@ -67,6 +67,11 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model reads of ``[batch, T + 1]`` tokens and what it predicts, ``[batch, T]``."""
+    return tokens[:, :-1], tokens[:, 1:]
+
+
 class TokenArray(Protocol):
     """Tokens that are read in runs."""
 
@@ -80,13 +85,13 @@ class TokenArray(Protocol):
 class ArrayTokens:
     """A `TokenArray` in memory."""
 
-    def __init__(self, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, tokens: npt.NDArray[Any]) -> None:
         self._tokens = tokens
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def read(self, start: int, length: int) -> npt.NDArray[np.int64]:
+    def read(self, start: int, length: int) -> npt.NDArray[Any]:
         """``[length]`` tokens from `start`."""
         return self._tokens[start : start + length]
 
@@ -141,8 +146,8 @@ class ValidationBatches:
         *,
         num_sequences: int,
         batch_size: int,
-        rank: int,
-        world_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         require(num_sequences >= 1, "an evaluation reads less than one sequence; give more tokens")
         require(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, first_line, require
 
 # They take a second to import, and reading bytes needs neither.
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def hub_answer(name: str, *, file: str) -> HubAnswer:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import is_offline_mode
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if Path(name).exists():
         return HubAnswer(local_only=True)
@@ -131,9 +131,11 @@ def hub_answer(name: str, *, file: str) -> HubAnswer:
         return HubAnswer(True, "it is not on this machine, and HF_HUB_OFFLINE is set")
     try:
         HfApi().model_info(name, timeout=10)
-    except Exception as error:  # Of several libraries.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        return HubAnswer(True, f"it is not on this machine, and the Hub does not give it: {reason}")
+    except HfHubHTTPError:
+        pass  # It answers, and loading shows what it says of the name.
+    except Exception as error:  # Of whichever library it asks by.
+        failure = "it is not on this machine, and the Hub cannot be reached"
+        return HubAnswer(True, f"{failure}: {first_line(error)}")
     return HubAnswer(local_only=False)
 
 
@@ -238,7 +240,7 @@ def _from_transformers(name: str, separator: str | None) -> TextTokenizer:
     try:
         loaded = AutoTokenizer.from_pretrained(name, local_files_only=hub.local_only)
     except (OSError, ValueError) as error:
-        reason = hub.failure or str(error).strip().splitlines()[0]
+        reason = hub.failure or first_line(error)
         raise InputError(
             f"tokenizer: {name} is neither bytes, a tokenizers file, nor a transformers tokenizer "
             f"that can be loaded: {reason}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normuon_lab.data.tokenizer import HubAnswer, hub_answer
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, first_line, require
 from normuon_lab.plan.model_matrices import read_config
 from normuon_lab.plan.presets import PRESETS, preset_config
 
@@ -77,7 +77,7 @@ def build_named_model(name: str, *, seed: int, pretrained: bool = False) -> nn.M
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"--model {name}: {hub.failure or _first_line(error)}") from None
+        raise InputError(f"--model {name}: {hub.failure or first_line(error)}") from None
 
 
 def transformers_config(model: str) -> PretrainedConfig:
@@ -102,7 +102,7 @@ def transformers_config(model: str) -> PretrainedConfig:
             known = ", ".join(PRESETS)
             raise InputError(
                 f"--model {model} is neither a named model ({known}) nor a file, and the Hub did "
-                f"not give it: {hub.failure or _first_line(error)}"
+                f"not give it: {hub.failure or first_line(error)}"
             ) from None
     is_language_model = type(config) in AutoModelForCausalLM._model_mapping
     require(is_language_model, f"--model {model}: {config.model_type} is no causal language model")
@@ -195,8 +195,3 @@ def flops_per_token(model: nn.Module, *, sequence_length: int) -> TokenFlops:
         weights=6 * (num_parameters(model) - looked_up),
         attention=12 * config.num_hidden_layers * heads * head_width * sequence_length,
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, first_line, require
 from normuon_lab.train.model import build_model
 from normuon_lab.train.pretrain.checkpoint import CheckpointDescription
 from normuon_lab.train.ranks import Ranks
@@ -82,7 +82,7 @@ class TensorReader(dcp.FileSystemReader):
             raise InputError(f"{folder}: cannot read its .metadata: {error.strerror}") from None
         except Exception as error:  # A damaged pickle raises almost anything.
             raise InputError(
-                f"{folder}: its .metadata does not describe tensors: {_one_line(error)}"
+                f"{folder}: its .metadata does not describe tensors: {first_line(error)}"
             ) from None
         require(isinstance(metadata, Metadata), f"{folder}: its .metadata is of another kind")
         for name, entry in metadata.state_dict_metadata.items():
@@ -148,10 +148,6 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
             assert isinstance(value, Tensor), f"{prefix}{key} is no tensor"
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def tensors_to_save(
@@ -230,9 +226,8 @@ def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.M
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         return build_model(config, device=device)
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[:1]
         raise InputError(
-            f"this version of transformers cannot build the checkpoint's model: {''.join(reason)}"
+            f"this version of transformers cannot build the checkpoint's model: {first_line(error)}"
         ) from error
 
 

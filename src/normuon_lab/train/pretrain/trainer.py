@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normuon_lab.data.batches import TrainBatches
+from normuon_lab.data.sequences import inputs_and_targets
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.train.loop import (
     Batch,
@@ -199,7 +200,7 @@ class Trainer:
             tokens = next(run.batches).to(run.ranks.device, non_blocking=True)
             is_last = number % run.batches.share.micro_batches_per_step == 0
             reduce_only_after_last_(run.model, is_last=is_last)
-            yield _split(tokens)
+            yield inputs_and_targets(tokens)
 
     def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         with autocast(self._config.model, self._run.ranks):
@@ -255,7 +256,7 @@ class Trainer:
         run = self._run
         (value,) = evaluate(
             run.model,
-            map(_split, run.validation),
+            map(inputs_and_targets, run.validation),
             lambda *batch: (self._loss(*batch),),
             ranks=run.ranks,
             sequence_length=self._config.batch.sequence_length,
@@ -296,11 +297,6 @@ class Trainer:
     @property
     def _tokens(self) -> int:
         return self._run.step * self._config.batch.tokens_per_step
-
-
-def _split(tokens: Tensor) -> Batch:
-    """Inputs and targets of ``[batch, sequence + 1]`` tokens."""
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _is_due(step: int, every: int) -> bool:

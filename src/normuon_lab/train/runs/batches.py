@@ -1,20 +1,23 @@
-"""Which examples a step trains on, and which windows of a text every evaluation reads.
+"""Which examples each step of a run trains on.
 
 The order depends on the seed and the step alone, so every arm sees the same batches.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-"""A text, ``[num_tokens]``."""
+# The data is read and checked before anything slow starts, and importing torch takes seconds.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normuon_lab.data.sequences import SequenceReader
 
 
-class EpochOrder:
+class ExampleOrder:
     """The numbers of each step's examples: a fresh permutation of all examples per epoch.
 
     None comes twice within an epoch. A batch may straddle two epochs.
@@ -47,49 +50,21 @@ class EpochOrder:
         return int(self._order[offset])
 
 
-class BatchSampler:
-    """Draws each step's windows of a text, which do not overlap, in the order of `EpochOrder`.
+class TextBatches:
+    """Draws each step's sequences of a text in the order of `ExampleOrder`.
 
     Args:
-        tokens: the training text, `[num_tokens]`.
-        sequence_length: tokens a window feeds to the model.
-        batch_size: windows per step.
+        reader: the training text.
+        batch_size: sequences per step.
         seed: together with the step, all that the choice depends on.
     """
 
-    def __init__(self, tokens: Tokens, *, sequence_length: int, batch_size: int, seed: int) -> None:
-        self._tokens = tokens
-        self._sequence_length = sequence_length
-        self.num_windows = (tokens.size - 1) // sequence_length
-        self._order = EpochOrder(self.num_windows, batch_size=batch_size, seed=seed)
-
-    def window_indices(self, step: int) -> list[int]:
-        """The numbers of the windows of batch `step`, counted from 0."""
-        return self._order.examples(step)
+    def __init__(self, reader: SequenceReader, *, batch_size: int, seed: int) -> None:
+        self._reader = reader
+        self.order = ExampleOrder(len(reader), batch_size=batch_size, seed=seed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and next-token targets of batch `step`, both int64 `[batch, sequence]`."""
-        return _gather(self._tokens, self.window_indices(step), self._sequence_length)
+        from normuon_lab.data.sequences import inputs_and_targets
 
-
-def validation_batches(
-    tokens: Tokens, *, sequence_length: int, eval_tokens: int, batch_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """The windows that every evaluation of every run reads, spread evenly over the text.
-
-    Returns:
-        Pairs of inputs and targets, int64 `[<= batch_size, sequence_length]`.
-    """
-    num_windows = (tokens.size - 1) // sequence_length
-    num_read = eval_tokens // sequence_length
-    chosen = [i * num_windows // num_read for i in range(num_read)]
-    return [
-        _gather(tokens, chosen[i : i + batch_size], sequence_length)
-        for i in range(0, num_read, batch_size)
-    ]
-
-
-def _gather(tokens: Tokens, windows: list[int], length: int) -> tuple[Tensor, Tensor]:
-    rows = np.stack([tokens[w * length : w * length + length + 1] for w in windows])
-    batch = torch.from_numpy(rows.astype(np.int64))
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return inputs_and_targets(self._reader.read(self.order.examples(step)))

@@ -1,7 +1,7 @@
 """Text on this machine becomes two disjoint token arrays, train and validation, and a digest.
 
 Tokens are the bytes of the text, or those of a BPE made from its training part. Nothing is
-downloaded. How windows are drawn from the arrays is `batches.py`'s business.
+downloaded.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from normuon_lab.data.sources import shakespeare_documents, stdlib_documents
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, counted, require
+from normuon_lab.train.runs.batches import TextBatches
 from normuon_lab.train.runs.config import NUM_BYTES, Experiment, check_tokenizer
 
 # The text is read and checked before anything slow starts, and importing torch takes seconds.
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from normuon_lab.train.runs.batches import BatchSampler, Tokens
+    from normuon_lab.data.sequences import SequenceReader
+
+Tokens = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+"""A text, ``[num_tokens]``."""
 
 # One document in ten, or the last tenth of a single document, is held out.
 VALIDATION_SHARE = 10
@@ -55,26 +60,29 @@ class Corpus:
     train_bytes_per_token: float = 1.0
     validation_bytes_per_token: float = 1.0
 
-    def train_batches(self, experiment: Experiment, *, seed: int) -> BatchSampler:
-        """The windows that each step of a run trains on."""
-        from normuon_lab.train.runs.batches import BatchSampler
-
-        return BatchSampler(
-            self.train,
-            sequence_length=experiment.model.sequence_length,
-            batch_size=experiment.training.batch_size,
-            seed=seed,
-        )
+    def train_batches(self, experiment: Experiment, *, seed: int) -> TextBatches:
+        """The sequences that each step of a run trains on."""
+        reader = self._reader(self.train, experiment)
+        return TextBatches(reader, batch_size=experiment.training.batch_size, seed=seed)
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """The windows that every evaluation reads, the same for every seed."""
-        from normuon_lab.train.runs.batches import validation_batches
+        """The sequences that every evaluation reads, the same for every seed."""
+        from normuon_lab.data.sequences import ValidationBatches, inputs_and_targets
 
-        return validation_batches(
-            self.validation,
-            sequence_length=experiment.model.sequence_length,
-            eval_tokens=experiment.training.eval_tokens,
+        batches = ValidationBatches(
+            self._reader(self.validation, experiment),
+            num_sequences=experiment.training.eval_tokens // experiment.model.sequence_length,
             batch_size=experiment.training.batch_size,
+        )
+        return [inputs_and_targets(tokens) for tokens in batches]
+
+    def _reader(self, tokens: Tokens, experiment: Experiment) -> SequenceReader:
+        from normuon_lab.data.sequences import ArrayTokens, SequenceReader
+
+        return SequenceReader(
+            ArrayTokens(tokens),
+            sequence_length=experiment.model.sequence_length,
+            vocab_size=self.vocab_size,
         )
 
     def to_json(self) -> dict[str, Any]:

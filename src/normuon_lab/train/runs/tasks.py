@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from normuon_lab.train.runs.batches import ExampleOrder
 from normuon_lab.train.runs.config import Experiment, ModularAddition
 from normuon_lab.train.runs.corpus import check_lengths, load_corpus
 
@@ -81,14 +82,12 @@ class ModularTable:
 
 
 class PairBatches:
-    """Each step's sequences, in the order of `EpochOrder`."""
+    """Each step's sequences, in the order of `ExampleOrder`."""
 
     def __init__(self, config: ModularAddition, pairs: Pairs, batch_size: int, seed: int) -> None:
-        from normuon_lab.train.runs.batches import EpochOrder
-
         self._config = config
         self._pairs = pairs
-        self._order = EpochOrder(len(pairs), batch_size=batch_size, seed=seed)
+        self._order = ExampleOrder(len(pairs), batch_size=batch_size, seed=seed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch `step`, both int64 `[batch, 3]`."""

@@ -175,7 +175,7 @@ def test_what_is_on_the_hub_alone_is_asked_for_once(
     (snapshot.parents[1] / "refs" / "main").write_text("abc")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
     for name, offline, message in (
-        ("nobody/nothing", "0", "not on this machine, and the Hub does not give it: "),
+        ("nobody/nothing", "0", "not on this machine, and the Hub cannot be reached: "),
         ("nobody/nothing", "1", "not on this machine, and HF_HUB_OFFLINE is set"),
         # From the cache, although the Hub cannot be reached: it is read, and does not fit.
         ("somebody/mine", "0", "the tokenizer has 300 tokens and the model 256"),

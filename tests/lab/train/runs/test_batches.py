@@ -10,32 +10,36 @@ import torch
 
 from normuon_lab.errors import InputError
 from normuon_lab.train.loop import learning_rate_factor
-from normuon_lab.train.runs.batches import BatchSampler, validation_batches
+from normuon_lab.train.runs.batches import TextBatches
 from normuon_lab.train.runs.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.train.runs.corpus import Corpus, check_lengths
 
+EXPERIMENT = Experiment(
+    model=ModelConfig(sequence_length=10), training=TrainConfig(batch_size=4, eval_tokens=50)
+)
 
-def sampler(seed: int = 0, *, num_tokens: int = 101, batch_size: int = 4) -> BatchSampler:
-    tokens = np.arange(num_tokens, dtype=np.uint8)
-    return BatchSampler(tokens, sequence_length=10, batch_size=batch_size, seed=seed)
+
+@pytest.fixture
+def sampler(make_corpus: Callable[..., Corpus]) -> Callable[..., TextBatches]:
+    """Batches of four of the ten windows of a text that counts up."""
+    return lambda seed=0: make_corpus(101).train_batches(EXPERIMENT, seed=seed)
 
 
-def test_an_epoch_covers_every_window_exactly_once() -> None:
-    drawn = [window for step in range(5) for window in sampler().window_indices(step)]
-    assert sampler().num_windows == 10
+def test_an_epoch_covers_every_window_exactly_once(sampler: Callable[..., TextBatches]) -> None:
+    drawn = [window for step in range(5) for window in sampler().order.examples(step)]
     assert sorted(drawn[:10]) == list(range(10))
     assert sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    steps = [sampler(seed=3).window_indices(step) for step in range(6)]
+def test_a_batch_depends_on_seed_and_step_alone(sampler: Callable[..., TextBatches]) -> None:
+    steps = [sampler(seed=3).order.examples(step) for step in range(6)]
     reused = sampler(seed=3)
-    assert [reused.window_indices(step) for step in reversed(range(6))] == steps[::-1]
-    assert [sampler(seed=4).window_indices(step) for step in range(6)] != steps
+    assert [reused.order.examples(step) for step in reversed(range(6))] == steps[::-1]
+    assert [sampler(seed=4).order.examples(step) for step in range(6)] != steps
 
 
-def test_targets_are_the_next_tokens() -> None:
+def test_targets_are_the_next_tokens(sampler: Callable[..., TextBatches]) -> None:
     inputs, targets = sampler().batch(0)
     assert inputs.shape == targets.shape == (4, 10)
     assert inputs.dtype == torch.int64
@@ -44,11 +48,12 @@ def test_targets_are_the_next_tokens() -> None:
     assert set((inputs[:, 0] % 10).tolist()) == {0}
 
 
-def test_validation_reads_the_asked_number_of_tokens_spread_over_the_text() -> None:
-    tokens = np.arange(201, dtype=np.int64).astype(np.uint8)
-    batches = validation_batches(tokens, sequence_length=10, eval_tokens=50, batch_size=2)
+def test_validation_reads_the_asked_number_of_tokens_spread_over_the_text(
+    make_corpus: Callable[..., Corpus],
+) -> None:
+    batches = make_corpus(101, 201).held_out(EXPERIMENT, seed=0)
     inputs = torch.cat([inputs for inputs, _ in batches])
-    assert [len(inputs) for inputs, _ in batches] == [2, 2, 1]
+    assert [len(inputs) for inputs, _ in batches] == [4, 1]
     assert inputs[:, 0].tolist() == [0, 40, 80, 120, 160]
 
 

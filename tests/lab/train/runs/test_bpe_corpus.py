@@ -13,9 +13,8 @@ from normuon_lab.config_difference import first_difference
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError
 from normuon_lab.study.compare.command import CompareCommand
-from normuon_lab.train.runs.batches import Tokens
 from normuon_lab.train.runs.config import Experiment, RunSpec
-from normuon_lab.train.runs.corpus import Corpus, load_corpus
+from normuon_lab.train.runs.corpus import Corpus, Tokens, load_corpus
 from normuon_lab.train.runs.tasks import load_task
 from normuon_lab.train.runs.train import train_run
 from normuon_lab.train.runs.workers import Finished, Job, run_jobs
