@@ -268,12 +268,15 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
 
 
 def _resume_command(out: Path) -> str:
-    """What goes on with a stopped run on as many ranks of this machine."""
-    # torchrun's, which tells its processes.
-    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    """What goes on with a stopped run on as many ranks; on several nodes without the rendezvous."""
+    # torchrun tells its processes.
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     program = ["normuon"]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        program = ["torchrun", "--nproc-per-node", local, "-m", "normuon_lab"]
+    if world_size > 1:
+        num_nodes = world_size // ranks_per_node
+        nodes = ["--nnodes", str(num_nodes)] if num_nodes > 1 else []
+        program = ["torchrun", *nodes, "--nproc-per-node", str(ranks_per_node), "-m", "normuon_lab"]
     options = ["--config", str(out / CONFIG_FILE), "--out", str(out), "--resume", "auto"]
     return shlex.join([*program, "train", *options])
 
