@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import normuon
+import normuon.integrations.qk_clip
 import normuon.integrations.torchtitan
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,11 @@ def test_the_public_names_are_these():
             normuon.integrations.torchtitan.build_optimizers,
             "model_parts optimizer_config parallel_dims ft_manager",
             "overrides options",
+        ),
+        (
+            normuon.integrations.qk_clip.QKClip,
+            "model",
+            "tau alpha every only process_group",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -41,7 +41,11 @@ def _cut(line: str, one: str | None, two: str | None) -> str:
 
 
 def check_agreement(
-    group: dist.ProcessGroup, lines: Iterable[str], *, device: torch.device
+    group: dist.ProcessGroup,
+    lines: Iterable[str],
+    *,
+    device: torch.device,
+    what: str = "optimizers",
 ) -> None:
     """Compares lines across the ranks of a group; the same outcome on every rank.
 
@@ -52,6 +56,7 @@ def check_agreement(
         group: the ranks that must agree.
         lines: everything they must agree on.
         device: of the group's tensors.
+        what: what the lines describe, for the message.
 
     Raises:
         ValueError: on every rank, naming two ranks that differ and their first difference.
@@ -77,7 +82,7 @@ def check_agreement(
         found = first_different_line(first, text, names=names)
     found = _broadcast(found, other, group)
     raise ValueError(
-        f"{names[0]} and {names[1]} built different optimizers: {found}. Build the model and its "
+        f"{names[0]} and {names[1]} built different {what}: {found}. Build the model and its "
         "param groups alike on every rank"
     )
 
