@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?=
 VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
 LAB := $(VENV)/.installed-lab
 STAMP := $(VENV)/.installed
 
@@ -22,21 +23,29 @@ endif
 
 # torch first and alone, so that its pinned wheel is chosen before anything can ask for another.
 $(LAB): pyproject.toml $(PINS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c $(PINS) torch
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[lab]'
-	touch $(LAB)
+	@echo "Setting up $(VENV), once; most of the time is the download of torch"
+	@echo "[1/3] a virtual environment and pip"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@echo "[2/3] torch"
+	@$(PIP) -c $(PINS) torch
+	@echo "[3/3] normuon and what its lab needs"
+	@$(PIP) -c $(PINS) -e '.[lab]'
+	@touch $(LAB)
 
 # timm in a folder of its own: PyPI's torchvision is built for CUDA's torch, and beside torch's CPU
 # wheel it would break the import of transformers, which loads torchvision wherever it finds it.
 $(STAMP): $(LAB)
-	$(BIN)/python -m pip install --quiet -c $(PINS) -e '.[lab,dev,integrations,docs]'
-	$(BIN)/python -m pip install --quiet -c $(PINS) --no-deps --target $(VENV)/vision timm torchvision
-	touch $(STAMP)
+	@echo "[1/2] what the tests, the integrations and the documentation need"
+	@$(PIP) -c $(PINS) -e '.[lab,dev,integrations,docs]'
+	@echo "[2/2] timm and torchvision"
+	@$(PIP) -c $(PINS) --no-deps --target $(VENV)/vision timm torchvision
+	@touch $(STAMP)
 
 install: $(STAMP)
 
+# So that the command can say how to go on: make compare ARGS=--resume.
+compare: export NORMUON_MAKE_TARGET = compare
 compare: $(LAB)
 	$(BIN)/normuon compare $(ARGS)
 

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -17,14 +16,14 @@ from typing import Annotated
 import tyro
 
 from normuon_lab.bench.command import BenchCommand
+from normuon_lab.command_line import command_with
 from normuon_lab.data.command import DataCommand
 from normuon_lab.doctor import DoctorCommand
 from normuon_lab.errors import InputError, InterruptedRunsError, RunsFailedError
 from normuon_lab.plan.command import PlanCommand
 from normuon_lab.study.compare.command import CompareCommand
 from normuon_lab.study.evidence.command import EvidenceCommand
-from normuon_lab.study.sweep.command import SweepCommand
-from normuon_lab.study.tune.command import TuneCommand
+from normuon_lab.study.search.command import SweepCommand, TuneCommand
 from normuon_lab.train.pretrain.command import Train, default_command
 from normuon_lab.train.pretrain.export import ExportCommand
 from normuon_lab.train.pretrain.inspect import InspectCommand
@@ -78,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunsFailedError as error:
         return _fail(f"error: {error}", EXIT_RUNS_FAILED)
     except InterruptedRunsError as error:
-        again = shlex.join(["normuon", *(word for word in words if word != "--resume"), "--resume"])
-        hint = f"; go on with: {again}" if error.can_resume else ""
+        hint = f"; go on with: {command_with('--resume', words)}" if error.can_resume else ""
         return _fail(f"{error}{hint}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -38,6 +40,19 @@ def test_a_comparison_writes_results_metrics_and_report(
     assert {path.parent.name for path in events} >= {"adamw-seed0", "normuon-seed1"}
     assert (out / "report.html").stat().st_size > 1_000_000
     assert not list(out.glob(".*"))
+
+
+def test_a_finished_comparison_is_shown_again_and_not_run_again(
+    tiny_comparison: tuple[Path, Outcome], tiny_options: list[str]
+) -> None:
+    out, first = tiny_comparison
+    before = (out / "results.json").read_bytes()
+    again = run_command("compare", *tiny_options, *RATES, "--seeds", 2, "--out", out)
+    assert again.code == 0, again.stderr
+    assert again.stdout.startswith(f"All 6 runs of this comparison are in {out} already")
+    table = first.stdout[first.stdout.index("Final validation loss and steps") :]
+    assert again.stdout.endswith(table)
+    assert (out / "results.json").read_bytes() == before
 
 
 def test_a_run_in_a_worker_equals_the_same_run_here(
@@ -98,7 +113,7 @@ def bad_outcomes(
         "unknown command": ["frobnicate"],
         "out is a file": [*base, "--out", taken],
         "out has other files": [*base, "--out", folder],
-        "out is taken": [*base, "--out", finished],
+        "out is taken": [*base, "--out", finished, "--steps", 8],
         "resume differs": [*base, "--out", finished, "--resume", "--steps", 7],
         "tune out exists": ["tune", *tiny_options, "--out", taken],
         "tune short grid": ["tune", *tiny_options, "--lrs", 0.1, 0.2, "--out", folder / "t"],
@@ -126,10 +141,10 @@ def bad_outcomes(
         ("directory", "is a directory"),
         ("empty text", "is empty"),
         ("short text", "the text is too short"),
-        ("zero steps", "steps must be at least 1, got 0"),
-        ("negative steps", "steps must be at least 1, got -3"),
+        ("zero steps", "--steps must be at least 1, got 0"),
+        ("negative steps", "--steps must be at least 1, got -3"),
         ("no number", "give a whole number"),
-        ("tiny vocabulary", "a BPE has the 256 bytes and more, up to 65536 tokens; got 4"),
+        ("tiny vocabulary", "--vocab-size 4: a BPE has the 256 bytes and more, up to 65536 tokens"),
         ("no seeds", "--seeds must be at least 1, got 0"),
         ("unknown arm", "unknown arm 'sgd': choose from adamw, muon, normuon, "),
         ("arm twice", "the arm 'adamw' is named twice"),
@@ -140,8 +155,8 @@ def bad_outcomes(
         ("unknown command", "frobnicate is not a word of normuon"),
         ("out is a file", "is a file; give a folder"),
         ("out has other files", "holds other files"),
-        ("out is taken", "holds the results of an earlier run"),
-        ("resume differs", "was made with training.steps = 6, not 7"),
+        ("out is taken", "holds results made with --steps 6, not --steps 8"),
+        ("resume differs", "holds results made with --steps 6, not --steps 7"),
         ("tune out exists", "exists already"),
         ("tune short grid", "at least three learning rates"),
     ],
@@ -186,7 +201,10 @@ def test_ctrl_c_and_a_kill_keep_finished_runs_and_resume_does_the_rest(
     kept = json.loads((out / "results.json").read_text())
     assert kept["status"] == "partial"
     assert f"interrupted: {len(kept['runs'])} of 4 runs are kept in {out}" in stderr
-    assert "--resume" in stderr
+    # As it was called, so that it can be typed as it stands.
+    hint = stderr.strip().rpartition("; go on with: ")[2]
+    assert shlex.split(hint)[1:] == [*words, "--resume"]
+    assert shutil.which(shlex.split(hint)[0]) is not None
     first_runs = {(run["arm"], run["seed"]): run for run in kept["runs"]}
     assert 1 <= len(first_runs) < 4
 

@@ -92,7 +92,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"normuon", "normuon_lab"}
     assert "normuon/py.typed" in names
-    assert "normuon_lab/study/tune/tuned.json" in names
+    assert "normuon_lab/study/search/tuned.json" in names
     assert any(name.startswith("normuon_lab/study/compare/templates/") for name in names)
     assert not any("__pycache__" in name for name in names)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from normuon_lab.atomic_files import write_json
+from normuon_lab.command_line import MAKE_TARGET
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError
 from normuon_lab.study.compare.results import (
@@ -108,10 +109,27 @@ def test_resuming_another_configuration_names_the_first_differing_field(tmp_path
     old = make_results()
     write_json(tmp_path / RESULTS_FILE, old.to_json())
     assert open_results(tmp_path, make_results(), resume=True).to_json() == old.to_json()
-    with pytest.raises(InputError, match=r"training\.steps = 10, not 20"):
+    with pytest.raises(InputError, match=r"--steps 10, not --steps 20"):
         open_results(tmp_path, make_results(training={"steps": 20}), resume=True)
-    with pytest.raises(InputError, match="go on with them with --resume"):
-        open_results(tmp_path, make_results(), resume=False)
+    with pytest.raises(InputError, match=r"--steps 10, not --steps 20; give the same"):
+        open_results(tmp_path, make_results(training={"steps": 20}), resume=False)
+
+
+def test_an_unfinished_folder_says_how_to_go_on_and_a_finished_one_needs_no_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = make_results(arms=["adamw"])
+    kept.records.append(record("adamw", 0, 2.0))
+    write_json(tmp_path / RESULTS_FILE, kept.to_json())
+    monkeypatch.setenv(MAKE_TARGET, "compare")
+    monkeypatch.setattr("sys.argv", ["normuon", "compare"])
+    hint = "holds 1 of the 2 runs of this comparison; go on with: make compare ARGS=--resume, or"
+    with pytest.raises(InputError, match=hint):
+        open_results(tmp_path, make_results(arms=["adamw"]), resume=False)
+    kept.records.append(record("adamw", 1, 2.0))
+    write_json(tmp_path / RESULTS_FILE, kept.to_json())
+    again = open_results(tmp_path, make_results(arms=["adamw"]), resume=False)
+    assert again.records == kept.records
 
 
 def test_resuming_on_another_text_is_refused(tmp_path: Path) -> None:

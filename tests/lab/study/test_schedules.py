@@ -15,7 +15,7 @@ from scipy.optimize import isotonic_regression
 from normuon_lab.study.statistics import (
     StepsSaved,
     bootstrap_interval,
-    paired,
+    estimates,
     paired_test,
     steps_saved_by_schedules,
     steps_saved_to_threshold,
@@ -211,7 +211,7 @@ TRUTH = 100 * (1 - math.exp(-GAP / SLOPE))
 
 
 def test_intervals_cover_a_known_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired, "NUM_RESAMPLES", 999)
+    monkeypatch.setattr(estimates, "NUM_RESAMPLES", 999)
     draw = random.Random(0)
     trials = [experiment(draw) for _ in range(200)]
     intervals = [(trial.interval, trial.by_seed) for trial in trials]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,7 @@ from normuon_lab.study.compare.results import (
     missing_runs,
     open_results,
 )
-from normuon_lab.study.compare.tensorboard import write_scalars
-from normuon_lab.study.tune.tuned_rates import TunedRates
+from normuon_lab.study.search.tune import TunedRates
 from normuon_lab.train.arms.registry import check_arms
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
@@ -61,6 +61,8 @@ class ComparisonRequest:
 def run_comparison(request: ComparisonRequest, console: Console) -> Results:
     """Do what is missing of a comparison and write results, metrics and report.
 
+    Of a finished one the report alone is written anew.
+
     Returns:
         The results, complete.
 
@@ -71,6 +73,16 @@ def run_comparison(request: ComparisonRequest, console: Console) -> Results:
     """
     task = load_task(request.experiment)
     results = open_results(request.out, _planned(request, task), resume=request.resume)
+    if results.is_complete:
+        console.print(
+            f"All {len(results.records)} runs of this comparison are in {request.out} already, of "
+            f"{results.created}; another --out runs them anew.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        _write_report(results, request.out)
+        return results
     # Not before the request is known to be good: an error should not wait for torch.
     results.machine = results.machine or describe_machine(
         num_workers=default_num_workers(len(results.arms) * len(results.seeds))
@@ -151,7 +163,7 @@ def _do_missing_runs(
     def keep(spec: RunSpec, record: RunRecord) -> None:
         results.records.append(record)
         write_json(request.out / RESULTS_FILE, results.to_json())
-        write_scalars(request.out / TENSORBOARD_FOLDER, record)
+        _write_scalars(request.out / TENSORBOARD_FOLDER, record)
 
     jobs = [
         # One seed is enough to see the shape of an update, and its numbers are many.
@@ -169,6 +181,22 @@ def _do_missing_runs(
         on_finished=keep,
         num_done=len(results.records),
     )
+
+
+def _write_scalars(folder: Path, record: RunRecord) -> None:
+    """Write the run's losses below `folder`, in place of what an earlier attempt left there."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    run_folder = folder / f"{record.arm}-seed{record.seed}"
+    shutil.rmtree(run_folder, ignore_errors=True)
+    with SummaryWriter(log_dir=str(run_folder)) as writer:
+        for step, loss in enumerate(record.train_losses, start=1):
+            writer.add_scalar("loss/train", loss, step)
+        for step, loss, seconds in zip(
+            record.eval_steps, record.eval_losses, record.eval_seconds, strict=True
+        ):
+            writer.add_scalar("loss/validation", loss, step)
+            writer.add_scalar("seconds/training", seconds, step)
 
 
 def _announce(results: Results, console: Console) -> None:
@@ -189,5 +217,4 @@ def _write_report(results: Results, out: Path) -> None:
     # Plotly takes a second to import, which an error in the request should not wait for.
     from normuon_lab.study.compare.report import write_report
 
-    write_json(out / RESULTS_FILE, results.to_json())
     write_report(out / REPORT_FILE, results)

@@ -5,13 +5,13 @@ The fields are described in docs/lab/results-schema.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from normuon_lab.atomic_files import prove_folder, read_json
+from normuon_lab.command_line import command_with
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.study.statistics import (
@@ -22,6 +22,7 @@ from normuon_lab.study.statistics import (
     compare_arms,
     points_between,
 )
+from normuon_lab.train.runs.config import flag_of
 from normuon_lab.train.runs.records import RunRecord
 
 SCHEMA_VERSION = 1
@@ -142,11 +143,12 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
     Args:
         out: the folder.
         new: empty results of the comparison to be made.
-        resume: go on with what the folder holds.
+        resume: go on with what the folder holds; a finished comparison needs no leave.
 
     Raises:
-        InputError: `out` is not a folder, holds files of others, holds results and `resume` was not
-            asked for, or holds those of another configuration or of another text.
+        InputError: `out` is not a folder, holds files of others, holds results of another
+            configuration or of another text, or holds some of the runs and `resume` was not asked
+            for.
     """
     require(not out.exists() or out.is_dir(), f"--out {out} is a file; give a folder")
     path = out / RESULTS_FILE
@@ -157,23 +159,23 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
         )
         prove_folder(out, f"--out {out}")
         return new
-    require(
-        resume,
-        f"--out {out} holds the results of an earlier run: go on with them with --resume, "
-        "or give another --out",
-    )
     old = Results.from_json(read_json(path, kind="normuon compare", schema_version=SCHEMA_VERSION))
     difference = first_difference(old.config, new.config)
     if difference is not None:
         name, before, after = difference
         raise InputError(
-            f"--resume: {out} was made with {name} = {_shown(before)}, not {_shown(after)}; "
-            "give the same, or another --out"
+            f"--out {out} holds results made with {_shown(name, before)}, not "
+            f"{_shown(name, after)}; give the same, or another --out"
         )
     require(
         old.corpus["sha256"] == new.corpus["sha256"],
-        f"--resume: {out} was made from another text (SHA-256 {old.corpus['sha256'][:12]}..., "
-        f"not {new.corpus['sha256'][:12]}...)",
+        f"--out {out} holds results made from another text (SHA-256 {old.corpus['sha256'][:12]}"
+        f"..., not {new.corpus['sha256'][:12]}...); give another --out",
+    )
+    require(
+        resume or old.is_complete,
+        f"--out {out} holds {len(old.records)} of the {len(old.arms) * len(old.seeds)} runs of "
+        f"this comparison; go on with: {command_with('--resume')}, or give another --out",
     )
     return old
 
@@ -188,5 +190,15 @@ def missing_runs(results: Results) -> Sequence[tuple[str, int]]:
     ]
 
 
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else json.dumps(value)
+def _shown(name: str, value: Any) -> str:
+    """A field of a configuration as the flag that gives it.
+
+    >>> _shown("seeds", [0, 1]), _shown("learning_rates.muon", 0.01), _shown("data", ["a", "b"])
+    ('--seeds 2', '--lr muon=0.01', '--data a b')
+    """
+    if name.startswith("learning_rates."):
+        return f"--lr {name.rpartition('.')[2]}={value}"
+    if name == "seeds" and value is not None:
+        value = len(value)
+    words = value if isinstance(value, list) else ["nothing" if value is None else value]
+    return f"{flag_of(name)} {' '.join(map(str, words))}"

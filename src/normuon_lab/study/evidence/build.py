@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import require
 from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.evidence import table1 as first_table
-from normuon_lab.study.evidence.collected import collect
-from normuon_lab.study.evidence.drawn import draw_figures
+from normuon_lab.study.evidence.collected import CellEvidence, collect
+from normuon_lab.study.evidence.figures.ablations import ablation_figure
+from normuon_lab.study.evidence.figures.losses import accuracy_figure, loss_figure
+from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
+from normuon_lab.study.evidence.figures.sensitivity import sensitivity_figure
+from normuon_lab.study.evidence.figures.sizes import size_figure
+from normuon_lab.study.evidence.figures.tuning import learning_rate_figure, other_rate_figure
+from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.page import FIGURES_FOLDER, render_page
 from normuon_lab.study.evidence.protocol import CELLS, Cell
 from normuon_lab.study.evidence.table2 import read_table2
@@ -54,3 +63,34 @@ def build(
         save_figure(figure, folder / f"{name}.svg")
         written.append(folder / f"{name}.svg")
     return written
+
+
+def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) -> dict[str, Figure]:
+    """Figures by name: `steps-saved`, `sizes`, and `<cell>-<what>` for every cell.
+
+    A figure whose runs are not there is left out.
+    """
+    rows = table1["rows"]
+    figures: dict[str, Figure | None] = {
+        "steps-saved": steps_saved_figure(evidence, rows),
+        "sizes": size_figure(table1["size_trends"]),
+    }
+    for found in evidence:
+        of_cell: dict[str, Figure | None] = {
+            "learning-rates": learning_rate_figure(found),
+            "other-rates": other_rate_figure(found),
+        }
+        if found.target_accuracy is None:
+            of_cell |= {
+                "losses": loss_figure(found),
+                "schedules": schedule_figure(found, rows),
+                "ablations": ablation_figure(found),
+                "sensitivity": sensitivity_figure(found),
+            }
+            # A megabyte per cell: in one of them; the claims count the other cells, too.
+            if found.cell.varies_settings:
+                of_cell |= update_figures(found)
+        else:
+            of_cell["accuracies"] = accuracy_figure(found)
+        figures |= {f"{found.cell.name}-{what}": figure for what, figure in of_cell.items()}
+    return {name: figure for name, figure in figures.items() if figure is not None}

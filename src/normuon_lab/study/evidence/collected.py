@@ -7,10 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
-from normuon_lab.study.sweep.export import read_tuned_arms
+from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.runs.records import RunRecord, objective
+
+UPDATES_OF = ("adamw", "adam-mini", "muon", "normuon")
+"""The arms of the paper's Fig. 1."""
+
+MOMENTUM_OF = "muon"
+"""Whose momentum stands for the raw one."""
+
+Updates = Mapping[tuple[str, int], Mapping[str, Any]]
+"""By matrix and step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +87,34 @@ class CellEvidence:
         """An arm's runs at the full length, in order of seeds."""
         runs = [run for run in self.runs if run.arm == arm and run.steps == self.full_steps]
         return sorted(runs, key=lambda run: run.seed)
+
+    def loss_differences(self, arm: str, reference: str) -> npt.NDArray[np.float64] | None:
+        """An arm's validation losses minus another's, `[seeds, evaluations]`, full length, paired.
+
+        None where no seed has finished both, or where one diverged.
+        """
+        ours, theirs = ({r.seed: r for r in self.full_runs(name)} for name in (arm, reference))
+        seeds = sorted(set(ours) & set(theirs))
+        if not seeds or any(ours[seed].diverged or theirs[seed].diverged for seed in seeds):
+            return None
+        return np.array(
+            [np.subtract(ours[seed].eval_losses, theirs[seed].eval_losses) for seed in seeds]
+        )
+
+    def measured_updates(self) -> dict[str, Updates]:
+        """By arm, what was measured of one seed's full-length run; `momentum` is among them."""
+        updates: dict[str, Updates] = {}
+        for arm in UPDATES_OF:
+            for run in self.full_runs(arm):
+                if run.updates:
+                    updates[arm] = {(u["matrix"], u["step"]): u for u in run.updates}
+                    break
+        with_momentum = {
+            key: update["momentum"]
+            for key, update in updates.get(MOMENTUM_OF, {}).items()
+            if "momentum" in update
+        }
+        return {"momentum": with_momentum, **updates} if with_momentum else updates
 
     def num_trials(self, arm: str) -> int | None:
         """How many trials the arm's tuning had; None where it was not tuned."""

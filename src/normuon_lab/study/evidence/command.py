@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import RunsFailedError, require
 
 Stage = Literal["tune", "claim", "sensitivity"]
@@ -42,7 +41,7 @@ class RunEvidence:
         from normuon_lab.study.evidence.running import claim_cell, sensitivity_cell, tune_cell
 
         console = Console()
-        command = shlex.join(["normuon", *sys.argv[1:]])
+        command = recorded_command()
         cells = [cell_of(name) for name in self.cells or CELLS]
         for arm in self.arms:
             known = any(arm in cell.arms for cell in cells)
@@ -118,7 +117,7 @@ class MeasureTable2:
             self.results,
             [cell_of(name) for name in self.cells],
             rounds=self.rounds,
-            command=shlex.join(["normuon", *sys.argv[1:]]),
+            command=recorded_command(),
             say=Console(stderr=True).print,
         )
         return 0

@@ -14,10 +14,14 @@ import jinja2
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.collected import CellEvidence
-from normuon_lab.study.evidence.own_rates import OwnRate, own_rates, own_rates_matter_more
 from normuon_lab.study.evidence.paper_claims import interval_words, p_words, paper_claims
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, TUNING_SEEDS
-from normuon_lab.study.evidence.short_answer import lead
+from normuon_lab.study.evidence.short_answer import (
+    OwnRate,
+    lead,
+    own_rates,
+    own_rates_matter_more,
+)
 from normuon_lab.study.evidence.table1 import measure_of
 from normuon_lab.study.evidence.verdicts import ALPHA
 

@@ -11,7 +11,6 @@ import numpy as np
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.collected import CellEvidence
-from normuon_lab.study.evidence.measured import loss_differences, measured_updates
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS
 from normuon_lab.study.evidence.table1 import FINAL_LOSS, mirrored_bounds, negative
 from normuon_lab.study.evidence.table2 import expected_hidden_state
@@ -244,7 +243,7 @@ def _counted(
     rough, even, key = compared
     cells = []
     for found in evidence:
-        updates = measured_updates(found)
+        updates = found.measured_updates()
         if rough not in updates or even not in updates:
             continue
         shared = updates[rough].keys() & updates[even].keys()
@@ -298,7 +297,7 @@ def _order_findings(
         if not {better, worse} <= set(found.cell.arms):
             continue
         where = f"{found.cell.task}, {found.cell.size}"
-        differences = loss_differences(found, worse, better)
+        differences = found.loss_differences(worse, better)
         if differences is None:
             was_run = bool(found.full_runs(better) and found.full_runs(worse))
             text = "a run diverged" if was_run else "some runs are missing"

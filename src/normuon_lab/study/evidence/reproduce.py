@@ -100,13 +100,11 @@ def table_of(repeats: Sequence[Repeat]) -> Table:
 
 
 def _spec(record: RunRecord) -> RunSpec:
-    options = dict(record.options)
-    normuon = tuple(options.pop("normuon", {}).items())
     return RunSpec(
         arm=record.arm,
         seed=record.seed,
         learning_rate=record.learning_rate,
-        options=ArmOptions(**options, normuon=normuon),
+        options=ArmOptions.from_json(record.options),
         steps=record.steps,
     )
 

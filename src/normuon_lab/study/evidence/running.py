@@ -1,4 +1,11 @@
-"""Does what is missing of the evidence, cell by cell: tuning, then the runs that claims rest on."""
+"""Does what is missing of the evidence, cell by cell: tuning, then the runs that claims rest on.
+
+Every arm runs the full length on every claim seed. Then lengths are added, one rung of the ladder
+of complete schedules at a time, until the crossing of each target lies between two neighbouring
+lengths: downwards while an arm is at or below the target, upwards while it is above. Targets are
+the final losses of an arm's baselines at the full length, and, between Muon and NorMuon, the
+other's; of the means over seeds, and of every seed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,6 @@ from rich.console import Console
 
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
-from normuon_lab.study.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_full, missing_rungs
 from normuon_lab.study.evidence.protocol import (
     CLAIM_SEEDS,
     INHERITED_FROM,
@@ -20,16 +26,23 @@ from normuon_lab.study.evidence.protocol import (
     SENSITIVITY,
     TUNING_SEEDS,
     Cell,
+    baselines_of,
     schedule_steps,
 )
 from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs, write_run
-from normuon_lab.study.sweep.export import read_tuned_arms
-from normuon_lab.study.sweep.space import AXES, Setting
-from normuon_lab.study.sweep.sweeping import SweepRequest, run_sweep
+from normuon_lab.study.search.searching import run_search
+from normuon_lab.study.search.space import AXES, Setting
+from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
 from normuon_lab.train.arms.registry import MAIN_ARMS
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import load_task
+
+LOWEST_RUNG = -8
+HIGHEST_RUNG = 3
+
+RungLosses = Mapping[str, Mapping[int, float]]
+"""By arm and rung, the final loss of one seed or the mean of all; infinite where a run diverged."""
 
 PROBED_SEED = CLAIM_SEEDS[0]
 """One seed is enough to see the shape of an update, and its numbers are many."""
@@ -63,7 +76,7 @@ def tune_cell(
             else {},
             starts={arm: tuple(cell.starts[arm][name] for name in axes) for arm in group},
         )
-        run_sweep(request, console, command=command)
+        run_search(request, console, command=command)
 
 
 def _evaluated_at_the_end(experiment: Experiment) -> Experiment:
@@ -159,6 +172,58 @@ def _missing(
     if not has_ladder:
         return missing_full(views[0], arms)
     return sorted({wanted for view in views for wanted in missing_rungs(view, arms)})
+
+
+def missing_rungs(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+    """Arm and rung of the complete schedules to run next; empty when all targets are bracketed.
+
+    Args:
+        losses: what was run, all claim seeds of a rung or none.
+        arms: the arms of the cell.
+
+    Example:
+        >>> missing_rungs({}, ["adamw", "normuon"])
+        [('adamw', 0), ('normuon', 0)]
+        >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8}}, ["adamw", "normuon"])
+        [('normuon', -1)]
+        >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8, -1: 2.1}}, ["adamw", "normuon"])
+        []
+    """
+    full = missing_full(losses, arms)
+    if full:
+        return full
+    wanted = []
+    for arm in arms:
+        for target in _targets(losses, arm):
+            rung = _next_rung(losses[arm], target)
+            if rung is not None and (arm, rung) not in wanted:
+                wanted.append((arm, rung))
+    return wanted
+
+
+def missing_full(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
+    """The arms without the full length, each with its rung, 0."""
+    return [(arm, 0) for arm in arms if 0 not in losses.get(arm, {})]
+
+
+def _targets(losses: RungLosses, arm: str) -> list[float]:
+    """The losses whose crossing an arm's schedules must bracket."""
+    # Muon's own way to NorMuon's loss is Muon-rescale.
+    baselines = (*baselines_of(arm), *(("normuon",) if arm == "muon" else ()))
+    return [losses[name][0] for name in baselines if 0 in losses.get(name, {})]
+
+
+def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:
+    """The neighbour to run next; None when the crossing is bracketed, or too far away to look."""
+    if not math.isfinite(target):
+        return None
+    reached = [rung for rung, loss in by_rung.items() if loss <= target]
+    if not reached:
+        rung = max(by_rung) + 1
+        return rung if rung <= HIGHEST_RUNG else None
+    # Contiguous from the full length: the nearest rung below the lowest that reached the target.
+    rung = min(reached) - 1
+    return rung if rung not in by_rung and rung >= LOWEST_RUNG else None
 
 
 def _losses_by_rung(

@@ -1,13 +1,17 @@
-"""The page's first paragraph: in how many cells NorMuon was ahead or behind, and by how much."""
+"""What the page says first: where NorMuon was ahead or behind, and what mattered more than that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.paper_claims import table_finding
 from normuon_lab.study.evidence.verdicts import Verdict, verdict_in_cell
+from normuon_lab.train.arms.registry import MAIN_ARMS
+
+Trial = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +60,64 @@ def _range_in_words(percents: Sequence[float]) -> str:
         return ""
     low, high = f"{min(percents):.1f}%", f"{max(percents):.1f}%"
     return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnRate:
+    """What a learning rate of its own was worth to AdamW's half, from the trials of the tuning.
+
+    Attributes:
+        arm: whose.
+        shared: the trial with one rate for both.
+        own: the best trial of the same weight decay.
+    """
+
+    arm: str
+    shared: Trial
+    own: Trial
+
+    @property
+    def gain(self) -> float:
+        """By how much the objective falls with a rate each; 0 where sharing was best."""
+        shared, own = self.shared["mean_objective"], self.own["mean_objective"]
+        return float(shared - own)
+
+
+def own_rates(found: CellEvidence) -> list[OwnRate]:
+    """Every arm that had both tried: one rate for both halves, and others."""
+    rates = []
+    for arm, tuned in found.tuning.items():
+        if "adam_lr" not in tuned["axes"]:
+            continue
+        finished = [trial for trial in tuned["trials"] if trial["mean_objective"] is not None]
+        shared = _best(t for t in finished if t["adam_lr"] == t["learning_rate"])
+        if shared is not None:
+            own = _best(t for t in finished if t["weight_decay"] == shared["weight_decay"])
+            assert own is not None
+            rates.append(OwnRate(arm=arm, shared=shared, own=own))
+    return rates
+
+
+def _best(trials: Iterable[Trial]) -> Trial | None:
+    return min(trials, key=lambda trial: trial["mean_objective"], default=None)
+
+
+def own_rates_matter_more(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) -> bool:
+    """Whether even the smallest gain exceeds the largest difference between NorMuon and Muon.
+
+    Over all cells that count losses; False where either is not known.
+    """
+    gains = [
+        rate.gain
+        for found in evidence
+        if found.target_accuracy is None
+        for rate in own_rates(found)
+        if rate.arm in MAIN_ARMS[1:]
+    ]
+    differences = [
+        abs(row["loss_difference"])
+        for row in table1["rows"]
+        if (row["arm"], row["baseline"]) == ("normuon", "muon")
+        and row["loss_difference"] is not None
+    ]
+    return bool(gains and differences) and min(gains) > max(differences)

@@ -13,15 +13,18 @@ from typing import Any
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, baselines_of
-from normuon_lab.study.evidence.size_trends import SizeTrend, size_trends
 from normuon_lab.study.statistics import (
     Estimate,
     Interval,
     StepsSaved,
     steps_saved_by_schedules,
     steps_saved_to_threshold,
+    t_interval,
 )
 from normuon_lab.train.runs.records import MISSED_FACTOR
+
+SavedByPair = Mapping[tuple[str, str, str], StepsSaved]
+"""What is saved, by the name of the cell, the arm and the baseline."""
 
 KIND = "normuon evidence table1"
 SCHEMA_VERSION = 1
@@ -60,7 +63,7 @@ def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
             for (name, arm, baseline), of_pair in saved.items()
         ],
         "muon_rescale": [_rescale_row(found) for found in evidence],
-        "size_trends": [_trend_row(trend) for trend in size_trends(evidence, saved)],
+        "size_trends": _size_trends(evidence, saved),
     }
 
 
@@ -141,24 +144,62 @@ def _rescale_row(found: CellEvidence) -> dict[str, Any]:
     }
 
 
-def _trend_row(trend: SizeTrend) -> dict[str, Any]:
+def _size_trends(evidence: Sequence[CellEvidence], saved: SavedByPair) -> list[dict[str, Any]]:
+    """How savings change with the size of the model: per task, arm and baseline with two sizes."""
+    at_sizes: dict[tuple[str, str, str], list[tuple[int, str, StepsSaved]]] = {}
+    for found in evidence:
+        if found.target_accuracy is not None:
+            continue
+        for arm in found.cell.arms:
+            for baseline in baselines_of(arm):
+                here = saved[found.cell.name, arm, baseline]
+                if here.percent is not None:
+                    num_parameters = found.full_runs(arm)[0].num_parameters
+                    at_sizes.setdefault((found.cell.task, arm, baseline), []).append(
+                        (num_parameters, found.cell.size, here)
+                    )
+    return [
+        _trend_row(*pair, sorted(points, key=lambda point: point[0]))
+        for pair, points in at_sizes.items()
+        if len(points) > 1
+    ]
+
+
+def _trend_row(
+    task: str, arm: str, baseline: str, points: Sequence[tuple[int, str, StepsSaved]]
+) -> dict[str, Any]:
+    """A trend from the smallest model to the largest; points are parameters, size and saving."""
+    first, last = points[0][2], points[-1][2]
+    assert first.percent is not None
+    assert last.percent is not None
     return {
-        "task": trend.task,
-        "arm": trend.arm,
-        "baseline": trend.baseline,
+        "task": task,
+        "arm": arm,
+        "baseline": baseline,
         "sizes": [
             {
-                "size": point.size,
-                "num_parameters": point.num_parameters,
-                "steps_saved_percent": _rounded(point.percent),
-                "ci95": _bounds(point.saved.interval),
-                "ci95_t": _bounds(point.saved.by_seed),
+                "size": size,
+                "num_parameters": num_parameters,
+                "steps_saved_percent": _rounded(here.percent),
+                "ci95": _bounds(here.interval),
+                "ci95_t": _bounds(here.by_seed),
             }
-            for point in trend.points
+            for num_parameters, size, here in points
         ],
-        "change_points": _rounded(trend.change),
-        "change_ci95_t": _bounds(trend.change_by_seed),
+        "change_points": _rounded(last.percent - first.percent),
+        "change_ci95_t": _bounds(_change_by_seed(first, last)),
     }
+
+
+def _change_by_seed(first: StepsSaved, last: StepsSaved) -> Estimate | None:
+    """The change for each seed, which decides the order of the data at either size.
+
+    None where some seed has no saving of its own at one of the two.
+    """
+    if first.by_seed.mean is None or last.by_seed.mean is None:
+        return None
+    before, after = (dict(zip(s.seeds, s.by_seed.values, strict=True)) for s in (first, last))
+    return t_interval([after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())])
 
 
 def _test_fields(found: CellEvidence, saved: StepsSaved) -> Mapping[str, float | None]:

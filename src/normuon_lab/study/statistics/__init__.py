@@ -11,12 +11,14 @@ from normuon_lab.study.statistics.curves import (
     points_between,
     steps_to_target,
 )
-from normuon_lab.study.statistics.estimates import CONFIDENCE, Estimate, t_interval
-from normuon_lab.study.statistics.paired import (
+from normuon_lab.study.statistics.estimates import (
+    CONFIDENCE,
+    Estimate,
     Interval,
     PairedTest,
     bootstrap_interval,
     paired_test,
+    t_interval,
 )
 from normuon_lab.study.statistics.schedules import (
     StepsSaved,

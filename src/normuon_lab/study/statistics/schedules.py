@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from normuon_lab.study.statistics.estimates import Estimate, t_interval
-from normuon_lab.study.statistics.paired import (
+from normuon_lab.study.statistics.estimates import (
     Array,
+    Estimate,
     Interval,
     PairedTest,
     bootstrap_interval,
     paired_test,
+    t_interval,
 )
 
 LossesByLength = Mapping[int, Mapping[int, float | None]]

@@ -5,8 +5,11 @@ Importing this imports no torch: the command line reads these before anything is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from normuon_lab.errors import require
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,31 @@ class ArmOptions:
         if "ns_dtype" in changed:
             changed["ns_dtype"] = str(self.ns_dtype)
         return changed
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ArmOptions:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: a name is unknown.
+
+        Example:
+            >>> ArmOptions.from_json({"weight_decay": 0.3, "normuon": {"ns_steps": 6}}).normuon
+            (('ns_steps', 6),)
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            require(name in known, f"no arm has the option {name}; known are {', '.join(known)}")
+        given = dict(values)
+        if "normuon" in given:
+            given["normuon"] = tuple(given["normuon"].items())
+        if "betas" in given:
+            given["betas"] = tuple(given["betas"])
+        if "ns_dtype" in given:
+            import torch
+
+            given["ns_dtype"] = getattr(torch, given["ns_dtype"].removeprefix("torch."))
+        return cls(**given)
 
 
 DEFAULT_OPTIONS = ArmOptions()

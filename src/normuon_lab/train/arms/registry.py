@@ -8,8 +8,10 @@ side, embeddings, head, norms and biases on the other, and one peak learning rat
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,8 @@ class Arm:
             options: the other hyperparameters.
 
         Raises:
-            InputError: `options.normuon` or `split_heads` for an arm that is not NorMuon.
+            InputError: `options.normuon` or `split_heads` for an arm that is not NorMuon, or a
+                keyword that NorMuon does not take.
         """
         given = [keyword for keyword, _ in options.normuon]
         given += ["split_heads"] if options.split_heads else []
@@ -66,7 +69,21 @@ class Arm:
             f"the arm {self.name!r} is not normuon.NorMuon and takes none of its options; got "
             + ", ".join(given),
         )
+        _check_normuon_keywords([keyword for keyword, _ in options.normuon])
         return self.builder(model, lr, options)
+
+
+def _check_normuon_keywords(given: Sequence[str]) -> None:
+    if not given:
+        return
+    from normuon import NorMuon
+
+    # The arm itself gives the other three.
+    known = [*inspect.signature(NorMuon).parameters.keys() - {"params", "lr", "weight_decay"}]
+    for name in given:
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+        require(name in known, f"no arm takes {name} as an option of normuon.NorMuon; {hint}")
 
 
 def _build_adamw(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:

@@ -28,6 +28,14 @@ NUM_BYTES = 256
 # Token arrays are uint16.
 MAX_BPE_TOKENS = 2**16
 
+# Fields whose flags are not their names.
+_FLAGS = {
+    "family": "--model",
+    "num_layers": "--layers",
+    "num_heads": "--heads",
+    "num_evals": "--evals",
+}
+
 # Fields of an experiment that came later: files leave them out at these values, so that those from
 # before still equal new ones.
 _LATER_FIELDS = {
@@ -36,6 +44,16 @@ _LATER_FIELDS = {
     "stop_at_accuracy": None,
     "weights": "float32",
 }
+
+
+def flag_of(field: str) -> str:
+    """The flag that gives a field of a stored configuration; a dotted name's last part counts.
+
+    >>> flag_of("model.num_layers"), flag_of("training.batch_size")
+    ('--layers', '--batch-size')
+    """
+    name = field.rpartition(".")[2]
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +71,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(
             self.family in MODEL_FAMILIES,
-            f"unknown model {self.family!r}: choose one of {', '.join(MODEL_FAMILIES)}",
+            f"--model {self.family}: choose one of {', '.join(MODEL_FAMILIES)}",
         )
         for name in ("num_layers", "width", "num_heads", "mlp_width", "sequence_length"):
             value = getattr(self, name)
-            require(value >= 1, f"{name} must be at least 1, got {value}")
+            require(value >= 1, f"{flag_of(name)} must be at least 1, got {value}")
         require(
             self.width % self.num_heads == 0 and (self.width // self.num_heads) % 2 == 0,
-            f"width {self.width} must be an even multiple of num_heads {self.num_heads}",
+            f"--width {self.width} must be an even multiple of --heads {self.num_heads}",
         )
 
     def to_transformers(self) -> PretrainedConfig:
@@ -117,10 +135,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
             value = getattr(self, name)
-            require(value >= 1, f"{name} must be at least 1, got {value}")
+            require(value >= 1, f"{flag_of(name)} must be at least 1, got {value}")
         require(
             0.0 <= self.warmup_fraction < 1.0,
-            f"warmup_fraction must be in [0, 1), got {self.warmup_fraction}",
+            f"--warmup-fraction must be in [0, 1), got {self.warmup_fraction}",
         )
         require(
             self.schedule in SCHEDULES,
@@ -208,11 +226,11 @@ class Experiment:
     def __post_init__(self) -> None:
         require(
             self.weights in WEIGHT_DTYPES,
-            f"unknown dtype of weights {self.weights!r}: choose one of {', '.join(WEIGHT_DTYPES)}",
+            f"--weights {self.weights}: choose one of {', '.join(WEIGHT_DTYPES)}",
         )
         require(
             self.training.eval_tokens >= self.model.sequence_length,
-            f"eval_tokens {self.training.eval_tokens} is shorter than one sequence of "
+            f"--eval-tokens {self.training.eval_tokens} is shorter than one sequence of "
             f"{self.model.sequence_length} tokens",
         )
         if isinstance(self.data, ModularAddition):
@@ -290,15 +308,15 @@ def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
     """Raise `InputError` unless a text can have such tokens, and as many."""
     require(
         tokenizer in TOKENIZERS,
-        f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(TOKENIZERS)}",
+        f"--tokenizer {tokenizer}: choose one of {', '.join(TOKENIZERS)}",
     )
     if tokenizer == "bytes":
-        require(vocab_size == NUM_BYTES, f"bytes are {NUM_BYTES} tokens, not {vocab_size}")
+        require(vocab_size == NUM_BYTES, f"--vocab-size {vocab_size}: bytes are {NUM_BYTES}")
     else:
         require(
             NUM_BYTES < vocab_size <= MAX_BPE_TOKENS,
-            f"a BPE has the {NUM_BYTES} bytes and more, up to {MAX_BPE_TOKENS} tokens; "
-            f"got {vocab_size}",
+            f"--vocab-size {vocab_size}: a BPE has the {NUM_BYTES} bytes and more, up to "
+            f"{MAX_BPE_TOKENS} tokens",
         )
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from normuon_lab.errors import InputError
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import Task
@@ -159,6 +161,8 @@ def _work(connection: Connection, experiment: Experiment, task: Task) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # The rates of a grid go past the best on purpose; the library's warning is for the others.
+    warnings.filterwarnings("ignore", message=r"lr=.* looks like a learning rate that was tuned")
     try:
         while True:
             _do(connection.recv(), connection, experiment, task)
@@ -189,7 +193,7 @@ def _do(job: Job, connection: Connection, experiment: Experiment, task: Task) ->
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        reason = f"{type(error).__name__}: {text}"
+        reason = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
         connection.send(Failed(job, reason, traceback.format_exc()))
     else:
         connection.send(Finished(job, record))

@@ -7,7 +7,7 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normuon_lab.study.evidence.claims import HIGHEST_RUNG, LOWEST_RUNG, missing_rungs
+from normuon_lab.study.evidence.running import HIGHEST_RUNG, LOWEST_RUNG, missing_rungs
 
 
 def run_out(offsets: dict[str, float], slope: float) -> dict[str, dict[int, float]]:

@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from normuon_lab.plot_style import color_of
+from normuon_lab.study.evidence.build import draw_figures
 from normuon_lab.study.evidence.collected import CellEvidence, collect
-from normuon_lab.study.evidence.drawn import draw_figures
 from normuon_lab.study.evidence.figures.ablations import ablation_figure
 from normuon_lab.study.evidence.figures.losses import loss_figure
 from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
@@ -25,7 +25,6 @@ from normuon_lab.study.evidence.figures.tuning import (
     other_rate_figure,
 )
 from normuon_lab.study.evidence.figures.updates import update_figures
-from normuon_lab.study.evidence.measured import loss_differences, measured_updates
 from normuon_lab.study.evidence.protocol import (
     ARMS_WITH_BOTH_OPTIONS,
     CELLS,
@@ -149,7 +148,7 @@ def test_every_arm_of_table_1_is_drawn(found: CellEvidence, table: dict[str, Any
 def test_ablations_are_paired_with_muon(found: CellEvidence) -> None:
     figure = ablation_figure(found)
     assert figure is not None
-    differences = loss_differences(found, "muon-frobenius", "muon")
+    differences = found.loss_differences("muon-frobenius", "muon")
     assert differences is not None
     # The seeds' own hardness, 0.02, cancels; noise of 0.002 on both sides stays.
     assert differences[:, -1].std() < 0.006
@@ -254,7 +253,7 @@ def test_all_that_is_varied_has_a_default_to_compare_with() -> None:
 def test_update_figures_show_the_momentum_and_leave_out_who_was_not_measured(
     found: CellEvidence,
 ) -> None:
-    assert list(measured_updates(found)) == ["momentum", "adamw", "adam-mini", "muon", "normuon"]
+    assert list(found.measured_updates()) == ["momentum", "adamw", "adam-mini", "muon", "normuon"]
     figures = update_figures(found)
     labels = [line.get_label() for line in figures["row-norms-layer3"].axes[0].get_lines()]
     assert labels == ["raw momentum (Muon's)", "AdamW", "Adam-mini", "Muon", "NorMuon"]

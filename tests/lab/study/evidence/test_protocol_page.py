@@ -24,8 +24,8 @@ from normuon_lab.study.evidence.protocol import (
     schedule_steps,
 )
 from normuon_lab.study.evidence.runs_store import SWEEP_FILE
-from normuon_lab.study.sweep.export import read_tuned_arms
-from normuon_lab.study.sweep.space import AXES
+from normuon_lab.study.search.space import AXES
+from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.arms.registry import ARMS
 
 ROOT = Path(__file__).parents[4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -54,6 +55,22 @@ def test_the_arms_are_those_of_the_protocol():
 def test_options_of_normuon_are_refused_by_other_arms(arm):
     with pytest.raises(InputError, match=f"the arm '{arm}'.*ns_steps"):
         ARMS[arm].build(tiny_model(), LR, ArmOptions(normuon=(("ns_steps", 3),)))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("ns_stepz", "did you mean ns_steps"), ("frobnicate", "known are "), ("lr", "known are ")],
+)
+def test_a_keyword_that_normuon_does_not_take_is_named_with_the_nearest(name, hint):
+    with pytest.raises(InputError, match=f"no arm takes {name} as an option.*{hint}"):
+        ARMS["normuon"].build(tiny_model(), LR, ArmOptions(normuon=((name, 3),)))
+
+
+def test_options_come_back_from_their_plain_values():
+    options = ArmOptions(betas=(0.8, 0.9), ns_dtype=torch.bfloat16, normuon=(("ns_steps", 6),))
+    assert ArmOptions.from_json(json.loads(json.dumps(options.to_json()))) == options
+    with pytest.raises(InputError, match="no arm has the option adam_rate; known are adam_lr, "):
+        ArmOptions.from_json({"adam_rate": 0.1})
 
 
 @pytest.mark.parametrize("arm", NORMUON_ARMS)

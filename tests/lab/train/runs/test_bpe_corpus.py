@@ -155,10 +155,10 @@ def test_the_command_line_names_the_tokens(
 @pytest.mark.parametrize(
     ("tokenizer", "vocab_size", "message"),
     [
-        ("words", 256, "unknown tokenizer 'words': choose one of bytes, bpe"),
-        ("bytes", 300, "bytes are 256 tokens, not 300"),
+        ("words", 256, "--tokenizer words: choose one of bytes, bpe"),
+        ("bytes", 300, "--vocab-size 300: bytes are 256"),
         ("bpe", 256, "a BPE has the 256 bytes and more"),
-        ("bpe", 70000, "up to 65536 tokens; got 70000"),
+        ("bpe", 70000, "--vocab-size 70000: a BPE has .* up to 65536 tokens"),
         ("bpe", 4000, "too short for a BPE of 4000 tokens"),
     ],
 )

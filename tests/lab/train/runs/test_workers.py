@@ -7,7 +7,11 @@ import os
 import signal
 
 import pytest
+import torch
 
+from normuon import NorMuon
+from normuon.learning_rate import MUON_SIZED_LR
+from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.runs.config import Experiment, RunSpec, TrainConfig
 from normuon_lab.train.runs.corpus import Corpus
 from normuon_lab.train.runs.workers import Event, Failed, Finished, Job, Started, run_jobs
@@ -43,6 +47,32 @@ def test_a_dead_or_failing_worker_is_named_and_the_other_runs_go_on(
     }
     assert not any(isinstance(event, Finished) for event in events)
     assert all(not _is_running(pid) for pid in pids)
+
+
+@pytest.mark.timeout(120)
+def test_rates_of_a_grid_are_tried_without_a_warning_and_a_bad_option_is_one_line(
+    corpus: Corpus, experiment: Experiment, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """NorMuon warns of a learning rate that is as large as Muon's; a grid means to try it."""
+    with pytest.warns(UserWarning, match="looks like a learning rate that was tuned for Muon"):
+        NorMuon([torch.nn.Parameter(torch.zeros(2, 2))], lr=2 * MUON_SIZED_LR)
+    jobs = [
+        Job(RunSpec(arm="normuon", seed=0, learning_rate=2 * MUON_SIZED_LR)),
+        Job(
+            RunSpec(
+                arm="normuon",
+                seed=1,
+                learning_rate=0.004,
+                options=ArmOptions(normuon=(("ns_stepz", 3),)),
+            )
+        ),
+    ]
+    events = list(run_jobs(jobs, experiment, corpus, num_workers=1))
+    assert any(isinstance(event, Finished) for event in events)
+    (reason,) = [event.reason for event in events if isinstance(event, Failed)]
+    expected = "no arm takes ns_stepz as an option of normuon.NorMuon; did you mean ns_steps?"
+    assert reason == expected
+    assert capfd.readouterr().err == ""
 
 
 def _is_running(pid: int) -> bool:

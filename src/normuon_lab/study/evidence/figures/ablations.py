@@ -10,16 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, style_of
+from normuon_lab.plot_style import INK, MUTED
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
     add_legend,
     draw_band,
+    draw_estimate,
+    name_places,
     new_figure,
 )
-from normuon_lab.study.evidence.measured import loss_differences
 from normuon_lab.study.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
 from normuon_lab.study.statistics import Estimate, t_interval
 
@@ -34,7 +35,7 @@ SHOWN_FROM = 0.1
 
 def ablation_figure(found: CellEvidence) -> Figure | None:
     """Paired differences of loss to Muon's; None unless an arm besides NorMuon is there."""
-    differences = {arm: loss_differences(found, arm, REFERENCE) for arm in AT_THE_END}
+    differences = {arm: found.loss_differences(arm, REFERENCE) for arm in AT_THE_END}
     present = {arm: values for arm, values in differences.items() if values is not None}
     if set(present) <= {"normuon"}:
         return None
@@ -53,8 +54,7 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     for place, (arm, end) in enumerate(ends.items()):
         _draw_end(at_end, place, arm, end, limit=limit)
     at_end.axvline(0, color=MUTED, linewidth=1)
-    at_end.set_yticks(range(len(present)), [label_of(arm) for arm in present])
-    at_end.set_ylim(len(present) - 0.4, -0.6)
+    name_places(at_end, list(present))
     at_end.set_xlim(right=limit)
     at_end.xaxis.set_major_locator(MaxNLocator(4))
     at_end.set_xlabel(f"final loss minus {label_of(REFERENCE)}'s\n(nats per token)", color=INK)
@@ -72,7 +72,6 @@ def _end_shown(ends: Mapping[str, Estimate]) -> float:
 
 
 def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) -> None:
-    style = style_of(arm)
     assert end.mean is not None
     if end.mean > limit:
         axes.annotate(
@@ -85,6 +84,4 @@ def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) 
             fontsize=LABEL_SIZE,
         )
         return
-    if end.low is not None and end.high is not None:
-        axes.plot([end.low, end.high], [place] * 2, color=style.color, linewidth=2)
-    axes.scatter([end.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker)
+    draw_estimate(axes, place, arm, end)

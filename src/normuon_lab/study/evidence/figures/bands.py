@@ -1,4 +1,4 @@
-"""Means over seeds with Student's t bands, and the legend that all figures of arms share."""
+"""What figures of arms share: means over seeds with intervals, names of arms, and legends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from normuon_lab.plot_style import INK, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.statistics import t_interval
+from normuon_lab.study.statistics import Estimate, t_interval
 
 Array = npt.NDArray[np.float64]
 
@@ -52,6 +52,23 @@ def draw_band(
         markersize=5.5,
         label=name or label_of(arm),
     )
+
+
+def draw_estimate(axes: Axes, place: int, arm: str, estimate: Estimate) -> None:
+    """An arm's mean as its marker and the interval as a line, at a place from the top."""
+    style = style_of(arm)
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([estimate.low, estimate.high], [place] * 2, color=style.color, linewidth=2)
+    if estimate.mean is not None:
+        axes.scatter(
+            [estimate.mean], [place], s=64, color=style.color, marker=style.matplotlib_marker
+        )
+
+
+def name_places(axes: Axes, arms: Sequence[str], *, num_places: int | None = None) -> None:
+    """Write arms' labels at their places, the first at the top; room for more, if asked for."""
+    axes.set_yticks(range(len(arms)), [label_of(arm) for arm in arms])
+    axes.set_ylim((num_places or len(arms)) - 0.4, -0.6)
 
 
 def drawn_ends(bounds: Sequence[float | None], estimate: float) -> tuple[float, float]:

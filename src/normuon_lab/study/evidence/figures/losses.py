@@ -1,4 +1,4 @@
-"""Validation loss along training, against steps and against seconds (the paper's Fig. 2 and 4)."""
+"""Along training: validation loss (the paper's Fig. 2 and 4), or held-out accuracy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK
+from normuon_lab.plot_style import INK, MUTED, style_of
+from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
+    LABEL_SIZE,
     add_legend,
     band,
     draw_band,
+    draw_estimate,
     draw_target,
+    name_places,
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import DRAWN_ARMS
+from normuon_lab.study.statistics import t_interval
 from normuon_lab.train.runs.records import RunRecord
 
 SHOWN_FROM = 0.25
@@ -52,6 +57,42 @@ def loss_figure(found: CellEvidence) -> Figure | None:
     return figure
 
 
+def accuracy_figure(found: CellEvidence) -> Figure | None:
+    """Every run of every arm, which stops at the target; None where no run is there."""
+    arms = [arm for arm in found.cell.arms if found.full_runs(arm)]
+    if not arms:
+        return None
+    assert found.target_accuracy is not None
+    figure = new_figure(10.0, 3.8)
+    along, reached = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, arm in enumerate(arms):
+        style = style_of(arm)
+        for run in found.full_runs(arm):
+            along.plot(run.eval_steps, run.eval_accuracies, color=style.color, linewidth=1.2)
+        along.plot([], [], color=style.color, linewidth=2, label=label_of(arm))
+        _draw_steps(reached, place, arm, found)
+    along.axhline(found.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
+    along.annotate(
+        f"{found.target_accuracy:.0%}",
+        (0, found.target_accuracy),
+        xytext=(3, -2),
+        textcoords="offset points",
+        va="top",
+        fontsize=LABEL_SIZE,
+        color=MUTED,
+    )
+    along.set_xlabel("training steps", color=INK)
+    along.set_ylabel("held-out accuracy, every seed", color=INK)
+    along.legend(frameon=False, loc="lower right")
+    name_places(reached, arms)
+    reached.set_xlim(left=0)
+    reached.set_xlabel(f"steps to {found.target_accuracy:.0%}: seeds and mean", color=INK)
+    style_axes(along, grid_axis="both")
+    style_axes(reached, grid_axis="x")
+    figure.suptitle(f"When it is learned: {found.title}", color=INK)
+    return figure
+
+
 def _finished(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The runs that did not diverge: only they have all evaluations."""
     return [run for run in runs if not run.diverged]
@@ -66,3 +107,10 @@ def _set_losses_shown(axes: Axes, arms: Sequence[Sequence[RunRecord]]) -> None:
     lowest, highest = min(m.min() for m in means), max(m[first] for m in means)
     margin = 0.05 * (highest - lowest)
     axes.set_ylim(lowest - margin, highest + margin)
+
+
+def _draw_steps(axes: Axes, place: int, arm: str, found: CellEvidence) -> None:
+    style = style_of(arm)
+    steps = list(found.steps_to_accuracy(arm).values())
+    axes.scatter(steps, [place + 0.18] * len(steps), s=16, color=style.color, alpha=0.6)
+    draw_estimate(axes, place, arm, t_interval(steps))

@@ -20,6 +20,7 @@ from normuon_lab.study.evidence.figures.bands import (
     draw_band,
     draw_target,
     drawn_ends,
+    name_places,
     new_figure,
 )
 from normuon_lab.study.evidence.paper import STEPS_SAVED_1B
@@ -159,9 +160,8 @@ def _shown_rows(
 def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], *, num_places: int) -> None:
     for place, row in enumerate(rows):
         _draw_saving(axes, place, row)
-    axes.set_yticks(range(len(rows)), [label_of(row["arm"]) for row in rows])
     # All panels of a cell are as high, so that arms are as far apart.
-    axes.set_ylim(num_places - 0.4, -0.6)
+    name_places(axes, [row["arm"] for row in rows], num_places=num_places)
     axes.axvline(0, color=MUTED, linewidth=1)
     style_axes(axes, grid_axis="x")
 

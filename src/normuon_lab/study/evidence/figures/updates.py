@@ -12,9 +12,8 @@ from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.collected import CellEvidence, Updates
 from normuon_lab.study.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
-from normuon_lab.study.evidence.measured import Updates, measured_updates
 
 LEAST_SHOWN = 1e-3
 """Of singular values over their RMS: below it a value is rounding noise of the measurement."""
@@ -28,7 +27,7 @@ WIDTHS = {"muon": 3.4}
 
 def update_figures(found: CellEvidence) -> dict[str, Figure]:
     """Figures by name, for every quantity and measured layer; none without two arms' updates."""
-    updates = measured_updates(found)
+    updates = found.measured_updates()
     if len(updates) < 2:
         return {}
     matrices = list(dict.fromkeys(matrix for matrix, _ in next(iter(updates.values()))))

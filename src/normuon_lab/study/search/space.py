@@ -1,7 +1,8 @@
-"""The hyperparameters that a sweep tunes, and the log-spaced lattice that their values lie on."""
+"""The hyperparameters that are tuned, the log-spaced lattice of a sweep's values, and trials."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ AXES: dict[str, Axis] = {
 }
 
 Place = tuple[float, ...]
-"""One k per axis of a search."""
+"""Where a search has put a setting: one k per axis of a sweep, the learning rate of a grid."""
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
@@ -57,8 +58,8 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
         InputError: a name is unknown or comes twice, or the learning rate is not among them.
     """
     for name in names:
-        require(name in AXES, f"unknown axis {name!r}: choose from {', '.join(AXES)}")
-        require(list(names).count(name) == 1, f"the axis {name!r} is named twice")
+        require(name in AXES, f"--axes {name}: choose from {', '.join(AXES)}")
+        require(list(names).count(name) == 1, f"--axes names {name} twice")
     require("learning_rate" in names, "--axes: a sweep tunes learning_rate, at least")
     return tuple(name for name in AXES if name in names)
 
@@ -96,3 +97,48 @@ def setting_at(names: tuple[str, ...], place: Place, fixed: Mapping[str, float |
     values: dict[str, Any] = dict(fixed)
     values |= {name: AXES[name].value(k) for name, k in zip(names, place, strict=True)}
     return Setting(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One setting, tried with every tuning seed.
+
+    Attributes:
+        place: where the search has put it.
+        objectives: by seed; None for a run that diverged.
+    """
+
+    place: Place
+    setting: Setting
+    objectives: Mapping[int, float | None]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds; infinite where a run diverged.
+
+        Example:
+            >>> Trial(place=(), setting=Setting(1.0, 1.0, 0.0), objectives={1: 2.0, 2: None}).mean
+            inf
+        """
+        values = list(self.objectives.values())
+        if any(value is None for value in values):
+            return math.inf
+        return math.fsum(value for value in values if value is not None) / len(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as exported."""
+        return {
+            "place": list(self.place),
+            **self.setting.to_json(),
+            "mean_objective": self.mean if math.isfinite(self.mean) else None,
+            "objectives": {str(seed): value for seed, value in self.objectives.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Trial:
+        """The inverse of `to_json`."""
+        return cls(
+            place=tuple(values["place"]),
+            setting=Setting(**{name: values[name] for name in AXES}),
+            objectives={int(seed): value for seed, value in values["objectives"].items()},
+        )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import optuna
 
-from normuon_lab.study.sweep.space import Setting
-from normuon_lab.study.sweep.study import Studies, Trial
+from normuon_lab.study.search.space import Setting, Trial
+from normuon_lab.study.search.studies import Studies
 
 GOOD = Trial(
     place=(1.0, 3.0), setting=Setting(0.002, 0.008, 0.1), objectives={1000: 1.5, 1001: 2.0}

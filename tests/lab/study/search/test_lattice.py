@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normuon_lab.study.sweep import search as search_module
-from normuon_lab.study.sweep.search import best_place, is_interior, next_places, next_round
-from normuon_lab.study.sweep.space import Place
+from normuon_lab.study.search import lattice
+from normuon_lab.study.search.lattice import best_place, is_interior, next_places, next_round
+from normuon_lab.study.search.space import Place
 
 LossOf = Callable[[Place], float]
 
@@ -47,7 +47,7 @@ def test_every_bowl_is_found_within_half_a_step_and_budgets_are_equal(
 ) -> None:
     arms = {f"arm{i}": bowl(*bottom) for i, bottom in enumerate(bottoms)}
     # Without ties, which may leave a place of nearly the least loss a little farther away.
-    with patch.object(search_module, "TIE", 0.0):
+    with patch.object(lattice, "TIE", 0.0):
         tried = search(arms, (0.0, 0.0, 0.0), min_trials=min_trials)
         best = {arm: best_place(losses) for arm, losses in tried.items()}
         interior = {arm: is_interior(losses) for arm, losses in tried.items()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from normuon_lab.study.sweep.space import Place
+from normuon_lab.study.search.space import Place
 
 Losses = Mapping[Place, float]
 """The mean objective by place, in the order of trials; math.inf where a run diverged."""

@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.sweep.study import Studies
-from normuon_lab.study.sweep.sweeping import SweepRequest, arm_to_json, sweep
+from normuon_lab.study.search.searching import RunMany, do_rounds
+from normuon_lab.study.search.studies import Studies
+from normuon_lab.study.search.sweep import SweepRequest
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from tests.lab.conftest import run_command
@@ -46,9 +48,18 @@ def request_for(folder: Path, **changes: object) -> SweepRequest:
     return SweepRequest(**values)  # type: ignore[arg-type]
 
 
-def runner(
-    loss_of: Callable[[RunSpec], float | None], seen: list[RunSpec]
-) -> Callable[[Sequence[RunSpec]], dict[RunSpec, RunRecord]]:
+def sweep(
+    request: SweepRequest, *, run_many: RunMany, save: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, Any]]:
+    """The arms of the export, of all that the database keeps."""
+    tried = request.tried_before({"arms": {}})
+    do_rounds(request, tried, run_many=run_many, save=save)
+    kept = Studies(request.storage, request.name)
+    assert {arm: kept.trials(arm) for arm in request.arms} == tried
+    return {arm: request.arm_to_json(tried[arm]) for arm in request.arms}
+
+
+def runner(loss_of: Callable[[RunSpec], float | None], seen: list[RunSpec]) -> RunMany:
     def run_many(specs: Sequence[RunSpec]) -> dict[RunSpec, RunRecord]:
         seen.extend(specs)
         return {
@@ -67,9 +78,7 @@ def runner(
 
 def test_the_bottom_of_a_valley_is_found_on_every_seed_with_equal_budgets(tmp_path: Path) -> None:
     request, seen, saves = request_for(tmp_path), [], []
-    studies = Studies(request.storage, request.name)
-    sweep(request, studies, run_many=runner(valley, seen), save=lambda: saves.append(1))
-    found = {arm: arm_to_json(AXES, studies.trials(arm)) for arm in request.arms}
+    found = sweep(request, run_many=runner(valley, seen), save=lambda: saves.append(1))
     assert len({len(arm["trials"]) for arm in found.values()}) == 1
     for arm in found.values():
         assert arm["best"] == {"learning_rate": 0.004, "adam_lr": 0.016, "weight_decay": 1.0}
@@ -83,12 +92,7 @@ def test_the_bottom_of_a_valley_is_found_on_every_seed_with_equal_budgets(tmp_pa
 def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path) -> None:
     whole: list[RunSpec] = []
     request = request_for(tmp_path / "whole")
-    sweep(
-        request,
-        Studies(request.storage, "valley"),
-        run_many=runner(valley, whole),
-        save=lambda: None,
-    )
+    sweep(request, run_many=runner(valley, whole))
     request, seen, rounds = request_for(tmp_path / "cut"), [], 0
 
     def interrupt() -> None:
@@ -98,19 +102,9 @@ def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep(
-            request,
-            Studies(request.storage, "valley"),
-            run_many=runner(valley, seen),
-            save=interrupt,
-        )
+        sweep(request, run_many=runner(valley, seen), save=interrupt)
     assert 0 < len(seen) < len(whole)
-    sweep(
-        request,
-        Studies(request.storage, "valley"),
-        run_many=runner(valley, seen),
-        save=lambda: None,
-    )
+    sweep(request, run_many=runner(valley, seen))
     assert sorted(seen, key=repr) == sorted(whole, key=repr)
 
 
@@ -119,9 +113,7 @@ def test_diverged_settings_lose_and_are_kept(tmp_path: Path) -> None:
         return None if spec.learning_rate > 0.008 else valley(spec)
 
     request = request_for(tmp_path, arms=("adamw",))
-    studies = Studies(request.storage, request.name)
-    sweep(request, studies, run_many=runner(loss_of, []), save=lambda: None)
-    found = arm_to_json(AXES, studies.trials("adamw"))
+    found = sweep(request, run_many=runner(loss_of, []))["adamw"]
     diverged = [trial for trial in found["trials"] if trial["mean_objective"] is None]
     assert diverged == [trial for trial in found["trials"] if trial["learning_rate"] > 0.008]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -137,18 +129,13 @@ def test_axes_that_are_not_tuned_are_fixed(tmp_path: Path) -> None:
         min_trials=3,
         fixed={"adamw": {"learning_rate": 9.0, "adam_lr": 0.016, "weight_decay": 0.3}},
     )
-    sweep(
-        request,
-        Studies(request.storage, request.name),
-        run_many=runner(valley, seen),
-        save=lambda: None,
-    )
+    sweep(request, run_many=runner(valley, seen))
     assert {(spec.options.adam_lr, spec.options.weight_decay) for spec in seen} == {(0.016, 0.3)}
     assert 0.004 in {spec.learning_rate for spec in seen}
 
 
 def test_the_axes_of_a_request_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown axis 'beta'"):
+    with pytest.raises(InputError, match="--axes beta: choose from learning_rate, "):
         request_for(tmp_path, axes=("learning_rate", "beta"))
     with pytest.raises(InputError, match="tunes learning_rate"):
         request_for(tmp_path, axes=("weight_decay",))
@@ -177,4 +164,4 @@ def test_the_command_resumes_from_its_database_and_from_its_export(
 
     other = run_command(*words, "4", "--trials", "4", "--width", "32")
     assert other.code == 2
-    assert "was made with config.model.width = 16, not 32" in other.stderr
+    assert "was made with --width 16, not 32" in other.stderr

@@ -1,0 +1,51 @@
+"""The command line as it was given: for the record, and once more with an option added."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+MAKE_TARGET = "NORMUON_MAKE_TARGET"
+"""Environment variable in which the Makefile names the target that called the command."""
+
+
+def recorded_command() -> str:
+    """The command line, for the record: ``normuon compare --seeds 2``."""
+    return shlex.join(["normuon", *sys.argv[1:]])
+
+
+def command_with(option: str, words: Sequence[str] | None = None) -> str:
+    """The same command with one more option, as it can be typed where the first one was.
+
+    Args:
+        option: the option to add, such as ``"--resume"``.
+        words: what followed ``normuon``; by default the process's own.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    words = [word for word in words if word != option]
+    target = os.environ.get(MAKE_TARGET)
+    if target and words[:1] == [target]:
+        # make takes a dollar as the beginning of a variable.
+        arguments = shlex.join([*words[1:], option]).replace("$", "$$")
+        return f"make {target} ARGS={shlex.quote(arguments)}"
+    return f"{_program()} {shlex.join([*words, option])}"
+
+
+def _program() -> str:
+    """How a shell finds this program: by name on the PATH, or by the path it was called by."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{_by_name_or_path(Path(sys.executable))} -m normuon_lab"
+    if called.name == "normuon":
+        return _by_name_or_path(called)
+    return "normuon"
+
+
+def _by_name_or_path(program: Path) -> str:
+    found = shutil.which(program.name)
+    is_on_path = found is not None and Path(found).absolute() == program.absolute()
+    return program.name if is_on_path else shlex.quote(str(program))

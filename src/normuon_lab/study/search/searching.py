@@ -1,0 +1,202 @@
+"""Does a search round by round, and keeps its file: the one path of `normuon tune` and `sweep`.
+
+What is tried next, and what the file says of it, is the request's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from normuon_lab.atomic_files import prove_file, write_json
+from normuon_lab.errors import InterruptedRunsError, require
+from normuon_lab.machine import default_num_workers, describe_machine
+from normuon_lab.study.search.space import Place, Setting, Trial
+from normuon_lab.train.arms.registry import check_arms
+from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.records import RunRecord, objective
+from normuon_lab.train.runs.tasks import Task, load_task
+
+FIRST_TUNING_SEED = 1000
+"""Far from the seeds that a claim uses, which count from 0."""
+
+Tried = Mapping[str, Sequence[Trial]]
+"""By arm, in the order in which trials were made."""
+
+RunMany = Callable[[Sequence[RunSpec]], Mapping[RunSpec, RunRecord]]
+
+
+def tuning_seeds(number: int) -> tuple[int, ...]:
+    """So many seeds that no claim uses.
+
+    Raises:
+        InputError: `number` is not positive.
+    """
+    require(number >= 1, f"--seeds must be at least 1, got {number}")
+    return tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + number))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest(ABC):
+    """What to search, and where to keep it.
+
+    Attributes:
+        seeds: each setting is tried with all of them.
+        out: the file, rewritten after every round.
+    """
+
+    experiment: Experiment
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    out: Path
+
+    def __post_init__(self) -> None:
+        check_arms(self.arms)
+        require(len(self.seeds) > 0, "a search needs at least one seed")
+
+    @abstractmethod
+    def next_round(self, tried: Tried) -> dict[str, list[Place]]:
+        """The places that each arm tries next; empty at the end."""
+
+    @abstractmethod
+    def setting(self, arm: str, place: Place) -> Setting:
+        """The hyperparameters of an arm at a place."""
+
+    @abstractmethod
+    def contents(self, task: Task) -> dict[str, Any]:
+        """What the file says besides its arms: of the file that is gone on with, or of a new one.
+
+        Raises:
+            InputError: there is a file that cannot be gone on with.
+        """
+
+    @abstractmethod
+    def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        """What the file says of one arm."""
+
+    @abstractmethod
+    def tried_before(self, contents: Mapping[str, Any]) -> dict[str, list[Trial]]:
+        """The trials of earlier calls, by arm."""
+
+    @abstractmethod
+    def keep(self, arm: str, trials: Sequence[Trial]) -> None:
+        """Keep new trials elsewhere than in the file, if that is asked for."""
+
+    def spec(self, arm: str, place: Place, seed: int) -> RunSpec:
+        """The run of an arm at a place."""
+        setting = self.setting(arm, place)
+        return RunSpec(
+            arm=arm,
+            seed=seed,
+            learning_rate=setting.learning_rate,
+            options=setting.options(),
+        )
+
+
+def do_rounds(
+    request: SearchRequest,
+    tried: dict[str, list[Trial]],
+    *,
+    run_many: RunMany,
+    save: Callable[[], None],
+) -> None:
+    """Round by round, try what every arm wants next, until none wants more.
+
+    Args:
+        request: what to search.
+        tried: by arm; grows.
+        run_many: does the runs.
+        save: called after every round.
+    """
+    while wanted := request.next_round(tried):
+        records = run_many(
+            [
+                request.spec(arm, place, seed)
+                for seed in request.seeds
+                for arm, places in wanted.items()
+                for place in places
+            ]
+        )
+        for arm, places in wanted.items():
+            new = [_trial(request, arm, place, records) for place in places]
+            request.keep(arm, new)
+            tried[arm].extend(new)
+        save()
+
+
+def _trial(
+    request: SearchRequest, arm: str, place: Place, records: Mapping[RunSpec, RunRecord]
+) -> Trial:
+    return Trial(
+        place=place,
+        setting=request.setting(arm, place),
+        objectives={
+            seed: objective(records[request.spec(arm, place, seed)], request.experiment.training)
+            for seed in request.seeds
+        },
+    )
+
+
+def run_search(
+    request: SearchRequest,
+    console: Console,
+    *,
+    command: str,
+    show: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Do what is missing of a search, and write its file.
+
+    Args:
+        request: what to search.
+        console: where to show progress.
+        command: the command line, for the record.
+        show: called with the file's contents after every round.
+
+    Returns:
+        The contents of the file.
+
+    Raises:
+        InputError: the request cannot be served; nothing was written.
+        RunsFailedError: a run failed; finished rounds are kept.
+        InterruptedRunsError: Ctrl-C came; finished rounds are kept.
+    """
+    prove_file(request.out, f"--out {request.out}")
+    task = load_task(request.experiment)
+    contents = request.contents(task)
+    tried = request.tried_before(contents)
+    num_first = sum(map(len, request.next_round(tried).values()))
+    contents["command"] = command
+    contents["machine"] = describe_machine(
+        num_workers=default_num_workers(max(1, num_first) * len(request.seeds))
+    )
+    # Not before the request is known to be good: an error should not wait for torch.
+    from normuon_lab.train.runs.execution import execute_specs
+
+    def write() -> None:
+        for arm in request.arms:
+            contents["arms"][arm] = request.arm_to_json(tried[arm])
+        write_json(request.out, contents)
+
+    def save() -> None:
+        write()
+        if show is not None:
+            show(contents)
+
+    def run_many(specs: Sequence[RunSpec]) -> dict[RunSpec, RunRecord]:
+        return execute_specs(specs, request.experiment, task, console=console)
+
+    try:
+        do_rounds(request, tried, run_many=run_many, save=save)
+    except KeyboardInterrupt:
+        kept = f"finished rounds are kept in {request.out}"
+        raise InterruptedRunsError(
+            f"interrupted: {kept if request.out.exists() else 'nothing was finished'}",
+            can_resume=False,
+        ) from None
+    write()
+    return contents

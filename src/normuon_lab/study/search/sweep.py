@@ -1,0 +1,142 @@
+"""What `normuon sweep` tries, where it keeps its trials, and the file it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normuon_lab.atomic_files import prove_file, read_json
+from normuon_lab.config_difference import first_difference
+from normuon_lab.errors import InputError, require
+from normuon_lab.machine import utc_now
+from normuon_lab.study.search.lattice import best_place, is_interior, next_round
+from normuon_lab.study.search.searching import SearchRequest, Tried
+from normuon_lab.study.search.space import AXES, Place, Setting, Trial, in_order, setting_at
+from normuon_lab.train.runs.config import flag_of
+from normuon_lab.train.runs.records import objective_name
+from normuon_lab.train.runs.tasks import Task
+
+# Optuna takes a second to import, which reading a file should not wait for.
+if TYPE_CHECKING:
+    from normuon_lab.study.search.studies import Studies
+
+KIND = "normuon sweep"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRequest(SearchRequest):
+    """Several hyperparameters, on a lattice; resumes from its database or from its file.
+
+    Attributes:
+        name: of the sweep, in the database and in its file.
+        axes: hyperparameters to tune, of `space.AXES`.
+        storage: the SQLite file.
+        fixed: by arm, the values of the axes that are not tuned.
+        starts: by arm, the place where its search begins; the axes' own where an arm has none.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    min_trials: int
+    max_trials: int
+    storage: Path
+    fixed: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    starts: Mapping[str, Place] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        SearchRequest.__post_init__(self)
+        require(in_order(self.axes) == self.axes, "the axes come in the order of a search")
+        require(
+            1 <= self.min_trials <= self.max_trials,
+            f"--trials {self.min_trials} must be between 1 and --max-trials {self.max_trials}",
+        )
+
+    def next_round(self, tried: Tried) -> dict[str, list[Place]]:
+        return next_round(
+            {arm: _losses(trials) for arm, trials in tried.items()},
+            {arm: self.start(arm) for arm in self.arms},
+            min_trials=self.min_trials,
+            max_trials=self.max_trials,
+        )
+
+    def start(self, arm: str) -> Place:
+        """Where the search of an arm begins."""
+        return self.starts.get(arm) or tuple(float(AXES[name].start) for name in self.axes)
+
+    def setting(self, arm: str, place: Place) -> Setting:
+        return setting_at(self.axes, place, self.fixed.get(arm, {}))
+
+    def contents(self, task: Task) -> dict[str, Any]:
+        prove_file(self.storage, f"--storage {self.storage}")
+        new = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "cell": self.name,
+            "objective": objective_name(self.experiment.training),
+            "created": utc_now(),
+            "seeds": list(self.seeds),
+            "config": self.experiment.to_json(),
+            "corpus": task.to_json(),
+            "arms": {},
+        }
+        if not self.out.exists():
+            return new
+        old = read_json(self.out, kind=KIND, schema_version=SCHEMA_VERSION)
+        compared = ("seeds", "config", "corpus")
+        difference = first_difference(
+            {key: old[key] for key in compared}, {key: new[key] for key in compared}
+        )
+        if difference is not None:
+            name, before, after = difference
+            raise InputError(
+                f"--out {self.out} was made with {flag_of(name)} {before}, not {after}; "
+                "give another --out"
+            )
+        return old
+
+    def tried_before(self, contents: Mapping[str, Any]) -> dict[str, list[Trial]]:
+        studies = self._studies()
+        for arm in self.arms:
+            known = contents["arms"].get(arm, {}).get("trials", [])
+            studies.fill(arm, [Trial.from_json(values) for values in known])
+        return {arm: studies.trials(arm) for arm in self.arms}
+
+    def keep(self, arm: str, trials: Sequence[Trial]) -> None:
+        self._studies().add(arm, trials)
+
+    def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        if not trials:
+            return {"axes": list(self.axes), "trials": []}
+        losses = _losses(trials)
+        best = next(trial for trial in trials if trial.place == best_place(losses))
+        return {
+            "axes": list(self.axes),
+            "best": best.setting.to_json(),
+            "is_interior": is_interior(losses),
+            "mean_objective": best.to_json()["mean_objective"],
+            "trials": [{"number": i, **trial.to_json()} for i, trial in enumerate(trials)],
+        }
+
+    def _studies(self) -> Studies:
+        from normuon_lab.study.search.studies import Studies
+
+        return Studies(self.storage, self.name)
+
+
+def read_tuned_arms(path: Path) -> dict[str, Any]:
+    """What a sweep's file says of the arms that were tried; nothing where there is no file.
+
+    Raises:
+        InputError: the file is not what it should be.
+    """
+    if not path.exists():
+        return {}
+    contents = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+    return {name: arm for name, arm in contents["arms"].items() if arm["trials"]}
+
+
+def _losses(trials: Sequence[Trial]) -> dict[Place, float]:
+    return {trial.place: trial.mean for trial in trials}

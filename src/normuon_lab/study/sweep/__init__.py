@@ -1,1 +1,0 @@
-"""`normuon sweep`: several hyperparameters of each arm, tuned with the same number of trials."""

@@ -1,1 +1,0 @@
-"""`normuon tune`: the learning rate of each arm, on a grid whose best point is interior."""
