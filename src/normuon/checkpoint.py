@@ -1,7 +1,7 @@
-"""What a `state_dict` says of an optimizer, and how it is fitted to one that is alive.
+"""Writes a `state_dict`, and fits one to a live optimizer.
 
-A saved group holds None, numbers, strings, booleans, lists and tuples only (and what schedulers and
-users put there), so that any loader and torch's distributed checkpoints take it.
+A saved group has only None, numbers, strings, booleans, lists and tuples (and what schedulers and
+users add), so that any loader and torch's distributed checkpoints take it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Names = Sequence[str] | None
 def saved_form(state_dict: dict[str, Any]) -> dict[str, Any]:
     """What torch's `Optimizer.state_dict` gave, in plain types; written to and returned.
 
-    Names move from the groups, which keep an empty list, to ``state_dict["param_names"]``,
-    one list per group: a flattened distributed checkpoint repeats what a group says once for each
-    of its parameters, and asks for every key that a live group has.
+    Names move from the groups, which keep an empty list, to ``state_dict["param_names"]``, one list
+    per group: a flattened distributed checkpoint repeats a group's values for each of its
+    parameters, and requires every key of a live group.
     """
     groups = state_dict["param_groups"]
     names = [group.get(NAMES_KEY) for group in groups]
@@ -43,9 +43,9 @@ def saved_form(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(key: str, value: object) -> object:
-    """A group's value in plain types; what is not loaded again is described in words.
+    """A group's value in plain types; values that are not loaded again become words.
 
-    Of reasons it says nothing: a flattened checkpoint would repeat them for each parameter.
+    Reasons are left out: a flattened checkpoint would repeat them for each parameter.
     """
     if key == "reasons":
         return ""
@@ -70,7 +70,7 @@ def merged_groups(
 ) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """Saved hyperparameters on live parameters, and where the state of each of them was saved.
 
-    What describes the model, the program or the machine (`PROGRAM_KEYS`) stays as it is.
+    Settings of the model, the program or the machine (`PROGRAM_KEYS`) stay as they are.
 
     Args:
         live_groups: the optimizer's.
@@ -80,14 +80,14 @@ def merged_groups(
         The new groups; and for each, for each of its parameters, the saved parameter's place.
 
     Raises:
-        ValueError: another number of groups or parameters, another algorithm, or names that are
-            partly those of other places.
+        ValueError: the number of groups or parameters or an algorithm differs, or some names are
+            at other positions.
     """
     saved_groups = state_dict["param_groups"]
     if len(live_groups) != len(saved_groups):
         raise ValueError(
-            f"the checkpoint has {len(saved_groups)} param groups and this optimizer "
-            f"{len(live_groups)}"
+            f"number of param groups: {len(saved_groups)} in the checkpoint, {len(live_groups)} in "
+            "this optimizer"
         )
     all_names = _names_of_groups(state_dict)
     merged, places = [], []
@@ -95,13 +95,13 @@ def merged_groups(
         here = f"param_groups[{number}]"
         if len(saved["params"]) != len(live["params"]):
             raise ValueError(
-                f"{here} has {len(saved['params'])} parameters in the checkpoint and "
+                f"{here}: number of parameters: {len(saved['params'])} in the checkpoint, "
                 f"{len(live['params'])} in this optimizer"
             )
         algorithm = saved.get("algorithm", live["algorithm"])
         if algorithm != live["algorithm"]:
             raise ValueError(
-                f"{here} is {algorithm!r} in the checkpoint and {live['algorithm']!r} in this "
+                f"{here} is {algorithm!r} in the checkpoint but {live['algorithm']!r} in this "
                 "optimizer"
             )
         own = (*PROGRAM_KEYS, *UNSAVED_KEYS, "params", NAMES_KEY)
@@ -122,10 +122,10 @@ def merged_groups(
 
 
 def _names_of_groups(state_dict: Mapping[str, Any]) -> list[Names]:
-    """For each saved group its names, or None where they tell nothing.
+    """For each saved group its names, or None if they do not help.
 
-    Where the parameters themselves are names, as in torch's distributed checkpoints, they have been
-    put in order by these; and one of several pipeline stages lists its own names for all.
+    If the parameters themselves are names, as in torch's distributed checkpoints, they are in order
+    already; and one of several pipeline stages lists its own names for all.
     """
     groups = state_dict["param_groups"]
     apart = state_dict.get(NAMES_KEY) or [None] * len(groups)
@@ -144,15 +144,15 @@ def _check_same_group(here: str, live: Sequence[str], number: int, saved: Sequen
         moved = missing & {*map(bare_name, names or ())}
         if other != number and moved:
             raise ValueError(
-                f"{here}: {sorted(moved)[0]!r} is in param_groups[{other}] of the checkpoint; give "
-                "the groups in the order in which they were saved"
+                f"{here}: {sorted(moved)[0]!r} is in param_groups[{other}] of the checkpoint; "
+                "build the groups in the saved order"
             )
 
 
 def _places_by_name(here: str, live: Sequence[str], saved: Sequence[str]) -> list[int]:
-    """For each live parameter its place among the saved ones; equal names match in order.
+    """For each live parameter its index among the saved ones; equal names match in order.
 
-    Parameters that have been renamed stay where they are.
+    Renamed parameters keep their position.
     """
     live, saved = list(map(bare_name, live)), list(map(bare_name, saved))
     if sorted(live) == sorted(saved):
@@ -164,9 +164,9 @@ def _places_by_name(here: str, live: Sequence[str], saved: Sequence[str]) -> lis
     if elsewhere:
         renamed = sorted(set(live) ^ set(saved))
         raise ValueError(
-            f"{here}: {elsewhere[0]!r} has another place in the checkpoint, and {renamed} are "
-            "named in one of the two only, so neither names nor order say whose state is whose; "
-            "build the groups in the order in which they were saved"
+            f"{here}: {elsewhere[0]!r} has another position in the checkpoint, and {renamed} exist "
+            "in only one of the two, so state can be matched neither by name nor by order; "
+            "build the groups in the saved order"
         )
     return list(range(len(live)))
 
@@ -174,7 +174,7 @@ def _places_by_name(here: str, live: Sequence[str], saved: Sequence[str]) -> lis
 def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any]) -> State:
     """A parameter's state with the values of a checkpoint, on its device and in the group's dtypes.
 
-    A parameter that the checkpoint knows nothing of starts at zero, as it would have there.
+    A parameter without state in the checkpoint starts at zero.
 
     Raises:
         ValueError: a tensor is missing or has another shape; names the parameter and both shapes.
@@ -194,7 +194,7 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
             )
         if value.shape != tensor.shape:
             raise ValueError(
-                f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, and this "
+                f"{label}: the checkpoint's {key!r} has shape {list(value.shape)}, but this "
                 f"parameter with its view needs {list(tensor.shape)}"
             )
         _copy_(tensor, value, group, index, key)

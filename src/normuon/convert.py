@@ -1,7 +1,7 @@
-"""The state of another optimizer as NorMuon's, so that a run can switch in its middle.
+"""Converts another optimizer's state to NorMuon's, to switch in the middle of a run.
 
-Known are the state_dicts of torch.optim.AdamW and Muon, the authors' released NorMuon, dion's Muon
-and NorMuon, and Muon with ``use_muon`` groups as DeepSpeed has it.
+It takes the state_dicts of torch.optim.AdamW and Muon, the authors' released NorMuon, dion's Muon
+and NorMuon, and Muon with ``use_muon`` groups, as DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class SavedParam:
-    """What another optimizer knows of one parameter.
+    """Another optimizer's state of one parameter.
 
     Args:
         kind: the algorithm that its group ran.
-        label: its name, or its place in the state_dict: how messages call it.
-        name: its name, where there is one.
-        param: the tensor itself, where the optimizer is alive.
-        state: its state; empty if it has never been stepped.
+        label: its name, or its place in the state_dict, for messages.
+        name: its name, if it has one.
+        param: the tensor itself, if the optimizer was given.
+        state: its state; empty before its first step.
     """
 
     kind: Kind
@@ -44,7 +44,7 @@ class SavedParam:
 
 @dataclass(slots=True)
 class Report:
-    """What became of the state, for the user to read."""
+    """What was converted, for the user to read."""
 
     carried: dict[str, int] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
@@ -70,28 +70,28 @@ def convert_state(
     """A state_dict for NorMuon from the state of the optimizers that trained the model so far.
 
     First moments are carried over: AdamW's ``exp_avg``, Muon's ``momentum_buffer`` and NorMuon's
-    are all ``b x + (1 - b) g``; dion's, which are sums, become that. Parameters that AdamW still
-    trains keep its whole state. Second moments per neuron come from the authors' NorMuon and
-    dion's, and start at zero from the others, as in a new run: their scale divides out of the step.
-    The learning rate is not converted, but what to do with it is printed.
+    are all ``b x + (1 - b) g``; dion's sums are converted to that. Parameters that AdamW still
+    trains keep its whole state. Second moments per neuron are taken from the authors' NorMuon and
+    dion's. From other optimizers they start at zero, as in a new run, because their scale cancels.
+    The learning rate is not converted; advice about it is printed.
 
     Args:
         sources: optimizers, or their state_dicts: one AdamW, or Muon and the AdamW beside it.
-            Those of ZeRO are flat parts of parameters and are refused.
-        to: the groups that NorMuon will train, from `param_groups`, or that NorMuon. Give the
-            optimizer where its constructor sets ``neuron_axis``.
-        params: only for state_dicts without parameter names, which is what an optimizer built from
-            ``model.parameters()`` saves: the parameters, in the order of the old optimizer's
-            groups, one source after another.
+            ZeRO's state is an error, because it has flat parts of parameters.
+        to: the groups that NorMuon will train, from `param_groups`, or the NorMuon itself. Pass the
+            optimizer if its constructor sets ``neuron_axis``.
+        params: only for state_dicts without parameter names, from an optimizer built from
+            ``model.parameters()``: the parameters in the order of the old optimizer's groups, one
+            source after another.
         quiet: print nothing.
 
     Returns:
-        What ``NorMuon(groups).load_state_dict`` takes. Its groups hold no options: those are the
-        new optimizer's.
+        A state_dict for ``NorMuon(groups).load_state_dict``. Its groups have no options: the new
+        optimizer's are used.
 
     Raises:
-        ValueError: an optimizer that is not known, a parameter that cannot be matched, or a shape
-            that does not fit; says which.
+        ValueError: an unknown optimizer, a parameter that cannot be matched, or a wrong shape;
+            names it.
 
     Example:
         >>> import torch, normuon
@@ -102,8 +102,8 @@ def convert_state(
         >>> optimizer = normuon.NorMuon(normuon.param_groups(model), lr=3e-4)
         >>> optimizer.load_state_dict(normuon.convert_state(adamw, to=optimizer))
         normuon.convert_state: 1 x AdamW's first moment carried over
-        normuon.convert_state: 1 x AdamW's state kept whole
-        normuon.convert_state: learning rate: AdamW's 0.0003 serves: both step by about 0.2 lr RMS
+        normuon.convert_state: 1 x AdamW's state kept
+        normuon.convert_state: learning rate: keep AdamW's 0.0003: both steps' RMS is about 0.2 lr
     """
     groups = list(to.param_groups if isinstance(to, Optimizer) else to)
     saved_groups = [_groups_of(source) for source in sources]
@@ -164,7 +164,7 @@ def _saved_params(source: Optimizer | Mapping[str, Any], groups: Groups) -> Iter
 
 
 def _members(group: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """A group's parameters with their names, which are empty where there are none."""
+    """A group's parameters with their names, or empty strings."""
     names = group.get("param_names")
     for index, entry in enumerate(group["params"]):
         yield entry if isinstance(entry, tuple) else (names[index] if names else "", entry)
@@ -185,7 +185,7 @@ def _matched(
     """Saved parameters by the ``id`` of the tensors in the new groups."""
     if params is not None and len(params) != len(saved):
         raise ValueError(
-            f"params= lists {len(params)} parameters, and the old optimizers have {len(saved)}"
+            f"params= lists {len(params)} parameters, but the old optimizers have {len(saved)}"
         )
     by_name = _params_by_name(groups)
     num_saved = Counter(bare_name(entry.name) for entry in saved if entry.name)
@@ -203,9 +203,9 @@ def _matched(
             alike = by_name.get(name, [])
             if alike and len(alike) + num_met[name] != num_saved[name]:
                 raise ValueError(
-                    f"{entry.label}: {num_saved[name]} parameters of the old optimizers have this "
-                    f"name and {len(alike) + num_met[name]} of to=; give the old optimizer itself, "
-                    "or its parameters in their order with params="
+                    f"{entry.label}: {num_saved[name]} parameters of the old optimizers and "
+                    f"{len(alike) + num_met[name]} of to= have this name; give the old optimizer "
+                    "itself, or its parameters in order with params="
                 )
             # Equal names, of several models, match in order.
             param = alike.pop(0) if alike else None
@@ -213,11 +213,11 @@ def _matched(
         else:
             raise ValueError(
                 f"{entry.label}: this state_dict has no parameter names; give the old optimizer "
-                "itself, or its parameters in their order with params=list(model.parameters())"
+                "itself, or its parameters in order with params=list(model.parameters())"
             )
         if param is None or id(param) not in trained:
             if entry.state:
-                raise ValueError(f"{entry.label}: no group of to= holds this parameter")
+                raise ValueError(f"{entry.label}: this parameter is not in any group of to=")
             continue
         matched[id(param)] = entry
     return matched
@@ -226,7 +226,7 @@ def _matched(
 def _converted(
     entry: SavedParam, name: str, param: Tensor, group: Mapping[str, Any], report: Report
 ) -> dict[str, Tensor]:
-    """The new state of one parameter; empty where it has to start at zero."""
+    """The new state of one parameter; empty if it starts at zero."""
     if not entry.state:
         return {}
     moment = entry.state["exp_avg" if entry.kind == "AdamW" else "momentum_buffer"]
@@ -239,7 +239,7 @@ def _converted(
     if algorithm == "adamw":
         if entry.kind != "AdamW":
             return {}  # A first moment without a second would make AdamW's first steps huge.
-        report.count("AdamW's state kept whole")
+        report.count("AdamW's state kept")
         kept = {key: entry.state[key] for key in ("exp_avg", "exp_avg_sq")}
         step = entry.state["step"]
         return {**kept, "step": torch.as_tensor(step, dtype=torch.float32, device=moment.device)}
@@ -253,7 +253,7 @@ def _converted(
 def _second_moments(
     entry: SavedParam, param: Tensor, group: Mapping[str, Any], report: Report
 ) -> Tensor:
-    """The authors' second moments where ours mean the same, else zeros."""
+    """The authors' second moments if they mean the same as ours, else zeros."""
     view = view_of(group)
     shape = view.second_moment_shape(param.shape, neuron_axis=group.get("neuron_axis", "row"))
     saved = entry.state.get("second_momentum_buffer")
@@ -267,7 +267,7 @@ def _second_moments(
 
 
 def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
-    """What to do with each learning rate of the old optimizers, each line once."""
+    """Advice on each learning rate of the old optimizers, each line once."""
     kinds = [kind_of(group) for group in saved_groups]
     lines = []
     for kind, group in zip(kinds, saved_groups, strict=True):
@@ -275,18 +275,18 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
         if lr <= 0:
             continue
         if kind == "AdamW" and set(kinds) != {"AdamW"}:
-            lines.append(f"AdamW's {lr:g} was for the other half: other={{'lr': {lr:g}}} keeps it")
+            lines.append(f"keep AdamW's {lr:g} for its parameters with other={{'lr': {lr:g}}}")
         elif kind != "AdamW" and group.get("adjust_lr") == "spectral_norm":
             lines.append(
-                f"dion's {lr:g} with adjust_lr='spectral_norm' is that of adjust_lr_fn='original' "
-                "for matrices with no more columns than rows, and sqrt(m / n) of it for others"
+                f"dion's {lr:g} with adjust_lr='spectral_norm' equals adjust_lr_fn='original' for "
+                "matrices with n <= m; for wider ones it is sqrt(m / n) times that"
             )
         elif (
             kind == "AdamW"
             or group.get("adjust_lr_fn") == "match_rms_adamw"
             or group.get("adjust_lr") == "rms_norm"
         ):
-            lines.append(f"{kind}'s {lr:g} serves: both step by about 0.2 lr RMS")
+            lines.append(f"keep {kind}'s {lr:g}: both steps' RMS is about 0.2 lr")
         else:
             equal = suggest_lr(lr, coming_from="muon_original", to=groups)
             lines.append(

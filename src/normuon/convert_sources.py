@@ -1,4 +1,4 @@
-"""Which optimizer wrote a state, and what its entries mean in torch.optim's words."""
+"""Finds which optimizer wrote a state, and renames its entries to torch.optim's names."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ KNOWN = (
 
 
 def kind_of(group: Mapping[str, Any]) -> Kind:
-    """Which known algorithm a saved group's options belong to.
+    """The known algorithm that a saved group's options belong to.
 
     Raises:
-        ValueError: none, or one whose state cannot be carried over; says why.
+        ValueError: it is unknown, or its state cannot be converted; says why.
     """
     keys = group.keys()
     if "adamw_eps" in keys:
-        raise ValueError("this is a NorMuon's state already: give it to load_state_dict as it is")
+        raise ValueError("this is NorMuon's state already: pass it to load_state_dict directly")
     if keys >= DION_KEYS:
         return _kind_of_dion(str(group["algorithm"]))
     if keys >= MUON_KEYS:
@@ -52,14 +52,14 @@ def kind_of(group: Mapping[str, Any]) -> Kind:
     if {"betas", "eps"} <= keys and ("amsgrad" in keys or group.get("use_muon") is False):
         if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
             raise ValueError(
-                f"torch.optim.Adam with weight_decay={group['weight_decay']} has the decay inside "
-                "its first moment, which cannot be carried over; only AdamW's, or Adam's without"
+                f"torch.optim.Adam with weight_decay={group['weight_decay']} adds the decay to its "
+                "first moment, which cannot be converted; convert AdamW, or Adam without decay"
             )
         return "AdamW"
     options = sorted(str(key) for key in keys - {"params", "param_names"})
     raise ValueError(
-        f"a group with the options {options} belongs to no optimizer that convert_state knows: "
-        f"{KNOWN}"
+        f"convert_state does not know the optimizer of a group with the options {options}; it "
+        f"takes {KNOWN}"
     )
 
 
@@ -67,8 +67,8 @@ def _kind_of_dion(algorithm: str) -> Kind:
     kinds: dict[str, Kind] = {"muon": "Muon", "normuon": "NorMuon", "adamw": "AdamW"}
     if algorithm not in kinds:
         raise ValueError(
-            f"a group of dion's with algorithm={algorithm!r} cannot be carried over: its state is "
-            f"not that of {', '.join(map(repr, kinds))}"
+            f"a dion group with algorithm={algorithm!r} cannot be converted; convert_state takes "
+            f"{', '.join(map(repr, kinds))}"
         )
     return kinds[algorithm]
 
@@ -81,8 +81,8 @@ def canonical_state(
     Args:
         kind: from `kind_of`.
         group: the parameter's.
-        state: as it was saved; empty if the parameter has never been stepped.
-        label: how messages call the parameter.
+        state: as saved; empty before the parameter's first step.
+        label: the parameter's name in messages.
 
     Raises:
         ValueError: entries are missing; names them.
@@ -101,7 +101,7 @@ def canonical_state(
     missing = [needed for needed in NEEDED_STATE[kind] if needed not in found]
     if missing:
         raise ValueError(
-            f"{label}: its state has {sorted(map(str, state))}, and {kind}'s has {missing} too; it "
+            f"{label}: its state has {sorted(map(str, state))}, but lacks {kind}'s {missing}; it "
             "was written by another optimizer"
         )
     if is_dions and kind != "AdamW":

@@ -1,4 +1,4 @@
-"""Learning rates of other optimizers in this one's terms, and a warning for the known mistake."""
+"""Converts learning rates of other optimizers, and warns of Muon-sized ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def suggest_lr(
     coming_from: Origin,
     to: Optimizer | Iterable[Mapping[str, Any]] | None = None,
 ) -> float:
-    r"""The learning rate at which NorMuon's default scaling makes steps as large as another's.
+    r"""The learning rate at which NorMuon's default scaling steps as far as another optimizer.
 
     With ``adjust_lr_fn="match_rms_adamw"`` a step's RMS is 0.2 lr, as AdamW's usually is. Muon's
     ``original`` scaling steps by lr max(1, m / n)^0.5 O, and the RMS of an orthogonal O of m rows
@@ -35,22 +35,22 @@ def suggest_lr(
 
         lr_normuon = 5 lr_muon sqrt(sum m / sum m n)
 
-    which is 0.0036 for a 768-wide model and Muon's 0.02. It is a start for tuning, not the end.
+    which is 0.0036 for a 768-wide model and Muon's 0.02. Use it as a starting point for tuning.
 
     Args:
-        lr: the peak learning rate that the other optimizer was tuned to.
+        lr: the other optimizer's tuned peak learning rate.
         coming_from: ``"adamw"`` and ``"muon_match_rms_adamw"`` (torch.optim.Muon with that
             ``adjust_lr_fn``, Moonlight's scaling) keep their learning rate;
             ``"muon_original"`` is torch.optim.Muon's default, Keller Jordan's Muon and the
             authors' released NorMuon.
-        to: the param groups, or the NorMuon that holds them; needed for ``"muon_original"``,
-            whose step depends on the matrices' widths.
+        to: the param groups, or a NorMuon; needed for ``"muon_original"``, whose step depends on
+            the matrices' widths.
 
     Returns:
         The learning rate for NorMuon with ``adjust_lr_fn="match_rms_adamw"``.
 
     Raises:
-        ValueError: an unknown origin, a learning rate out of range, or no matrices to go by.
+        ValueError: an unknown origin, a learning rate out of range, or groups without matrices.
 
     Example:
         >>> from torch import nn
@@ -71,12 +71,12 @@ def suggest_lr(
         return lr
     if to is None:
         raise ValueError(
-            "coming_from='muon_original' needs to=param_groups(model): the step of that scaling "
-            "depends on the widths of the matrices"
+            "coming_from='muon_original' needs to=param_groups(model), because the step of that "
+            "scaling depends on the widths of the matrices"
         )
     rows, entries = _rows_and_entries(to.param_groups if isinstance(to, Optimizer) else to)
     if not entries:
-        raise ValueError("the groups given as to= hold no matrix, so there is nothing to go by")
+        raise ValueError("the groups in to= have no hidden matrix, so the rate cannot be converted")
     return lr / ADAMW_RMS * math.sqrt(rows / entries)
 
 
@@ -96,10 +96,10 @@ def _rows_and_entries(groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def warn_if_muon_sized(group: Mapping[str, Any]) -> None:
-    """Warns, once for each value, of a Muon-sized learning rate on AdamW-sized steps.
+    """Warns, once per value, of a Muon-sized learning rate with AdamW-sized steps.
 
     Args:
-        group: a checked param group. A learning rate that is a tensor is not looked at, since that
+        group: a checked param group. A tensor learning rate is not checked, because reading it
             would wait for the device.
     """
     lr, scaling = group["lr"], group["adjust_lr_fn"]

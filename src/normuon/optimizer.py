@@ -1,4 +1,4 @@
-"""NorMuon as a torch optimizer: param groups, their state, and what a step hands to whom."""
+"""NorMuon as a torch optimizer: param groups, state, and the step."""
 
 from __future__ import annotations
 
@@ -63,86 +63,86 @@ class NorMuon(Optimizer):
         M_t  = b1 M_{t-1} + (1 - b1) G_t                   momentum
         O_t  = NS(M_t)                                     Newton-Schulz orthogonalisation
         v_t  = b2 v_{t-1} + (1 - b2) mean_cols(O_t * O_t)  one number per neuron
-        Oh_t = O_t / (sqrt(v_t) + eps)                     every neuron moves alike
+        Oh_t = O_t / (sqrt(v_t) + eps)                     equal steps for all neurons
         W_t  = W_{t-1} - lr wd W_{t-1} - 0.2 lr sqrt(m n) / ||Oh_t||_F  Oh_t
 
-    The last line pins the step's RMS to 0.2 lr, AdamW's usual size, so that one AdamW-sized
-    learning rate and one schedule serve the whole model.
+    The last line sets the step's RMS to 0.2 lr, AdamW's usual size, so one AdamW-sized learning
+    rate and one schedule serve the whole model.
 
     Every option may be set per param group and is read at every step. A group's ``algorithm`` is
     ``"normuon"`` (the default, for matrices), ``"muon"`` (torch.optim.Muon's update) or ``"adamw"``
-    (torch's own kernels). A group of parameters with other shapes than ``[out, in]`` carries a
-    ``view``, a `MatrixView`; `normuon.param_groups` makes the groups of a whole model.
+    (torch's own kernels). A group of parameters with other shapes than ``[out, in]`` needs a
+    ``view``, a `MatrixView`. `normuon.param_groups` makes the groups of a whole model.
 
     Args:
         params: parameters, named parameters or param groups, as for any torch optimizer.
-        lr: learning rate, a number or a one-element tensor. With the default ``adjust_lr_fn`` use
-            an AdamW-sized one (1e-4 to 3e-3): Muon's usual 0.02 diverges with it.
-        weight_decay: decoupled, multiplied by lr alone. `param_groups` sets 0 outside matrices.
+        lr: learning rate, a number or a one-element tensor. With the default ``adjust_lr_fn`` it
+            is AdamW-sized (1e-4 to 3e-3); Muon's usual 0.02 diverges.
+        weight_decay: decoupled, multiplied by lr. `param_groups` sets 0 for other parameters.
         momentum: b1.
         beta2: b2.
         nesterov: orthogonalise ``b1 M_t + (1 - b1) G_t`` instead of ``M_t``, as torch.optim.Muon
-            and the authors' released code do. False is Algorithm 1 to the letter.
+            and the authors' released code do. False is Algorithm 1.
         ns_coefficients: ``"jordan"``, ``"polar_express"``, ``"you"``, ``"cans"``, one (a, b, c), or
             one per step; a per-step table must have ``ns_steps`` rows.
         ns_steps: Newton-Schulz steps.
-        eps: added to sqrt(v). Nothing is added anywhere else, so the step does not depend on the
-            gradient's scale.
-        adjust_lr_fn: ``"match_rms_adamw"`` is the paper's last line; ``"original"`` the authors'
-            released code: the norm before neuron scaling restored, times ``max(1, m / n)^0.5``.
-            That step's RMS is about lr / sqrt(n), so its learning rates are Muon's (0.02).
-            A `muon` group takes torch.optim.Muon's factors of these names.
-        neuron_axis: ``"row"``, the paper's, or ``"short"``, statistics along the short side: the
-            neurons of a wide matrix are then its columns, and its state is m n + n.
-        orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one of them with fewer
-            FLOPs, or a callable ``[B, m, n] -> [B, m, n]`` that takes matrices of norm 1.
+        eps: added to sqrt(v). It is the only epsilon, so the step does not depend on the gradient's
+            scale.
+        adjust_lr_fn: ``"match_rms_adamw"`` is the paper's last line. ``"original"`` is the authors'
+            released code: the norm before neuron scaling, times ``max(1, m / n)^0.5``. Its step has
+            an RMS of about lr / sqrt(n), so it needs Muon's learning rates (0.02). A `muon` group
+            uses torch.optim.Muon's factors of these names.
+        neuron_axis: ``"row"``, as in the paper, or ``"short"``: statistics along the short side, so
+            the neurons of a wide matrix are its columns and its state is m n + n.
+        orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one with fewer FLOPs, or
+            a callable ``[B, m, n] -> [B, m, n]`` that takes matrices of norm 1.
         ns_backend: ``"eager"``, ``"compile"`` (torch.compile), ``"kernels"`` (gram-newton-schulz's,
             for Hopper and later) or ``"auto"``: those kernels where they run, eager elsewhere.
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
-        momentum_dtype: dtype of the momentum; None: the parameter's.
-        compute_device: for parameters on the host: where Newton-Schulz runs and what ranks exchange
-            is. Momentum and weights are stepped on the host; only directions and O travel, bucket
-            by bucket. None: the current device of the kind that a DTensor's mesh is of, so that
-            FSDP2's `CPUOffloadPolicy` needs nothing; the host for plain parameters.
+        momentum_dtype: dtype of the momentum. None: the parameter's, but float32 for float16.
+        compute_device: for parameters on the host: the device of Newton-Schulz and of the exchange
+            between ranks. Momentum and weights are stepped on the host; directions and O travel,
+            bucket by bucket. None: the current device of a DTensor's mesh, so FSDP2's
+            `CPUOffloadPolicy` works without this option; the host for plain parameters.
         equilibrate: divide each row and column of a direction by the square root of its norm
             before it is orthogonalised: one pass of Ruiz's equilibration, after MuonEq (arXiv
-            2603.28254). Not in the paper. It takes no state. For `normuon` and `muon` groups.
+            2603.28254). Not in the paper. It adds no state. For `normuon` and `muon` groups.
         cautious_weight_decay: decay only entries that the step moves towards zero (arXiv
             2510.12402).
-        skip_nonfinite: leave a matrix with a NaN or infinity in its gradient, and all its state,
-            untouched on that step, without waiting for the device, and count it in
-            ``state["skipped_steps"]``. By default it propagates, as in any torch optimizer.
+        skip_nonfinite: if a gradient has a NaN or infinity, skip that matrix and its state in this
+            step, without waiting for the device, and count it in ``state["skipped_steps"]``. By
+            default it propagates, as in any torch optimizer.
         maximize: ascend.
-        kahan_sum: keep what rounding takes from bfloat16 and float16 weights, in
-            ``weight_residual``, and add it to the next step: a step smaller than half the distance
-            to the next bfloat16 (0.2% to 0.4% of the weight) otherwise does nothing.
+        kahan_sum: keep the rounding error of bfloat16 and float16 weights in ``weight_residual``
+            and add it to the next step. Without it, a step below half the distance to the next
+            bfloat16 number (0.2% to 0.4% of the weight) does nothing.
         betas: AdamW's, for `adamw` groups.
         adamw_eps: AdamW's eps.
-        max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; one matrix
-            at a time is processed however large it is. None: 256 MiB on a CPU, 4 GiB on
-            accelerators, where a step needs them while no activations are held.
-        fused: for `normuon` and `muon` groups: Triton kernels that take momentum and gradient to
-            the direction, and O to the weights, in one pass over memory each. None: where they run,
-            which is on CUDA. False: torch's multi-tensor operations, which differ in last bits.
-        process_group: the ranks that hold copies of the plain parameters, as under DDP: each matrix
-            is then orthogonalised by one of them instead of by all. A group may say otherwise:
-            ``{"params": experts, "process_group": None}`` for parameters of which every rank has
-            its own. At the first step the copies are compared. DTensor parameters (FSDP2, HSDP,
-            TP) need nothing: their meshes say who shares them.
-        balance: how matrices are given to owners: ``"flops"``, longest processing time over the
+        max_scratch_bytes: bound on the temporary memory of a batch of equal matrices; a single
+            matrix may exceed it. None: 256 MiB on a CPU, 4 GiB on accelerators, where a step runs
+            while no activations are held.
+        fused: for `normuon` and `muon` groups: Triton kernels for momentum and weight update, one
+            pass over memory each. None: where they run, which is on CUDA. False: torch's
+            multi-tensor operations, which differ in the last bits.
+        process_group: the ranks that replicate the plain parameters, as under DDP. One of them
+            orthogonalises each matrix, instead of all. A group may override it:
+            ``{"params": experts, "process_group": None}`` for parameters that differ between ranks.
+            At the first step the replicas are compared. DTensor parameters (FSDP2, HSDP, TP) need
+            no process_group.
+        balance: how owners are chosen: ``"flops"``, longest processing time over the
             orthogonaliser's FLOPs, or ``"paper"``, Algorithm 2's sort and round-robin.
-        bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix where
-            that is more); see `normuon.distributed.plan.make_plan`.
-        teams: ``"auto"`` lets up to eight ranks divide a matrix where the plan predicts a shorter
-            step, as it does where there are more ranks than large matrices. The step is then equal
-            to rounding instead of bit by bit on every layout, hence ``"off"``.
+        bucket_bytes: bound on what a rank packs for one exchange (twice the largest matrix if that
+            is more); see `normuon.distributed.plan.make_plan`.
+        teams: ``"auto"`` lets up to eight ranks divide a matrix if the plan predicts a shorter
+            step, as with more ranks than large matrices. The step is then equal to rounding instead
+            of bit by bit, so the default is ``"off"``.
 
     State per matrix is m n + m elements (AdamW: 2 m n); with ``kahan_sum``, m n more.
 
     Raises:
-        ValueError: an option out of range, or a parameter its group cannot train; the message
-            names the parameter and what to do.
+        ValueError: an option is out of range, or a group cannot train a parameter; the message
+            names it and the fix.
 
     Example:
         >>> import torch, normuon
@@ -200,10 +200,10 @@ class NorMuon(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, checked, with its state at zero.
+        """Adds a param group, with its state at zero.
 
         Raises:
-            ValueError: as the constructor; nothing is added then.
+            ValueError: as in the constructor; nothing is added then.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -245,8 +245,8 @@ class NorMuon(Optimizer):
                 loss = closure()
         if self._lost_process_group:
             raise RuntimeError(
-                "this optimizer had a process_group when it was pickled, which cannot be kept: set "
-                "optimizer.process_group, and 'process_group' in the groups that had their own"
+                "this optimizer was pickled, and a process_group cannot be: set "
+                "optimizer.process_group, and 'process_group' in the groups that had one"
             )
         self._adopt_params()
         measures = self._recorder.begin_step()
@@ -271,17 +271,16 @@ class NorMuon(Optimizer):
             self._forget_layouts()
 
     def _forget_layouts(self) -> None:
-        """Plans and batches are made anew where parameters, state or groups were replaced."""
+        """Drops plans and batches, because parameters, state or groups were replaced."""
         self._sharded_steps = None
         self._local_matrices: dict[int, LocalMatrices] = {}
         self._structures: dict[int, object] = {}
         self._recorder.forget_layouts()
 
     def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool]:
-        """The places of a group's parameters that are stepped on this rank alone, and whether it
-        has any that ranks share.
+        """The indices of parameters that only this rank steps, and whether others are shared.
 
-        Checks gradients and lets the state follow what has changed since it was made.
+        Checks gradients, and adapts the state to parameters that changed.
         """
         alone, shares = [], False
         structure = (group["algorithm"], group["neuron_axis"], group.get("view"))
@@ -317,7 +316,7 @@ class NorMuon(Optimizer):
         return alone, shares
 
     def _step_alone(self, number: int, places: list[int], measures: bool) -> None:
-        """Steps those of a group's parameters that no other rank shares."""
+        """Steps the parameters of a group that only this rank has."""
         group = self.param_groups[number]
         if not places:
             return
@@ -346,7 +345,7 @@ class NorMuon(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _agree(self, measures: bool) -> None:
-        """Ranks that disagree find out before anything moves."""
+        """Raises on all ranks if they disagree, before anything changes."""
         for sharded_step in self._planned_steps():
             sharded_step.take_gradients(measures=measures)
         for sharded_step in self._planned_steps():
@@ -354,15 +353,15 @@ class NorMuon(Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _step_shared(self) -> None:
-        """Steps what several ranks share. Exchanges are laid out once, and are not to be traced."""
+        """Steps the shared parameters. Exchanges are laid out once and must not be traced."""
         for sharded_step in self._planned_steps():
             sharded_step.step_()
 
     def _planned_steps(self) -> list[ShardedStep]:
-        """The plans of what ranks share, drawn up at the first step that needs them.
+        """The plans of shared parameters, made at the first step that needs them.
 
-        Every rank of a group draws up its plan at the same step, and again after `add_param_group`
-        and `load_state_dict`.
+        Every rank of a group makes its plan at the same step, and again after `add_param_group` and
+        `load_state_dict`.
         """
         if self._sharded_steps is None:
             from normuon.step.sharded import ShardedStep
@@ -423,19 +422,19 @@ class NorMuon(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and the hyperparameters, in plain types that ``weights_only`` loading takes.
 
-        What describes the model, the program or the machine (views, reasons, ``orthogonalizer``,
-        ``ns_backend``, ``ns_dtype``, ``compute_device``, ``max_scratch_bytes``) is there to be
-        read, and taken from the live optimizer when the state is loaded. The parameters' names are
-        beside the groups, in ``param_names``.
+        Settings of the model, the program or the machine (views, reasons, ``orthogonalizer``,
+        ``ns_backend``, ``ns_dtype``, ``compute_device``, ``max_scratch_bytes``) are saved for
+        reading only: on loading, the live optimizer's are used. The parameters' names are in
+        ``param_names``, beside the groups.
         """
         self._adopt_params()
         return saved_form(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, on whatever device and in whatever dtype it was kept.
+        """Loads a `state_dict`, saved on any device and in any dtype.
 
         Raises:
-            ValueError: other groups, algorithms or shapes than this optimizer's; names the
+            ValueError: its groups, algorithms or shapes differ from this optimizer's; names the
                 parameter. Nothing is changed then.
         """
         state_dict = state_dict.copy()
@@ -460,7 +459,7 @@ class NorMuon(Optimizer):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks that hold copies of the plain parameters; set it after unpickling."""
+        """The ranks that replicate the plain parameters; set it after unpickling."""
         return self._process_group
 
     @process_group.setter

@@ -1,4 +1,4 @@
-"""What a param group may say: every option of the three algorithms, and its check."""
+"""Every option of a param group, and its check."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ UNSAVED_KEYS = frozenset({"process_group"})
 
 
 def param_label(group: Mapping[str, Any], index: int) -> str:
-    """A parameter's name, where it has one, and its shape: how every message about it begins."""
+    """A parameter's name, if it has one, and its shape: the start of every message about it."""
     names = group.get("param_names")
     name = names[index] if names else f"params[{index}] of a {group['algorithm']!r} group"
     return f"{name} {list(group['params'][index].shape)}"
 
 
 def planned_name(group: Mapping[str, Any], number: int, index: int) -> str:
-    """How a plan calls a parameter, alike on every rank: its name, or its group and place."""
+    """A parameter's name in a plan, equal on every rank: its name, or its group and index."""
     names = group.get("param_names")
     return names[index] if names else f"group {number} parameter {index}"
 
@@ -156,7 +156,7 @@ def _or_none(check: Check) -> Check:
 
 def _lr(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, and it has {value.numel()}")
+        raise ValueError(f"Tensor lr must be 1-element, but it has {value.numel()} elements")
     _number(0.0)(name, value)
 
 
@@ -167,7 +167,7 @@ def _switch(name: str, value: object) -> None:
 
 def _steps(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 100:
-        raise ValueError(f"{name}={value!r} must be a whole number from 1 to 99")
+        raise ValueError(f"{name}={value!r} must be an integer from 1 to 99")
 
 
 def _betas(name: str, value: object) -> None:
@@ -194,8 +194,7 @@ def _device(name: str, value: object) -> None:
         torch.get_device_module(torch.device(value))
     except (RuntimeError, TypeError):
         raise ValueError(
-            f"{name}={value!r} is not a device that torch can compute on; pass one, such as "
-            "'cuda', or None"
+            f"{name}={value!r} is not a device of torch; pass one, such as 'cuda', or None"
         ) from None
 
 
@@ -203,7 +202,7 @@ def _process_group(name: str, value: object) -> None:
     if not hasattr(value, "rank"):
         raise ValueError(
             f"{name}={value!r} must be a torch.distributed.ProcessGroup, or None for parameters "
-            "of which this rank alone has a copy"
+            "that other ranks do not have"
         )
 
 
@@ -291,7 +290,7 @@ def check_params(params: object) -> None:
     """
     if isinstance(params, torch.nn.Module):
         raise TypeError(
-            f"NorMuon takes parameters, and was given a {type(params).__name__}: pass "
+            f"NorMuon needs parameters, but got a {type(params).__name__}: pass "
             "normuon.param_groups(model)"
         )
 
@@ -330,11 +329,11 @@ def check_param(group: Mapping[str, Any], index: int) -> None:
 
 
 def check_compute_device(label: str, param: Tensor, given: torch.device | str | None) -> None:
-    """Checks that a parameter's matrices can be taken to where its group computes.
+    """Checks that a parameter's matrices can be moved to its group's compute device.
 
     Raises:
-        ValueError: its mesh is of another kind of device, or it is on another accelerator already;
-            names the parameter.
+        ValueError: its mesh has another device type, or it is on another accelerator already; names
+            the parameter.
     """
     mesh = getattr(param, "device_mesh", None)
     if given is None or param.is_meta:
@@ -342,15 +341,15 @@ def check_compute_device(label: str, param: Tensor, given: torch.device | str | 
     wanted = torch.device(given)
     if mesh is not None and mesh.device_type != wanted.type:
         raise ValueError(
-            f"{label}: compute_device={str(given)!r}, but the parameter's mesh is of "
-            f"{mesh.device_type} devices, where its ranks exchange; leave compute_device at None"
+            f"{label}: compute_device={str(given)!r}, but the parameter's mesh has "
+            f"{mesh.device_type} devices; leave compute_device=None"
         )
     own = param.device
     same = wanted.type == own.type and wanted.index in (None, own.index)
     if own.type != "cpu" and not same:
         raise ValueError(
-            f"{label}: compute_device={str(given)!r}, but the parameter is on {own}; only what is "
-            "on the host is taken elsewhere: leave compute_device at None"
+            f"{label}: compute_device={str(given)!r}, but the parameter is on {own}; this "
+            "option is for parameters on the host: leave compute_device=None"
         )
 
 
@@ -370,8 +369,8 @@ def check_sharing(balance: str, bucket_bytes: int, teams: str) -> None:
 def check_options_dict(what: str, options: Mapping[str, Any], algorithm: str | None = None) -> None:
     """Checks the keys of options that a user wrote down for a group.
 
-    torch lets a group carry any key, as schedulers and frameworks need, so that a slip of the pen
-    would silently keep the default.
+    torch allows any key in a group, as schedulers and frameworks need, so a misspelt option would
+    silently keep its default.
 
     Args:
         what: whose options they are, the start of the message.
@@ -379,8 +378,8 @@ def check_options_dict(what: str, options: Mapping[str, Any], algorithm: str | N
         algorithm: the group's, where it is known.
 
     Raises:
-        ValueError: a key that is an option's misspelling, its name elsewhere, or an option of which
-            the group's algorithm makes nothing.
+        ValueError: a key is a misspelt option, another library's name for one, or an option that
+            the group's algorithm does not use.
     """
     known = {*OPTIONS, *GROUP_OPTIONS}
     for key in sorted(options.keys() - known - GROUP_KEYS):
@@ -401,7 +400,7 @@ def check_options_dict(what: str, options: Mapping[str, Any], algorithm: str | N
         meant = UNUSED_OPTIONS[algorithm][key]
         raise ValueError(
             f"{what}: {key!r} does nothing in a group with 'algorithm': {algorithm!r}; "
-            + (f"there it is {meant!r}" if meant else "leave it out")
+            + (f"use {meant!r} there" if meant else "leave it out")
         )
 
 
@@ -419,16 +418,16 @@ def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> N
     algorithm, view = group["algorithm"], group.get("view")
     if param.ndim < 2:
         raise ValueError(
-            f"{label}: a {algorithm!r} group takes matrices and this parameter has {param.ndim} "
+            f"{label}: a {algorithm!r} group takes matrices, but this parameter has {param.ndim} "
             "dim(s); put it in a group with 'algorithm': 'adamw', or let "
             "normuon.param_groups(model) decide"
         )
     if view is None:
         if param.ndim > 2:
             raise ValueError(
-                f"{label}: {param.ndim} dims could be a convolution or a batch of experts; say "
-                "which with 'view': MatrixView.conv() or MatrixView.experts() in its group, or "
-                "let normuon.param_groups(model) decide"
+                f"{label}: {param.ndim} dims may be a convolution or a batch of experts; put "
+                "'view': MatrixView.conv() or MatrixView.experts() into its group, or let "
+                "normuon.param_groups(model) decide"
             )
         return
     try:
@@ -438,7 +437,7 @@ def check_matrix_param(label: str, param: Tensor, group: Mapping[str, Any]) -> N
 
 
 def check_trainable_tensor(label: str, param: Tensor) -> None:
-    """Checks for what cannot be trained: flattened, other ranks', complex, sparse, integer ones.
+    """Checks that a parameter is not flattened, another rank's, complex, sparse or integer.
 
     Raises:
         ValueError: names the parameter and what it is.
@@ -448,7 +447,7 @@ def check_trainable_tensor(label: str, param: Tensor) -> None:
     if mesh is not None and mesh.get_coordinate() is None:
         raise ValueError(
             f"{label}: this rank is not part of the parameter's mesh {mesh}; give the optimizer "
-            "only parameters that this rank helps to store"
+            "only parameters that this rank stores"
         )
     if param.is_complex():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Draws up the plan of a distributed step from param groups, before or without any training."""
+"""Makes the plan of a distributed step from param groups, without training."""
 
 from __future__ import annotations
 
@@ -51,37 +51,36 @@ def plan_for(
     teams: Teams = "off",
     wire_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan by which `NorMuon` would step the matrices of these groups.
+    """The plan with which `NorMuon` would step the matrices of these groups.
 
     With `mesh_shape` and `placements` only names and shapes are read: parameters may be on the
-    meta device, and there need be no processes, no GPUs and no weights. Without them the
-    parameters say themselves where they live, as in the optimizer: DTensors by their meshes, plain
-    ones by `process_group`; then call it on every rank, or on any. `adamw` groups are passed over.
+    meta device, without processes or GPUs. Without them, the layout is the parameters' own, as in
+    the optimizer: DTensors' meshes, or `process_group` for plain parameters; then call it on one
+    or more ranks. `adamw` groups are ignored.
 
     Args:
-        groups: from `param_groups`, or an optimizer's `param_groups`; options that a group leaves
-            out are `NorMuon`'s defaults.
+        groups: from `param_groups`, or an optimizer's `param_groups`; missing options take
+            `NorMuon`'s defaults.
         mesh_shape: size of every mesh axis; ranks are numbered row-major.
         placements: one per mesh axis, spelled `("replicate",)`, `("shard", dim)` or
             `("strided_shard", dim, split_factor)` (FSDP2 over TP on one dim); or a function of a
             parameter's name and tensor that returns them.
-        process_group: the ranks that hold plain parameters alike, as `NorMuon`'s.
-        cost_model: rates and latency. None: those of `CostModel`, or of the device where the
-            parameters say where they live.
+        process_group: the ranks that replicate plain parameters, as `NorMuon`'s.
+        cost_model: rates and latency. None: `CostModel`'s defaults, or the device's if the layout
+            is the parameters' own.
         balance: "flops" or "paper", as `NorMuon`'s.
         bucket_bytes: as `NorMuon`'s.
         teams: as `NorMuon`'s.
-        wire_dtype: dtype of matrices on the wire. None: what the groups' `ns_dtype` says; where
-            that is None too, bfloat16 for given placements (they are of accelerators), and what
-            suits the device otherwise.
+        wire_dtype: dtype of matrices on the wire. None: the groups' `ns_dtype`; if that is None
+            too, bfloat16 for given placements (assumed on accelerators), else the device's.
 
     Returns:
         The plan: owners, buckets, FLOPs by rank. `normuon plan` prints it, with its bytes, memory
         and time.
 
     Raises:
-        ValueError: no matrix that ranks share, parameters that live on different sets of ranks, an
-            option out of range, or a placement that does not fit; names the parameter.
+        ValueError: no shared matrix, parameters on different sets of ranks, an option out of range,
+            or a placement that does not fit; names the parameter.
 
     Example:
         >>> import normuon
@@ -92,7 +91,7 @@ def plan_for(
         (((0,), (1,)), 1.0)
     """
     if (mesh_shape is None) != (placements is None):
-        raise ValueError("mesh_shape and placements belong together: pass both or neither")
+        raise ValueError("mesh_shape and placements go together: pass both or neither")
     check_sharing(balance, bucket_bytes, teams)
     if wire_dtype is not None and wire_dtype not in NS_DTYPES:
         raise ValueError(f"wire_dtype={wire_dtype!r}: pass None or one of {NS_DTYPES}")
@@ -108,9 +107,9 @@ def plan_for(
         world_size, model = math.prod(mesh_shape), None
     if not tasks:
         raise ValueError(
-            "these groups hold no hidden matrix that ranks share; pass groups with 'algorithm': "
+            "these groups have no hidden matrix that ranks share; pass groups with 'algorithm': "
             "'normuon' whose parameters are DTensors, or mesh_shape and placements, or the "
-            "process_group that holds them alike"
+            "process_group that replicates them"
         )
     return make_plan(
         tasks,
@@ -163,8 +162,8 @@ def _live_tasks(
     if len(found) > 1:
         firsts = "; ".join(shared.matrices[0].owner.label for shared in found)
         raise ValueError(
-            f"the parameters live on {len(found)} different sets of ranks, each with a plan of its "
-            f"own (the first of each: {firsts}); pass the groups of one set at a time"
+            f"the parameters are on {len(found)} different sets of ranks (the first of each: "
+            f"{firsts}), and each set has its own plan; pass the groups of one set at a time"
         )
     if not found:
         return [], 1, None

@@ -1,4 +1,4 @@
-"""The optimizer's state: which tensors each algorithm keeps, their shapes, dtypes and devices.
+"""The optimizer's state: the tensors of each algorithm, their shapes, dtypes and devices.
 
 State exists from construction, so that a checkpoint's keys never depend on which gradients have
 arrived. Spellings are torch.optim's.
@@ -22,7 +22,7 @@ _LINEAR = MatrixView.linear()
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded or replicated over a mesh, told without importing DTensor."""
+    """Whether a tensor is a DTensor, without importing DTensor."""
     return hasattr(tensor, "placements")
 
 
@@ -73,7 +73,7 @@ def keeps_residual(param: Tensor, group: Mapping[str, Any]) -> bool:
 
 
 def missing_keys(state: State, param: Tensor, group: Mapping[str, Any]) -> list[str]:
-    """What the group's options, turned on since the state was made, ask for besides."""
+    """State that is missing because options were turned on after it was made."""
     wanted = {
         "skipped_steps": group["skip_nonfinite"],
         "weight_residual": keeps_residual(param, group),
@@ -126,14 +126,14 @@ def matrix_param(label: str, param: Tensor, group: Mapping[str, Any], state: Sta
 
 
 def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
-    """Where a parameter's matrices are orthogonalised, and what its ranks exchange is.
+    """The device on which a parameter's matrices are orthogonalised and exchanged.
 
-    Where it lies, if that is an accelerator. For a parameter on the host the group's
-    ``compute_device``, or the current device of the kind that its mesh is of.
+    Its own device, if that is an accelerator. For a parameter on the host the group's
+    ``compute_device``, or the current device of its mesh's type.
 
     Raises:
-        ValueError: it cannot be taken there, this machine has no such device, or its group asks for
-            kernels that the host does not run; names it.
+        ValueError: it cannot be moved there, this machine has no such device, or its group needs
+            kernels that do not run on the host; names it.
     """
     own, given = local_tensor(param).device, group["compute_device"]
     mesh = getattr(param, "device_mesh", None)
@@ -148,13 +148,13 @@ def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> to
     module = torch.get_device_module(wanted)
     if not module.is_available():
         raise ValueError(
-            f"{label}: its matrices are to be computed on {str(wanted)!r}, and torch finds no such "
-            "device here"
+            f"{label}: its matrices need the compute_device {str(wanted)!r}, which torch does not "
+            "find on this machine"
         )
     if group["fused"]:
         raise ValueError(
-            f"{label}: fused=True, but it is stepped on the host, where no Triton kernel runs; "
-            "leave fused at None"
+            f"{label}: fused=True, but its weights are on the host, where Triton kernels do not "
+            "run; leave fused=None"
         )
     index = module.current_device() if wanted.index is None else wanted.index
     return torch.device(wanted.type, index)
@@ -199,8 +199,8 @@ def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None
         label = param_label(group, index)
         check_not_flattened(label, param)
         raise ValueError(
-            f"{label}: it had shape {list(state[key].shape)} when the optimizer was built; build "
-            "the optimizer after whatever reshapes the model"
+            f"{label}: its shape was {list(state[key].shape)} when the optimizer was built; "
+            "reshape the model first, then build the optimizer"
         )
 
 
@@ -220,9 +220,9 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
             shape, needed = states[param][name].shape, view.vector_shape(param.shape, dim_of)
             if shape != needed:
                 raise ValueError(
-                    f"{param_label(group, index)}: its {name!r} has shape {list(shape)}, and "
-                    f"neuron_axis={group['neuron_axis']!r} with its view needs {list(needed)}; "
-                    "these two options cannot change once the optimizer is built"
+                    f"{param_label(group, index)}: its {name!r} has shape {list(shape)}, but "
+                    f"neuron_axis={group['neuron_axis']!r} and its view need {list(needed)}; "
+                    "neither option can change after the optimizer is built"
                 )
 
 
@@ -230,7 +230,7 @@ def adopt_params_(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]
     """Starts the state of parameters that have taken the place of others in the groups.
 
     Accelerate builds the optimizer first and puts FSDP2's shards into its groups later; DeepSpeed
-    puts flat pieces there, which are refused.
+    puts flat pieces there, which are an error.
 
     Args:
         state: the optimizer's; what belongs to no parameter of the groups any more is dropped.
@@ -261,8 +261,8 @@ def _check_replacement(group: Mapping[str, Any], index: int) -> None:
     param = group["params"][index]
     if group["algorithm"] != "adamw" and param.ndim < 2 and not is_dtensor(param):
         raise ValueError(
-            f"{param_label(group, index)}: this took a matrix's place after the optimizer was "
-            "built, as DeepSpeed ZeRO (stages 1 to 3) flattens a group into one vector; "
+            f"{param_label(group, index)}: this vector replaced a matrix after the optimizer was "
+            "built, as DeepSpeed ZeRO (stages 1 to 3) does; "
             f"{USE_FSDP2}, or DeepSpeed with zero_optimization.stage 0"
         )
     check_param(group, index)

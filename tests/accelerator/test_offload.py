@@ -237,12 +237,12 @@ def errors():
 
 def test_other_devices_are_refused(on_accelerator):
     assert on_accelerator(errors) == [
-        "w [8, 4]: compute_device='cpu', but the parameter is on faked:0; only what is on the host "
-        "is taken elsewhere: leave compute_device at None",
-        "w [8, 4]: compute_device='cpu', but the parameter's mesh is of faked devices, where its "
-        "ranks exchange; leave compute_device at None",
-        "w [8, 4]: fused=True, but it is stepped on the host, where no Triton kernel runs; leave "
-        "fused at None",
-        "b [8, 4]: its group computes on cpu, and others that the same ranks share on faked:0; "
-        "give their groups one compute_device",
+        "w [8, 4]: compute_device='cpu', but the parameter is on faked:0; this option is for "
+        "parameters on the host: leave compute_device=None",
+        "w [8, 4]: compute_device='cpu', but the parameter's mesh has faked devices; leave "
+        "compute_device=None",
+        "w [8, 4]: fused=True, but its weights are on the host, where Triton kernels do not run; "
+        "leave fused=None",
+        "b [8, 4]: its group computes on cpu, but other parameters of the same ranks on faked:0; "
+        "give all groups one compute_device",
     ]

@@ -227,6 +227,6 @@ def mesh_mismatch_case(rank, world_size):
 def test_a_mesh_of_other_devices_is_refused(ranks):
     for message in ranks.run(mesh_mismatch_case, 2):
         assert message == (
-            "w [8, 4]: compute_device='cuda', but the parameter's mesh is of cpu devices, where "
-            "its ranks exchange; leave compute_device at None"
+            "w [8, 4]: compute_device='cuda', but the parameter's mesh has cpu devices; "
+            "leave compute_device=None"
         )

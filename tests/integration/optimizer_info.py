@@ -110,7 +110,7 @@ def normuon_error_inputs(device: str, dtype: torch.dtype) -> list[ErrorOptimizer
         ({"adamw_eps": -1e-8}, "adamw_eps=-1e-08 must be"),
         ({"ns_steps": 0}, "ns_steps=0 must be a whole number"),
         ({"ns_steps": 100}, "ns_steps=100 must be a whole number"),
-        ({"ns_coefficients": "newton"}, "ns_coefficients='newton' is not a table"),
+        ({"ns_coefficients": "newton"}, "ns_coefficients='newton' is not a known table"),
         ({"ns_coefficients": "you", "ns_steps": 3}, "is a table for ns_steps=5, not 3"),
         ({"adjust_lr_fn": "arbitrary"}, "adjust_lr_fn='arbitrary' is not known"),
         ({"neuron_axis": "long"}, "neuron_axis='long' is not known"),

@@ -96,10 +96,10 @@ def test_an_override_wins():
     assert views["q_proj.weight"] == MatrixView(heads=4)
 
 
-def test_neurons_that_are_no_whole_number_of_heads_are_refused():
+def test_neurons_that_are_not_a_multiple_of_the_head_size_are_refused():
     message = (
-        "k_proj.weight [20, 24]: split_heads=True finds heads of 8 neurons in its module, and 20 "
-        "are no whole number of them; say how it splits with overrides={'name or pattern': "
+        "k_proj.weight [20, 24]: split_heads=True, but its 20 neurons are not a multiple of its "
+        "module's head size, 8; split it with overrides={'name or pattern': "
         "normuon.MatrixView(heads=...)}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -200,7 +200,7 @@ def test_names_that_are_partly_others_are_refused():
     first, second, _ = model.parameters()
     fresh = nn.Parameter(torch.zeros(8, 8))
     moved = NorMuon([("new", fresh), ("0.weight", first), ("1.weight", second)])
-    with pytest.raises(ValueError, match=r"'0\.weight' has another place in the checkpoint"):
+    with pytest.raises(ValueError, match=r"'0\.weight' has another position in the checkpoint"):
         moved.load_state_dict(saved)
     groups = [[("0.weight", first)], [("1.weight", second)]]
     saved = NorMuon([{"params": group} for group in groups]).state_dict()

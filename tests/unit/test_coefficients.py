@@ -60,11 +60,11 @@ def test_one_triple_serves_every_step_and_lists_serve_as_tuples():
 @pytest.mark.parametrize(
     ("given", "steps", "message"),
     [
-        ("jordann", 5, "'jordann' is not a table; known: 'jordan', 'polar_express'"),
+        ("jordann", 5, "'jordann' is not a known table; choose from 'jordan', 'polar_express'"),
         ("you", 6, "'you' is a table for ns_steps=5, not 6"),
         ("cans", 4, "'cans' is a table for ns_steps=5, not 4"),
         ("polar_express", 9, "'polar_express' is a table for ns_steps=1 to 8, not 9"),
-        ([(1, 2, 3)] * 4, 5, "gives 4 steps and ns_steps=5; make them agree"),
+        ([(1, 2, 3)] * 4, 5, "has 4 rows, but ns_steps=5; make them equal"),
         ((1.0, 2.0), 5, "three finite numbers"),
         ((1.0, 2.0, float("nan")), 5, "three finite numbers"),
         ([], 5, "three finite numbers"),

@@ -213,13 +213,13 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
                 stepped(torch.optim.AdamW, model).state_dict(), to=groups_of(model)
             ),
             r"^param_groups\[0\]\['params'\]\[0\]: this state_dict has no parameter names; give "
-            r"the old optimizer itself, or its parameters in their order",
+            r"the old optimizer itself, or its parameters in order",
         ),
         (
             lambda model: convert_state(
                 stepped(torch.optim.AdamW, model), to=param_groups(model[:1])
             ),
-            r"^param_groups\[0\]\['params'\]\[2\]: no group of to= holds this parameter",
+            r"^param_groups\[0\]\['params'\]\[2\]: this parameter is not in any group of to=",
         ),
         (
             lambda model: convert_state(
@@ -233,19 +233,19 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
             lambda model: convert_state(
                 stepped(torch.optim.AdamW, model), to=groups_of(model), params=[]
             ),
-            "^params= lists 0 parameters, and the old optimizers have 6",
+            "^params= lists 0 parameters, but the old optimizers have 6",
         ),
         (
             lambda model: convert_state(
                 stepped(torch.optim.Adam, model, weight_decay=0.1), to=groups_of(model)
             ),
-            r"^torch\.optim\.Adam with weight_decay=0\.1 has the decay inside its first moment",
+            r"^torch\.optim\.Adam with weight_decay=0\.1 adds the decay to its first moment",
         ),
         (
             lambda model: convert_state(
                 NorMuon(groups_of(model)).state_dict(), to=groups_of(model)
             ),
-            "^this is a NorMuon's state already: give it to load_state_dict as it is",
+            "^this is NorMuon's state already: pass it to load_state_dict directly",
         ),
         (
             lambda model: convert_state(torch.optim.AdamW(model.parameters()), to=groups_of(model)),
@@ -383,7 +383,7 @@ def test_dions_spectral_scaling_is_told(capsys):
     train(model, [dion], 1)
     convert_state(dion, to=groups_of(model))
     printed = capsys.readouterr().out
-    assert "adjust_lr='spectral_norm' is that of adjust_lr_fn='original' for matrices" in printed
+    assert "adjust_lr='spectral_norm' equals adjust_lr_fn='original' for matrices" in printed
 
 
 def test_dions_lion_is_refused():
@@ -392,7 +392,7 @@ def test_dions_lion_is_refused():
     groups[-1]["algorithm"] = "lion"
     dion = DionsNorMuon(groups)
     dion.state[groups[-1]["params"][0]] = {"momentum": torch.zeros(1)}
-    with pytest.raises(ValueError, match="dion's with algorithm='lion' cannot be carried over"):
+    with pytest.raises(ValueError, match="dion group with algorithm='lion' cannot be converted"):
         convert_state(dion, to=groups_of(model))
 
 

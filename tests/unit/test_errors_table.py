@@ -80,20 +80,20 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a module instead of parameters": (
         lambda: NorMuon(LINEAR),
         TypeError,
-        "NorMuon takes parameters, and was given a Linear: pass normuon.param_groups(model)",
+        "NorMuon needs parameters, but got a Linear: pass normuon.param_groups(model)",
     ),
     "no parameters": (lambda: NorMuon([]), ValueError, "optimizer got an empty parameter list"),
     "a vector among matrices": (
         lambda: NorMuon(group(matrix(5))),
         ValueError,
-        "w [5]: a 'normuon' group takes matrices and this parameter has 1 dim(s); put it in a "
+        "w [5]: a 'normuon' group takes matrices, but this parameter has 1 dim(s); put it in a "
         "group with 'algorithm': 'adamw', or let normuon.param_groups(model) decide",
     ),
     "four dims and no view": (
         lambda: NorMuon(group(matrix(4, 3, 5, 5))),
         ValueError,
-        "w [4, 3, 5, 5]: 4 dims could be a convolution or a batch of experts; say which with "
-        "'view': MatrixView.conv() or MatrixView.experts() in its group, or let "
+        "w [4, 3, 5, 5]: 4 dims may be a convolution or a batch of experts; put 'view': "
+        "MatrixView.conv() or MatrixView.experts() into its group, or let "
         "normuon.param_groups(model) decide",
     ),
     "FSDP1's flat parameter": (
@@ -118,15 +118,15 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a group that DeepSpeed ZeRO flattened": (
         step_after_flattening,
         ValueError,
-        "params[0] of a 'normuon' group [12]: this took a matrix's place after the optimizer was "
-        "built, as DeepSpeed ZeRO (stages 1 to 3) flattens a group into one vector; use FSDP2 "
+        "params[0] of a 'normuon' group [12]: this vector replaced a matrix after the optimizer "
+        "was built, as DeepSpeed ZeRO (stages 1 to 3) does; use FSDP2 "
         "(torch.distributed.fsdp.fully_shard), or DeepSpeed with zero_optimization.stage 0",
     ),
     "a model reshaped after the optimizer was built": (
         step_after_reshaping,
         ValueError,
-        "w [5, 3]: it had shape [4, 3] when the optimizer was built; build the optimizer after "
-        "whatever reshapes the model",
+        "w [5, 3]: its shape was [4, 3] when the optimizer was built; reshape the model first, "
+        "then build the optimizer",
     ),
     "a sparse parameter": (
         lambda: NorMuon(group(torch.zeros(4, 3).to_sparse().requires_grad_())),
@@ -157,7 +157,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a view that does not fit": (
         lambda: NorMuon(group(matrix(9, 4), view=MatrixView.fused(4, 4))),
         ValueError,
-        "w [9, 4]: the group's view does not fit: blocks=(4, 4) sum to 8, and dim 0 has 9",
+        "w [9, 4]: the group's view does not fit: blocks=(4, 4) sum to 8, but dim 0 has 9",
     ),
     "heads for other blocks": (
         lambda: MatrixView.fused(8, 4, heads=(2, 1, 1)),
@@ -179,7 +179,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a tensor of learning rates": (
         lambda: NorMuon([matrix()], lr=torch.ones(2)),
         ValueError,
-        "Tensor lr must be 1-element, and it has 2",
+        "Tensor lr must be 1-element, but it has 2 elements",
     ),
     "a misspelt option": (
         lambda: NorMuon(group(matrix(), weight_decy=0.1)),
@@ -199,7 +199,8 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an unknown table of coefficients": (
         lambda: NorMuon([matrix()], ns_coefficients="svd"),
         ValueError,
-        "ns_coefficients='svd' is not a table; known: 'jordan', 'polar_express', 'you', 'cans'",
+        "ns_coefficients='svd' is not a known table; choose from 'jordan', 'polar_express', 'you', "
+        "'cans'",
     ),
     "a table of another length": (
         lambda: NorMuon([matrix()], ns_coefficients="you", ns_steps=4),
@@ -209,7 +210,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "coefficients for other steps": (
         lambda: NorMuon([matrix()], ns_coefficients=[(1.0, 2.0, 3.0)] * 3),
         ValueError,
-        "ns_coefficients gives 3 steps and ns_steps=5; make them agree",
+        "ns_coefficients has 3 rows, but ns_steps=5; make them equal",
     ),
     "one AdamW beta": (
         lambda: NorMuon([matrix()], betas=(0.9,)),
@@ -220,9 +221,9 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a matrix that nothing but its shape could place": (
         lambda: param_groups(nn.Sequential(LINEAR, Mixer())),
         ValueError,
-        "only their shape could say what these parameters are: 1.mixing [5, 3] of Mixer.mixing. "
-        "Say it by class or by name, overrides={Mixer: ...} or {'*mixing': ...}: 'normuon' for "
-        "matrices [out, in], a normuon.MatrixView for matrices stored otherwise, 'adamw' for the "
+        "these parameters may or may not be hidden matrices: 1.mixing [5, 3] of Mixer.mixing. "
+        "Choose by class or by name, overrides={Mixer: ...} or {'*mixing': ...}: 'normuon' for "
+        "matrices [out, in], a normuon.MatrixView for matrices of another layout, 'adamw' for the "
         "rest",
     ),
     "an override that matches nothing": (
@@ -233,36 +234,36 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a model without a hidden matrix": (
         lambda: param_groups(nn.Embedding(9, 4)),
         ValueError,
-        "no parameter of this model is a hidden matrix, so NorMuon would be AdamW throughout; use "
-        "torch.optim.AdamW, say which are with overrides={'name or pattern': 'normuon'}, or "
-        "pass hidden_required=False for a pipeline stage that has none",
+        "this model has no hidden matrix, so all parameters would take AdamW; use "
+        "torch.optim.AdamW, choose matrices with overrides={'name or pattern': 'normuon'}, or "
+        "pass hidden_required=False for a pipeline stage without any",
     ),
     # Checkpoints.
     "a checkpoint of other groups": (
         lambda: load_into(lambda: NorMuon([matrix()]), NorMuon([*group(matrix()), *twice()[:1]])),
         ValueError,
-        "the checkpoint has 1 param groups and this optimizer 2",
+        "number of param groups: 1 in the checkpoint, 2 in this optimizer",
     ),
     "AdamW's checkpoint in a matrix's group": (
         lambda: load_into(
             lambda: NorMuon([{"params": [matrix()], "algorithm": "adamw"}]), NorMuon([matrix()])
         ),
         ValueError,
-        "param_groups[0] is 'adamw' in the checkpoint and 'normuon' in this optimizer",
+        "param_groups[0] is 'adamw' in the checkpoint but 'normuon' in this optimizer",
     ),
     "a checkpoint of another width": (
         lambda: load_into(lambda: NorMuon([matrix(4, 5)]), NorMuon(group(matrix()))),
         ValueError,
-        "w [4, 3]: the checkpoint's 'momentum_buffer' has shape [4, 5], and this parameter with "
+        "w [4, 3]: the checkpoint's 'momentum_buffer' has shape [4, 5], but this parameter with "
         "its view needs [4, 3]",
     ),
     # Coming from another optimizer.
     "the state of an optimizer that is not known": (
         lambda: convert_state(torch.optim.Adagrad([matrix()]), to=group(matrix())),
         ValueError,
-        "a group with the options ['differentiable', 'eps', 'foreach', 'fused', "
-        "'initial_accumulator_value', 'lr', 'lr_decay', 'maximize', 'weight_decay'] belongs to no "
-        "optimizer that convert_state knows: torch.optim.AdamW, torch.optim.Muon, the authors' "
+        "convert_state does not know the optimizer of a group with the options ['differentiable', "
+        "'eps', 'foreach', 'fused', 'initial_accumulator_value', 'lr', 'lr_decay', 'maximize', "
+        "'weight_decay']; it takes torch.optim.AdamW, torch.optim.Muon, the authors' "
         "NorMuon, dion's Muon and NorMuon, and Muon with 'use_muon' groups, as Keller Jordan's and "
         "DeepSpeed's",
     ),
@@ -275,14 +276,14 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "Muon's learning rate without the matrices": (
         lambda: suggest_lr(0.02, coming_from="muon_original"),
         ValueError,
-        "coming_from='muon_original' needs to=param_groups(model): the step of that scaling "
-        "depends on the widths of the matrices",
+        "coming_from='muon_original' needs to=param_groups(model), because the step of that "
+        "scaling depends on the widths of the matrices",
     ),
 }
 
 
 @pytest.mark.parametrize("misuse", MISUSES)
-def test_a_misuse_is_told_in_one_clear_message(misuse):
+def test_a_misuse_raises_one_clear_message(misuse):
     act, kind, message = MISUSES[misuse]
     with pytest.raises(kind) as raised:
         act()

@@ -138,7 +138,7 @@ def test_a_tied_head_appears_once_as_an_embedding():
 def test_a_head_the_model_names_itself_needs_no_name():
     model = LanguageModel("hidden_too")
     model.hidden_too = nn.Linear(4, 4)
-    with pytest.warns(UserWarning, match="no output head was recognised in this LanguageModel"):
+    with pytest.warns(UserWarning, match="no output head was found in this LanguageModel"):
         assert placed(model)["hidden_too.weight"][0] == "normuon"
     model.get_output_embeddings = lambda: model.hidden_too
     assert placed(model)["hidden_too.weight"][::2] == ("adamw", "output head")

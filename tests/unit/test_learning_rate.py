@@ -58,7 +58,7 @@ def test_adamw_sized_rates_are_kept(origin):
         (
             0.02,
             [{"params": [nn.Parameter(torch.zeros(3))], "algorithm": "adamw"}],
-            "hold no matrix",
+            "have no hidden matrix",
         ),
     ],
 )

@@ -112,7 +112,7 @@ def test_the_last_matrix_of_a_block_is_no_head():
 def test_a_model_without_a_head_is_told_what_to_write():
     model = nn.Sequential(nn.Linear(4, WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH))
     message = (
-        r"no output head was recognised in this Sequential: its last matrix, 1\.weight \[8, 8\], "
+        r"no output head was found in this Sequential: its last matrix, 1\.weight \[8, 8\], "
         r"takes NorMuon\. If it is the output layer, pass overrides=\{'1\.weight': 'adamw'\}; if "
         r"it is hidden, overrides=\{'1\.weight': 'normuon'\}"
     )

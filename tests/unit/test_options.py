@@ -25,7 +25,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"lr": math.nan}, "lr=nan must be a number, at least 0 and finite"),
         ({"lr": math.inf}, "lr=inf must be a number, at least 0 and finite"),
         ({"lr": "fast"}, "lr='fast' must be a number, at least 0 and finite"),
-        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element, and it has 2"),
+        ({"lr": torch.ones(2)}, "Tensor lr must be 1-element, but it has 2 elements"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 must be a number, at least 0 and finite"),
         ({"momentum": 1.0}, "momentum=1.0 must be a number, at least 0 and below 1"),
         ({"momentum": -0.1}, "momentum=-0.1 must be a number, at least 0 and below 1"),
@@ -34,16 +34,17 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ({"adamw_eps": None}, "adamw_eps=None must be a number, at least 0 and finite"),
         ({"betas": (0.9,)}, "betas=(0.9,) must be two numbers, AdamW's (beta1, beta2)"),
         ({"betas": (0.9, 1.0)}, "betas[1]=1.0 must be a number, at least 0 and below 1"),
-        ({"ns_steps": 0}, "ns_steps=0 must be a whole number from 1 to 99"),
-        ({"ns_steps": 5.0}, "ns_steps=5.0 must be a whole number from 1 to 99"),
-        ({"ns_steps": 100}, "ns_steps=100 must be a whole number from 1 to 99"),
+        ({"ns_steps": 0}, "ns_steps=0 must be an integer from 1 to 99"),
+        ({"ns_steps": 5.0}, "ns_steps=5.0 must be an integer from 1 to 99"),
+        ({"ns_steps": 100}, "ns_steps=100 must be an integer from 1 to 99"),
         (
             {"ns_coefficients": "you", "ns_steps": 4},
             "ns_coefficients='you' is a table for ns_steps=5, not 4",
         ),
         (
             {"ns_coefficients": "svd"},
-            "ns_coefficients='svd' is not a table; known: 'jordan', 'polar_express', 'you', 'cans'",
+            "ns_coefficients='svd' is not a known table; choose from 'jordan', 'polar_express', "
+            "'you', 'cans'",
         ),
         (
             {"adjust_lr_fn": "none"},
@@ -90,26 +91,26 @@ def test_an_option_out_of_range_is_refused(options, message, where):
         (
             matrix(5),
             {},
-            "w [5]: a 'normuon' group takes matrices and this parameter has 1 dim(s); put it in a "
+            "w [5]: a 'normuon' group takes matrices, but this parameter has 1 dim(s); put it in a "
             "group with 'algorithm': 'adamw', or let normuon.param_groups(model) decide",
         ),
         (
             nn.Parameter(torch.zeros(())),
             {"algorithm": "muon"},
-            "w []: a 'muon' group takes matrices and this parameter has 0 dim(s); put it in a "
+            "w []: a 'muon' group takes matrices, but this parameter has 0 dim(s); put it in a "
             "group with 'algorithm': 'adamw', or let normuon.param_groups(model) decide",
         ),
         (
             matrix(4, 3, 5, 5),
             {},
-            "w [4, 3, 5, 5]: 4 dims could be a convolution or a batch of experts; say which with "
-            "'view': MatrixView.conv() or MatrixView.experts() in its group, or let "
+            "w [4, 3, 5, 5]: 4 dims may be a convolution or a batch of experts; put 'view': "
+            "MatrixView.conv() or MatrixView.experts() into its group, or let "
             "normuon.param_groups(model) decide",
         ),
         (
             matrix(9, 4),
             {"view": MatrixView.fused(4, 4)},
-            "w [9, 4]: the group's view does not fit: blocks=(4, 4) sum to 8, and dim 0 has 9",
+            "w [9, 4]: the group's view does not fit: blocks=(4, 4) sum to 8, but dim 0 has 9",
         ),
         (matrix(), {"view": "conv"}, "view='conv' must be a normuon.MatrixView"),
         (
@@ -170,10 +171,10 @@ def test_an_option_that_shapes_the_state_cannot_change_later():
 @pytest.mark.parametrize(
     ("algorithm", "options", "message"),
     [
-        ("adamw", {"eps": 1e-6}, "'eps' does nothing in a group .*; there it is 'adamw_eps'"),
-        ("adamw", {"momentum": 0.9}, "'momentum' does nothing .*; there it is 'betas'"),
+        ("adamw", {"eps": 1e-6}, "'eps' does nothing in a group .*; use 'adamw_eps' there"),
+        ("adamw", {"momentum": 0.9}, "'momentum' does nothing .*; use 'betas' there"),
         ("adamw", {"amsgrad": True}, "amsgrad is not supported: leave it out"),
-        ("normuon", {"betas": (0.9, 0.99)}, "'betas' does nothing .*; there it is 'beta2'"),
+        ("normuon", {"betas": (0.9, 0.99)}, "'betas' does nothing .*; use 'beta2' there"),
         ("normuon", {"learning_rate": 1e-3}, "'learning_rate' .*; did you mean 'lr'"),
         ("muon", {"wd": 0.1}, "'wd' .*; did you mean 'weight_decay'"),
     ],

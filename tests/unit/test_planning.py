@@ -91,7 +91,7 @@ def test_muon_groups_send_no_second_moments():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mesh_shape": (2,)}, "belong together"),
+        ({"mesh_shape": (2,)}, "go together"),
         ({"mesh_shape": (2,), "placements": [("shard", 7)]}, r"0\.weight \[8, 4\].*2 dims"),
         ({"mesh_shape": (2,), "placements": ROWS, "balance": "best"}, "balance='best'"),
         ({"mesh_shape": (2,), "placements": ROWS, "bucket_bytes": 0}, "bucket_bytes=0"),

@@ -1,4 +1,4 @@
-"""Proof that all ranks of a group say the same, before anything depends on it."""
+"""Checks that all ranks of a group agree, before anything depends on it."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def check_agreement(
         found = first_different_line(first, text, names=names)
     found = _broadcast(found, other, group)
     raise ValueError(
-        f"{names[0]} and {names[1]} built different {what}: {found}. Build the model and its "
-        "param groups alike on every rank"
+        f"{names[0]} and {names[1]} built different {what}: {found}. Build the same model and "
+        "param groups on every rank"
     )
 
 

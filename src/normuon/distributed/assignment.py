@@ -110,7 +110,7 @@ def _draft(task: MatrixTask, world_size: int, cost_model: CostModel) -> _Draft:
         return _Draft(task, (job,), "one rank: nothing to send")
     if task.slab is not None:
         reason = (
-            f"divided among {task.slab.team.size} ranks: one would take longer than the mean of all"
+            f"divided among {task.slab.team.size} ranks: one rank would take longer than the mean"
         )
         return _Draft(task, (replace(job, candidates=(task.slab.rank,)),), reason)
     is_whole = tiling.is_stored_whole
@@ -174,5 +174,5 @@ def _reason(draft: _Draft, owners: tuple[int, ...], moved: bool) -> str:
     whole_ranks = tiling_of(draft.task).whole_ranks
     if moved and draft.stays_local and owners[0] not in whole_ranks:
         size = format_bytes(draft.task.matrix_bytes)
-        return f"stored whole on one rank, but moving {size} there and back evens out the work"
+        return f"stored whole on one rank, but moving {size} both ways balances the work"
     return draft.reason

@@ -40,8 +40,8 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
         process_group: for plain tensors.
 
     Raises:
-        ValueError: a placement other than Shard and Replicate, or a local tensor that the
-            placements do not explain.
+        ValueError: a placement other than Shard and Replicate, or a local tensor that does not
+            match the placements.
     """
     if not isinstance(param, DTensor):
         assert process_group is not None
@@ -58,8 +58,8 @@ def shards_of(param: Tensor, *, label: str, process_group: dist.ProcessGroup | N
         if _explains(layout, dist.get_rank(group), param):
             return Shards(group, layout)
     raise ValueError(
-        f"{label}: its local tensor is {list(param.to_local().shape)}, which {param.placements} on "
-        f"{mesh} do not explain; distribute it with fully_shard or distribute_tensor"
+        f"{label}: its local tensor {list(param.to_local().shape)} does not match "
+        f"{param.placements} on {mesh}; distribute it with fully_shard or distribute_tensor"
     )
 
 
@@ -72,7 +72,7 @@ def placed_gradient(param: Tensor, *, label: str) -> Tensor | None:
     is redistributed into a copy: then all ranks of the mesh must call this.
 
     Raises:
-        ValueError: a plain gradient of a DTensor, of which nothing says how it lies.
+        ValueError: the gradient of a DTensor is a plain tensor, whose placement is unknown.
     """
     grad = param.grad
     if grad is None or not param.requires_grad:
@@ -86,7 +86,7 @@ def placed_gradient(param: Tensor, *, label: str) -> Tensor | None:
     if not isinstance(grad, DTensor) or grad.device_mesh != param.device_mesh:
         placed = "a plain tensor" if not isinstance(grad, DTensor) else f"on {grad.device_mesh}"
         raise ValueError(
-            f"{label}: its gradient is {placed} and the parameter {param.placements} on "
+            f"{label}: its gradient is {placed}, but the parameter is {param.placements} on "
             f"{param.device_mesh}; redistribute the gradient before the step: "
             "param.grad = DTensor.from_local(...)"
         )
@@ -252,7 +252,7 @@ def _copy_exactly_(local: Tensor, value: Tensor, label: str) -> None:
         return  # Which dim of an empty shard is 0 is torch's to say.
     if local.shape != value.shape:
         raise ValueError(
-            f"{label}: this rank stores {list(local.shape)} of a state, and its layout gives it "
+            f"{label}: this rank's state has shape {list(local.shape)}, but its layout needs "
             f"{list(value.shape)}; load the state with torch.distributed.checkpoint"
         )
     local.copy_(value)

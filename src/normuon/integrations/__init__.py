@@ -1,4 +1,4 @@
-"""Adapters for training frameworks that build optimizers by an interface of their own.
+"""Adapters for training frameworks that build optimizers through their own interface.
 
 Each file imports its framework only when it is used. Most frameworks need no adapter: see
 `examples/`.

@@ -31,10 +31,10 @@ def unfreeze_and_add_param_groups(
     """Lightning's ``unfreeze_and_add_param_group`` for NorMuon, in a callback's
     ``finetune_function``.
 
-    Lightning's own makes one group of bare parameters, of which nothing says what is a matrix, an
-    embedding or a norm. Here the whole module says it, as it did for the first groups. What the
-    optimizer has already is made trainable and not added again, so that ``if epoch >= n:`` is right
-    in a resumed run too, which Lightning begins with everything frozen.
+    Lightning's own function makes one group of bare parameters, which do not say what is a matrix,
+    an embedding or a norm. This one groups them by their modules. Parameters that the optimizer
+    already has become trainable and are not added again, so ``if epoch >= n:`` also works in a
+    resumed run, which Lightning starts with everything frozen.
 
     Args:
         root: the LightningModule, whose names the parameters keep.

@@ -22,16 +22,16 @@ def build_optimizers(
 ) -> Any:
     """torchtitan's `build_optimizers`, with NorMuon: one for each pipeline stage's part.
 
-    Put it into the TrainSpec as ``build_optimizers_fn``, through `functools.partial` where
-    overrides or options are wanted. The job's ``[optimizer]`` section gives ``lr``,
-    ``weight_decay``, AdamW's ``beta1`` and ``beta2``, and AdamW's ``eps``; its ``name`` and
-    ``implementation`` mean nothing here.
+    Set it as the TrainSpec's ``build_optimizers_fn``, with `functools.partial` for overrides or
+    options. The job's ``[optimizer]`` section gives ``lr``,
+    ``weight_decay``, and AdamW's ``beta1``, ``beta2`` and ``eps``; its ``name`` and
+    ``implementation`` are ignored.
 
     Args:
         model_parts: what torchtitan has parallelised.
         optimizer_config: torchtitan's ``Optimizer`` config.
-        parallel_dims: unused: the parameters' meshes say who shares them.
-        ft_manager: torchtitan's ``FTManager``; fault tolerance has to be off.
+        parallel_dims: unused, because parameters carry their meshes.
+        ft_manager: torchtitan's ``FTManager``; fault tolerance must be off.
         overrides: as for `normuon.param_groups`.
         options: as for `NorMuon`; they win over the config's.
 
@@ -53,8 +53,8 @@ def build_optimizers(
 
     if optimizer_config.early_step_in_backward:
         raise ValueError(
-            "optimizer.early_step_in_backward steps each parameter on its own, and NorMuon's ranks "
-            "step them together: set it to false"
+            "optimizer.early_step_in_backward steps each parameter separately, but NorMuon steps "
+            "them together: set it to false"
         )
     if ft_manager is not None and ft_manager.enabled:
         raise ValueError("fault_tolerance.enable is not supported with NorMuon: set it to false")

@@ -1,4 +1,4 @@
-"""NorMuon in transformers' Trainer, and in trainers made from it, such as TRL's."""
+"""NorMuon in transformers' Trainer, and in trainers derived from it, such as TRL's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trainer_optimizer(
 
     ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of hidden
     matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The schedule is
-    the Trainer's own. ``args.optim`` means nothing here.
+    the Trainer's. ``args.optim`` is ignored.
 
     Args:
         args: the ``TrainingArguments`` that the Trainer gets.
@@ -48,7 +48,7 @@ def trainer_optimizer(
         A factory and its arguments.
 
     Raises:
-        ValueError: ``args.optim_args`` is set, which would mean nothing.
+        ValueError: ``args.optim_args`` is set, which NorMuon would ignore.
     """
     if getattr(args, "optim_args", None):
         raise ValueError(

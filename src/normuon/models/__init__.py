@@ -1,1 +1,1 @@
-"""What each parameter of a model is: how it is seen as matrices, and by which rule."""
+"""Decides what each parameter of a model is, and how it becomes matrices."""

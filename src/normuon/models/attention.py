@@ -1,4 +1,4 @@
-"""Which parameters are stacks of attention heads, and how large a head is: told by their module."""
+"""Finds the parameters that are stacks of attention heads, and the size of a head."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _is_trained(weight: object) -> bool:
 
 
 def split_into_heads(label: str, param: Tensor, verdict: Verdict, head_size: int) -> Verdict:
-    """The verdict on a projection, with a view that makes every head a matrix of its own.
+    """The verdict on a projection, with a view that makes every head a separate matrix.
 
     Args:
         label: the parameter's name and shape, the start of the message.
@@ -91,7 +91,7 @@ def split_into_heads(label: str, param: Tensor, verdict: Verdict, head_size: int
         head_size: output neurons per head.
 
     Raises:
-        ValueError: the neurons are not a whole number of heads.
+        ValueError: the number of neurons is not a multiple of the head size.
     """
     view = verdict.view
     if view is None or not view.is_whole:
@@ -99,8 +99,8 @@ def split_into_heads(label: str, param: Tensor, verdict: Verdict, head_size: int
     num_neurons = param.shape[view.neuron_dim]
     if num_neurons % head_size:
         raise ValueError(
-            f"{label}: split_heads=True finds heads of {head_size} neurons in its module, and "
-            f"{num_neurons} are no whole number of them; say how it splits with "
+            f"{label}: split_heads=True, but its {num_neurons} neurons are not a multiple of its "
+            f"module's head size, {head_size}; split it with "
             "overrides={'name or pattern': normuon.MatrixView(heads=...)}"
         )
     heads = num_neurons // head_size

@@ -1,4 +1,4 @@
-"""A model's param groups: which parameter takes which algorithm, and a table that says why."""
+"""A model's param groups: which parameter takes which algorithm, and a table of reasons."""
 
 from __future__ import annotations
 
@@ -36,37 +36,36 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The param groups of a whole model, for `NorMuon`.
 
-    Hidden matrices (linear layers, convolutions, experts) take `normuon`; embeddings, output heads
-    (tied ones too), norms, biases, routers and scalars take `adamw` without weight decay. The
-    owning module's type decides. A fused parameter such as QKV stays whole, as in the paper, unless
-    an override or ``split_heads`` splits it. Frozen parameters are left out.
+    Hidden matrices (linear layers, convolutions, experts) take `normuon`. Embeddings, output heads
+    (also tied ones), norms, biases, routers and scalars take `adamw` without weight decay. The
+    type of the owning module decides. A fused parameter such as QKV stays whole, as in the paper,
+    unless an override or ``split_heads`` splits it. Frozen parameters are left out.
 
-    A warning names the last matrix of a model in which no output head is found, and the override
-    that says what it is.
+    If no output head is found, a warning names the model's last matrix and the override to use.
 
     Args:
         model: any module, wrapped or not.
-        overrides: by glob pattern on parameter names (with or without what wrappers put into them)
-            or by class of modules, the first match winning over everything else. A value is
-            ``"normuon"``, ``"muon"`` or ``"adamw"``; a `MatrixView`; or a dict of group options
-            such as ``{"algorithm": "adamw", "lr": 3e-3}``.
+        overrides: keys are glob patterns on parameter names (with or without wrappers' prefixes) or
+            module classes; the first match wins over everything else. Values are ``"normuon"``,
+            ``"muon"`` or ``"adamw"``; a `MatrixView`; or a dict of group options such as
+            ``{"algorithm": "adamw", "lr": 3e-3}``.
         hidden: options for every group of hidden matrices, ``{"weight_decay": 0.1}``.
-        other: options for every other group; ``{"weight_decay": 0.0}`` is preset.
-        split_heads: orthogonalise every attention head's rows of the query, key and value
-            projections as a matrix of their own, scale included, fused or not. Heads are found by
-            the attention module's ``head_dim`` (or a like name); overrides win. A warning names
-            attention modules that have none; a model without attention stays as it is.
-        hidden_required: False allows a model without a hidden matrix, as a pipeline stage may be
-            that holds the embedding alone: its parameters all take `adamw`.
+        other: options for every other group; the default is ``{"weight_decay": 0.0}``.
+        split_heads: orthogonalise and scale every attention head of the query, key and value
+            projections separately, fused or not. Heads are found by the attention module's
+            ``head_dim`` (or a similar name); overrides win. A warning names attention modules
+            without one; a model without attention is not changed.
+        hidden_required: False allows a model without a hidden matrix, such as a pipeline stage with
+            only the embedding; all its parameters take `adamw`.
 
     Returns:
         Param groups with named parameters, views and reasons; `describe_groups` prints them.
 
     Raises:
-        TypeError: no module.
-        ValueError: a parameter of two or more dims that nothing but its shape could place, one
-            that is not initialised yet or that FSDP1 or DeepSpeed ZeRO-3 has flattened, an override
-            that matches nothing, or a model without a hidden matrix where one is required.
+        TypeError: ``model`` is not a module.
+        ValueError: a parameter of two or more dims is ambiguous, not initialised, or flattened by
+            FSDP1 or DeepSpeed ZeRO-3; an override matches nothing; or the model has no hidden
+            matrix although one is required.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 9))
@@ -77,8 +76,8 @@ def param_groups(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"param_groups takes a model, and was given a {type(model).__name__}: pass the "
-            "torch.nn.Module itself, whose modules say what each parameter is"
+            f"param_groups needs a torch.nn.Module, but got a {type(model).__name__}: pass the "
+            "model itself, because its modules decide what each parameter is"
         )
     overrides = dict(overrides or {})
     _check_overrides(overrides)
@@ -140,8 +139,8 @@ def _check_overrides(overrides: Mapping[Pattern, Override]) -> None:
 def _check_initialised(name: str, param: Tensor) -> None:
     if is_lazy(param):
         raise ValueError(
-            f"{name}: a lazy module has not made this parameter yet; run one batch through the "
-            "model before param_groups"
+            f"{name}: this parameter of a lazy module is not initialised; run one batch through "
+            "the model before param_groups"
         )
 
 
@@ -211,16 +210,16 @@ def _check_complete(
         )
         owner = unplaced[0][2]
         raise ValueError(
-            f"only their shape could say what these parameters are: {listed}. Say it by class or "
-            f"by name, overrides={{{owner.kind}: ...}} or {{'*{owner.param_name}': ...}}: "
-            "'normuon' for matrices [out, in], a normuon.MatrixView for matrices stored otherwise, "
-            "'adamw' for the rest"
+            f"these parameters may or may not be hidden matrices: {listed}. Choose by class or by "
+            f"name, overrides={{{owner.kind}: ...}} or {{'*{owner.param_name}': ...}}: 'normuon' "
+            "for matrices [out, in], a normuon.MatrixView for matrices of another layout, 'adamw' "
+            "for the rest"
         )
     if hidden_required and all(group["algorithm"] == "adamw" for group in groups.values()):
         raise ValueError(
-            "no parameter of this model is a hidden matrix, so NorMuon would be AdamW throughout; "
-            "use torch.optim.AdamW, say which are with overrides={'name or pattern': 'normuon'}, "
-            "or pass hidden_required=False for a pipeline stage that has none"
+            "this model has no hidden matrix, so all parameters would take AdamW; use "
+            "torch.optim.AdamW, choose matrices with overrides={'name or pattern': 'normuon'}, "
+            "or pass hidden_required=False for a pipeline stage without any"
         )
 
 
@@ -233,7 +232,7 @@ def _warn_without_head(
     if name not in placed or overridden:
         return
     warnings.warn(
-        f"no output head was recognised in this {type(model).__name__}: its last matrix, {name} "
+        f"no output head was found in this {type(model).__name__}: its last matrix, {name} "
         f"{list(placed[name].shape)}, takes NorMuon. If it is the output layer, pass "
         f"overrides={{'{name}': 'adamw'}}; if it is hidden, overrides={{'{name}': 'normuon'}}",
         stacklevel=3,
@@ -264,8 +263,8 @@ def describe_groups(groups: Iterable[Mapping[str, Any]], *, collapse: bool = Fal
 
     Args:
         groups: from `param_groups`, or an optimizer's ``param_groups``.
-        collapse: one line for equal layers (``layers.*.up.weight``, with how many there are), and
-            the total of each algorithm at the end.
+        collapse: one line for equal layers (``layers.*.up.weight``, with their number), and the
+            total of each algorithm at the end.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
@@ -309,7 +308,7 @@ def describe_groups(groups: Iterable[Mapping[str, Any]], *, collapse: bool = Fal
 
 
 def _collapsed(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Rows that differ in the numbers of their names only, as one each."""
+    """One row for rows that differ only in the numbers in their names."""
     counts: dict[tuple[str, ...], list[str]] = {}
     for name, *rest in rows:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)

@@ -98,7 +98,7 @@ def output_heads(model: nn.Module) -> dict[int, str]:
 
 
 def last_matrix(model: nn.Module) -> str | None:
-    """The name of the module that is the last matrix of a model, as the model calls it."""
+    """The name of the module that holds a model's last matrix."""
     last = None
     for name, module in model.named_modules():
         if _gives(module) is not None:

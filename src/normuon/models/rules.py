@@ -1,7 +1,7 @@
-"""What each parameter of a model is, told by the modules that own it: matrix, embedding, router.
+"""Decides what each parameter of a model is, by the modules that own it.
 
-Types of modules decide, the more specific before `nn.Linear`; names only where a type cannot tell;
-a shape only where it leaves no matrix. Anything else is unplaced, and an error names it.
+Module types decide, the more specific before `nn.Linear`; names only where a type is not enough;
+a shape only if it leaves no matrix. Anything else is ambiguous, and an error names it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Verdict:
     Args:
         algorithm: ``"normuon"`` for a hidden matrix, ``"adamw"`` for anything else.
         reason: a few words for the table that users read.
-        view: how the parameter is seen as matrices; None for AdamW.
+        view: how the parameter becomes matrices; None for AdamW.
     """
 
     algorithm: Algorithm
@@ -84,7 +84,7 @@ def owners_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Owner]
 
 
 def judge(param: Tensor, owners: list[Owner], heads: Mapping[int, str]) -> Verdict | None:
-    """What a parameter is; None when nothing but its shape could tell.
+    """What a parameter is; None if only its shape could tell.
 
     Args:
         param: the parameter.
@@ -125,7 +125,7 @@ def _where(owner: Owner) -> str:
 def _judge_parametrized(owner: Owner) -> Verdict | None:
     """Weight norm, spectral norm and other parametrizations, in torch's old spelling and its new.
 
-    What they train is no matrix that the layer multiplies by.
+    The layer does not multiply by what they train.
     """
     stem, _, ending = owner.param_name.rpartition("_")
     if isinstance(owner.module, ParametrizationList):
@@ -207,7 +207,7 @@ def _judge_convolution(module: nn.modules.conv._ConvNd, owner: Owner) -> Verdict
         view = MatrixView(neuron_dim=1)
         return Verdict("normuon", f"{kind}, flattened", view) if groups == 1 else None
     if groups > 1 and groups == module.out_channels:
-        return Verdict("adamw", f"depthwise {kind}: one small kernel per neuron, no matrix")
+        return Verdict("adamw", f"depthwise {kind}: one small kernel per neuron, not a matrix")
     if groups > 1:
         return Verdict("normuon", f"{kind}, {groups} groups", MatrixView(heads=groups))
     return Verdict("normuon", f"{kind}, flattened", MatrixView.conv())

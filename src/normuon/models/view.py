@@ -1,6 +1,6 @@
-"""A parameter of any shape seen as batches of matrices whose rows are neurons.
+"""Views a parameter of any shape as batches of matrices whose rows are neurons.
 
-Views hold no tensors: they map shapes and slice what they are given.
+Views hold no tensors: they map shapes and slice tensors.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class MatrixBlock:
 class MatrixView:
     """How a parameter becomes ``[batch, m, n]`` matrices, rows = output neurons.
 
-    The neuron dim becomes the rows, every other dim after the batch dims is flattened, in order,
-    into the columns. A split view gives each part exactly the update that a separate, ordinary
-    parameter holding it would get, its scale included.
+    The neuron dim becomes the rows; all other dims after the batch dims are flattened, in order,
+    into the columns. Each part of a split view gets exactly the update of a separate parameter,
+    its scale included.
 
     Args:
-        neuron_dim: the tensor dim that counts output neurons: 0 for ``nn.Linear`` and convolutions,
-            1 for transformers' ``Conv1D``, which stores ``[in, out]``.
-        batch_dims: how many leading dims only count matrices: 1 for experts ``[E, m, n]``.
+        neuron_dim: the dim of the output neurons: 0 for ``nn.Linear`` and convolutions, 1 for
+            transformers' ``Conv1D``, which stores ``[in, out]``.
+        batch_dims: number of leading batch dims: 1 for experts ``[E, m, n]``.
         blocks: sizes, along the neuron dim, of matrices fused into one parameter: ``(q, k, v)``,
-            unequal under grouped-query attention. None keeps the parameter whole.
-        heads: how many equal matrices each block splits into along the neuron dim; one number for
-            all blocks or one per block. None or 1 keeps blocks whole.
+            unequal with grouped-query attention. None keeps the parameter whole.
+        heads: number of equal matrices in each block along the neuron dim; one number for all
+            blocks or one per block. None or 1 keeps blocks whole.
 
     Raises:
-        ValueError: negative dims, a neuron dim among the batch dims, sizes below 1.
+        ValueError: a negative dim, a neuron dim among the batch dims, or a size below 1.
 
     Example:
         >>> MatrixView.fused(512, 128, 128).shapes((768, 512))
@@ -85,7 +85,9 @@ class MatrixView:
                 object.__setattr__(self, name, tuple(sizes))
             sizes = (sizes,) if isinstance(sizes, int) else (sizes if sizes is not None else (1,))
             if not sizes or any(not isinstance(s, int) or s < 1 for s in sizes):
-                raise ValueError(f"MatrixView: {name}={getattr(self, name)} must be sizes >= 1")
+                raise ValueError(
+                    f"MatrixView: {name}={getattr(self, name)} must be one or more sizes >= 1"
+                )
         if isinstance(self.heads, tuple) and len(self.heads) != len(self.blocks or (0,)):
             raise ValueError(
                 f"MatrixView: heads={self.heads} needs one entry for each of "
@@ -119,7 +121,7 @@ class MatrixView:
         heads: int | tuple[int, ...] | None = None,
         neuron_dim: int = 0,
     ) -> MatrixView:
-        """Matrices stacked along the neuron dim: ``fused(q, k, v)``, each updated on its own."""
+        """Matrices stacked along the neuron dim: ``fused(q, k, v)``, each updated separately."""
         return cls(neuron_dim=neuron_dim, blocks=blocks, heads=heads)
 
     @property
@@ -277,13 +279,13 @@ def _cut(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
     sizes = view.blocks or (neurons,)
     if sum(sizes) != neurons:
         raise ValueError(
-            f"blocks={sizes} sum to {sum(sizes)}, and dim {view.neuron_dim} has {neurons}"
+            f"blocks={sizes} sum to {sum(sizes)}, but dim {view.neuron_dim} has {neurons}"
         )
     heads = view.heads or 1
     counts = heads if isinstance(heads, tuple) else (heads,) * len(sizes)
     for size, count in zip(sizes, counts, strict=True):
         if size % count:
-            raise ValueError(f"a block of {size} neurons does not split into {count} heads")
+            raise ValueError(f"a block of {size} neurons is not divisible into {count} heads")
     starts = accumulate(sizes, initial=0)
     return tuple(
         MatrixBlock(batch * count, size // count, columns, start, size, count)

@@ -1,4 +1,4 @@
-"""What frameworks put around a model: segments in its names, modules, and flattened parameters."""
+"""Handles what frameworks add to a model: segments in names, modules, flattened parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USE_FSDP2 = "use FSDP2 (torch.distributed.fsdp.fully_shard)"
 
 
 def bare_name(name: str) -> str:
-    """A parameter's or module's name without the segments that wrappers have put into it.
+    """A parameter's or module's name without the segments that wrappers add.
 
     Example:
         >>> bare_name("_orig_mod.module.layers.0._checkpoint_wrapped_module.up.weight")
@@ -65,7 +65,7 @@ def check_not_flattened(label: str, param: Tensor) -> None:
         param: the parameter.
 
     Raises:
-        ValueError: names the parameter, who flattened it and what to use instead.
+        ValueError: names the parameter, what flattened it and what to use instead.
 
     Example:
         >>> import torch

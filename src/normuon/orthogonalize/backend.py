@@ -213,13 +213,13 @@ def resolve_backend(backend: Backend, *, device: torch.device, dtype: torch.dtyp
         reason = why_unavailable(device, dtype)
         if reason is not None:
             raise ValueError(
-                f"ns_backend='kernels' asks for the kernels of gram-newton-schulz, but {reason}; "
-                "'auto' takes what runs"
+                f"ns_backend='kernels' needs the kernels of gram-newton-schulz, but {reason}; "
+                "'auto' takes what is available"
             )
     if backend == "triton":
         reason = why_not_symmetric(device, dtype)
         if reason is not None:
-            raise ValueError(f"ns_backend='triton': {reason}; 'auto' takes what runs")
+            raise ValueError(f"ns_backend='triton': {reason}; 'auto' takes what is available")
     return backend
 
 

@@ -144,7 +144,7 @@ def _named(name: str, ns_steps: int) -> tuple[Triple, ...]:
     table = COEFFICIENT_TABLES.get(name)
     if table is None:
         known = ", ".join(repr(n) for n in COEFFICIENT_TABLES)
-        raise ValueError(f"ns_coefficients={name!r} is not a table; known: {known}")
+        raise ValueError(f"ns_coefficients={name!r} is not a known table; choose from {known}")
     if not table.serves(ns_steps):
         raise ValueError(
             f"ns_coefficients={name!r} is a table for ns_steps={table.allowed_steps()}, "
@@ -163,7 +163,7 @@ def _given(value: object, ns_steps: int) -> tuple[Triple, ...]:
         )
     if len(value) != ns_steps:
         raise ValueError(
-            f"ns_coefficients gives {len(value)} steps and ns_steps={ns_steps}; make them agree"
+            f"ns_coefficients has {len(value)} rows, but ns_steps={ns_steps}; make them equal"
         )
     return tuple(_triple(row) for row in value)
 

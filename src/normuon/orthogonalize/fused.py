@@ -116,7 +116,7 @@ def why_not_symmetric(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < SYMMETRIC_CAPABILITY:
         major, minor = capability
-        return f"they were measured from compute capability 9.0 on, and this is {major}.{minor}"
+        return f"they need compute capability 9.0, and this device has {major}.{minor}"
     return None
 
 

@@ -1,1 +1,1 @@
-"""One step of the optimizer: its order, its mathematics, and what carries it over ranks."""
+"""One step of the optimizer: its order, its mathematics, and its exchanges between ranks."""

@@ -1,4 +1,4 @@
-"""The AdamW half: tensors handed to torch's own kernels, or stepped here where those would wait."""
+"""The AdamW parameters: stepped by torch's kernels, or here where those would wait."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _step_compensated(
     group: Mapping[str, Any],
     found_inf: Tensor | None,
 ) -> None:
-    """AdamW in float32 on weights and what rounding has taken from them (Kahan's summation)."""
+    """AdamW in float32 on weights plus their rounding error (Kahan's summation)."""
     wide_params, wide_states = [], []
     for param, _, state in entries:
         wide_params.append(param.float().add_(state["weight_residual"]))

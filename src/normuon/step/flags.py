@@ -1,4 +1,4 @@
-"""What the ranks that share parameters say of their gradients, in one small all-reduce."""
+"""Which gradients exist and are finite, agreed in one small all-reduce."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def reading_is_free(device: torch.device) -> bool:
 
 
 class GradientFlags:
-    """One number per matrix and per `adamw` parameter: the largest that any copy or shard says.
+    """One number per matrix and per `adamw` parameter: the maximum over replicas and shards.
 
     0: no gradient anywhere; 1: some rank has one; 2: some rank's is not finite, where the group
-    skips those. A shard or copy without a gradient counts as zero where others have one.
+    skips those. A shard or replica without a gradient counts as zero if others have one.
 
     Every rank issues the same all-reduce at every step, whatever it holds. On a CPU, where reading
     is free, two mistakes are found with it: copies of which some have a gradient and some have
@@ -181,8 +181,8 @@ class GradientFlags:
                 if pair.all()
             }
             raise ValueError(
-                f"{', '.join(sorted(wrong))}: some of the ranks that hold copies have a gradient "
-                "and others have none; give copies equal gradients, as DDP and HSDP do"
+                f"{', '.join(sorted(wrong))}: some replicas have a gradient and others have none; "
+                "replicas must hold equal gradients, as under DDP and HSDP"
             )
 
     def moves(self, index: Tensor) -> Tensor:

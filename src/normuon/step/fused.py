@@ -172,10 +172,12 @@ def passes_for(batch: PieceBatch, fused: bool | None) -> Passes | None:
     if found is None and fused:
         device_type = local_tensor(owner.param).device.type
         reason = why_not_fused(device_type) or (
-            "its weights, momenta or gradients are in float64, are traced or lie in memory so that "
-            "no strides describe a matrix"
+            "its weights, momenta or gradients are float64, traced, or have a memory layout that "
+            "matrix strides cannot describe"
         )
-        raise ValueError(f"{owner.label}: fused=True, but {reason}; None fuses where it can")
+        raise ValueError(
+            f"{owner.label}: fused=True, but {reason}; fused=None fuses where possible"
+        )
     return found
 
 

@@ -177,9 +177,9 @@ class SharedParams:
         if labels:
             shown = ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" * (len(labels) > 4))
             raise ValueError(
-                f"{shown}: process_group says that its ranks hold copies, and the values differ "
-                "between ranks; put parameters of which every rank has its own, such as experts, "
-                "into a group with 'process_group': None"
+                f"{shown}: process_group means that its ranks hold equal replicas, but the values "
+                "differ between ranks; put parameters that differ, such as experts, into a group "
+                "with 'process_group': None"
             )
 
     def cost_model(self) -> CostModel:
@@ -281,13 +281,13 @@ def shared_params(
             device = local_tensor(param).device
             if device != shared.device:
                 raise ValueError(
-                    f"{label}: it is on {device}, and others that the same ranks share are on "
+                    f"{label}: it is on {device}, but other parameters of the same ranks are on "
                     f"{shared.device}; move the model to one device"
                 )
             if compute_device != shared.compute_device:
                 raise ValueError(
-                    f"{label}: its group computes on {compute_device}, and others that the same "
-                    f"ranks share on {shared.compute_device}; give their groups one compute_device"
+                    f"{label}: its group computes on {compute_device}, but other parameters of the "
+                    f"same ranks on {shared.compute_device}; give all groups one compute_device"
                 )
     return [found[ranks] for ranks in sorted(found)]
 
@@ -311,6 +311,6 @@ def _make_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 def _check_vectors(owner: MatrixParam) -> None:
     if None in owner.vector_dims.values():
         raise ValueError(
-            f"{owner.label}: neuron_axis='short' with a view that splits the parameter is not "
-            "supported for parameters that ranks share; use neuron_axis='row'"
+            f"{owner.label}: neuron_axis='short' does not support views that split a parameter "
+            "which ranks share; use neuron_axis='row'"
         )
