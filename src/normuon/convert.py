@@ -185,7 +185,7 @@ def _matched(
     """Saved parameters by the ``id`` of the tensors in the new groups."""
     if params is not None and len(params) != len(saved):
         raise ValueError(
-            f"params= lists {len(params)} parameters, but the old optimizers have {len(saved)}"
+            f"number of parameters: {len(params)} in params=, {len(saved)} in the old optimizers"
         )
     by_name = _params_by_name(groups)
     num_saved = Counter(bare_name(entry.name) for entry in saved if entry.name)

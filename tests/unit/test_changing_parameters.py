@@ -224,7 +224,7 @@ def test_equal_names_of_two_models_convert_in_order():
     for param in (*generator.parameters(), *discriminator.parameters()):
         assert torch.equal(new.state[param]["momentum_buffer"], adamw.state[param]["exp_avg"])
     one = NorMuon(param_groups(generator, **everything))
-    with pytest.raises(ValueError, match=r"0\.weight: 2 parameters of the old optimizers have"):
+    with pytest.raises(ValueError, match=r"0\.weight: 2 parameters of the old optimizers and 1 of"):
         convert_state(adamw.state_dict(), to=one, quiet=True)
 
 

@@ -233,7 +233,7 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
             lambda model: convert_state(
                 stepped(torch.optim.AdamW, model), to=groups_of(model), params=[]
             ),
-            "^params= lists 0 parameters, but the old optimizers have 6",
+            "^number of parameters: 0 in params=, 6 in the old optimizers",
         ),
         (
             lambda model: convert_state(
@@ -265,7 +265,7 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
                 },
                 to=groups_of(model),
             ),
-            r"^w: its state has \['exp_avg'\], and AdamW's has \['step', 'exp_avg_sq'\] too",
+            r"^w: its state has \['exp_avg'\], but lacks AdamW's \['step', 'exp_avg_sq'\]",
         ),
     ],
 )

@@ -200,14 +200,14 @@ class Custom(nn.Module):
 
 
 def test_a_matrix_that_only_its_shape_could_place_is_refused():
-    with pytest.raises(ValueError, match=r"mixing \[5, 3\] of Custom\.mixing\. Say it by class"):
+    with pytest.raises(ValueError, match=r"mixing \[5, 3\] of Custom\.mixing\. Choose by class"):
         param_groups(Custom())
     assert placed(Custom(), overrides={"mixing": "adamw"})["mixing"][0] == "adamw"
     assert placed(Custom(), overrides={"mixing": "normuon"})["mixing"][:2] == ("normuon", LINEAR)
 
 
 def test_a_model_without_a_hidden_matrix_is_refused():
-    with pytest.raises(ValueError, match="NorMuon would be AdamW throughout"):
+    with pytest.raises(ValueError, match="this model has no hidden matrix"):
         param_groups(nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4)))
 
 

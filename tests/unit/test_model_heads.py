@@ -234,7 +234,9 @@ def test_the_factors_of_an_adapter_say_together_how_they_are_stored(names, down,
     ],
 )
 def test_factors_whose_shapes_do_not_say_it_are_asked_about(names, down, up):
-    with pytest.raises(ValueError, match=r"only their shape could say .*Adapter\.lora_A"):
+    with pytest.raises(
+        ValueError, match=r"these parameters may or may not be hidden matrices: .*Adapter\.lora_A"
+    ):
         param_groups(Adapter(names, down, up))
 
 
@@ -280,10 +282,14 @@ def test_overrides_do_not_mind_wrappers():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: param_groups(mlp().parameters()), TypeError, "pass the torch.nn.Module itself"),
+        (lambda: param_groups(mlp().parameters()), TypeError, "needs a torch.nn.Module"),
         (lambda: param_groups(mlp(), overrides={"pos": 3}), ValueError, r"overrides\['pos'\]=3"),
         (lambda: param_groups(mlp(), overrides={3: "adamw"}), ValueError, "a name, a pattern or"),
-        (lambda: param_groups(mlp(fc=nn.LazyLinear(3))), ValueError, "fc.weight: a lazy module"),
+        (
+            lambda: param_groups(mlp(fc=nn.LazyLinear(3))),
+            ValueError,
+            "fc.weight: this parameter of a lazy module",
+        ),
         (
             lambda: param_groups(mlp(), hidden={"learning_rate": 1}),
             ValueError,

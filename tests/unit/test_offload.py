@@ -185,7 +185,7 @@ def test_a_device_that_is_not_there_is_named_before_anything_moves():
     groups = [{"params": [("a", first)]}, {"params": [("w", param)], "compute_device": "cuda"}]
     optimizer = NorMuon(groups)
     first.grad = param.grad = torch.ones_like(param)
-    with pytest.raises(ValueError, match=r"w \[4, 3\]: its matrices .* 'cuda'.*finds no such"):
+    with pytest.raises(ValueError, match=r"w \[4, 3\]: its matrices .* 'cuda'.*does not find"):
         optimizer.step()
     assert not first.any()
     assert not optimizer.state[first]["momentum_buffer"].any()

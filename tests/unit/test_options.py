@@ -163,7 +163,7 @@ def test_an_option_that_shapes_the_state_cannot_change_later():
     optimizer = NorMuon([("w", weight)])
     optimizer.param_groups[0]["neuron_axis"] = "short"
     weight.grad = torch.ones(3, 5)
-    message = r"^w \[3, 5\]: its 'second_momentum_buffer' has shape \[3\], and neuron_axis='short'"
+    message = r"^w \[3, 5\]: its 'second_momentum_buffer' has shape \[3\], but neuron_axis='short'"
     with pytest.raises(ValueError, match=message):
         optimizer.step()
 

@@ -324,7 +324,7 @@ class TestExperts:
         moved = make_plan(stacked, world_size=8, cost_model=slow_compute)
         assert moved.imbalance == 1.0
         assert bytes_sent(moved, "gather").total() > 0
-        assert any("evens out the work" in reason for reason in moved.reasons)
+        assert any("balances the work" in reason for reason in moved.reasons)
         stayed = make_plan(stacked, world_size=8, cost_model=slow_network)
         assert stayed.buckets == ()
         assert stayed.imbalance == 4.0

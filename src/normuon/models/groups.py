@@ -301,7 +301,7 @@ def describe_groups(groups: Iterable[Mapping[str, Any]], *, collapse: bool = Fal
     if not collapse:
         return _table(rows)
     ends = [
-        f"{algorithm}: {number} parameters, {elements:,} elements"
+        f"{algorithm}: {number} parameter{'' if number == 1 else 's'}, {elements:,} elements"
         for algorithm, (number, elements) in totals.items()
     ]
     return "\n".join([_table(_collapsed(rows)), "", *ends])
