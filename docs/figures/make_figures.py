@@ -131,7 +131,7 @@ def draw_statistics() -> None:
             ("group0.normuon/momentum_row_spread", "momentum", MUTED),
             ("group0.normuon/update_row_spread", "update", COLORS["normuon"]),
         ],
-        "effective rank of the momentum\n(1: full)": [
+        "effective rank over full rank": [
             ("group0.normuon/effective_rank_share", "", COLORS["normuon"]),
         ],
     }

@@ -38,6 +38,7 @@ SAID = {
         r"^mix\.weight .* normuon .* Linear$",
         r"^lm_head\.weight .* adamw .* output head$",
         r"^loss after 100 steps: (0\.0\d|\d\.\d+e-)",
+        r"^group0\.normuon/update_rms +0\.0004$",
     ),
     "how-to/name-heads.md": (r"^layers\.0\.qkv\.weight .* 12 of 8x32 ",),
     "how-to/parametrizations.md": (
@@ -53,6 +54,7 @@ SAID = {
         r"^B .* 1 of 32x4 .* 1 ",
     ),
     "how-to/learning-rate.md": (r"^0\.0036\d*$",),
+    "how-to/telemetry.md": (r"^0 0\.00\d+$", r"^10 0\.00\d+$"),
     "how-to/debugging.md": (r"^\{0: 1, 1: 0\}$", r"^tensor\(0\.2000"),
 }
 """What pages say that their code prints."""

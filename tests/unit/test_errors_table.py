@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 
 from normuon import MatrixView, NorMuon, convert_state, param_groups, suggest_lr
+from normuon.integrations.loggers import log_statistics
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -256,6 +257,23 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "w [4, 3]: the checkpoint's 'momentum_buffer' has shape [4, 5], but this parameter with "
         "its view needs [4, 3]",
+    ),
+    # Statistics.
+    "statistics before a step was measured": (
+        lambda: NorMuon([matrix()]).statistics(),
+        RuntimeError,
+        "no step has been measured: call optimizer.record_statistics() before the step",
+    ),
+    "a fraction of a step between measurements": (
+        lambda: NorMuon([matrix()]).record_statistics(every=0.5),
+        ValueError,
+        "every=0.5 must be a whole number of steps: 1 for every step, 0 for none",
+    ),
+    "statistics of another optimizer": (
+        lambda: log_statistics(torch.optim.SGD([matrix()]), print),
+        TypeError,
+        "statistics are NorMuon's, and this optimizer is a SGD; train with "
+        "normuon.NorMuon(normuon.param_groups(model))",
     ),
     # Coming from another optimizer.
     "the state of an optimizer that is not known": (

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 import normuon
+import normuon.integrations.lightning
+import normuon.integrations.loggers
 import normuon.integrations.qk_clip
 import normuon.integrations.torchtitan
+import normuon.integrations.transformers
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +53,20 @@ def test_the_public_names_are_these():
         (normuon.convert_state, "sources", "to params quiet"),
         (normuon.suggest_lr, "lr", "coming_from to"),
         (normuon.MatrixView, "neuron_dim batch_dims blocks heads", ""),
+        (normuon.NorMuon.record_statistics, "self every", ""),
+        (normuon.NorMuon.statistics, "self", ""),
+        (normuon.statistics.Statistics.to_dict, "self", "per_matrix"),
+        (
+            normuon.integrations.loggers.log_statistics,
+            "optimizer to",
+            "every per_matrix prefix step",
+        ),
+        (
+            normuon.integrations.transformers.log_statistics,
+            "trainer",
+            "every per_matrix prefix",
+        ),
+        (normuon.integrations.lightning.statistics_callback, "", "every per_matrix prefix"),
         (
             normuon.integrations.torchtitan.build_optimizers,
             "model_parts optimizer_config parallel_dims ft_manager",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from normuon.models.view import MatrixView
+from normuon.step.figures import spread
 
 MAX_CONDITION_NUMBER = 1e8
 """What stands for all larger ones: singular values come from a Gram matrix in float64, whose
@@ -28,7 +29,8 @@ class MatrixFigures:
     Attributes:
         condition: largest over smallest singular value, at most `MAX_CONDITION_NUMBER`.
         effective_rank: ``exp(-sum_i p_i ln p_i)``: min(m, n) for an orthogonal matrix, 1 for a rank
-            of one. (Entropy of the energies s^2, not of s as in Roy and Vetterli 2007.)
+            of one. (Entropy of the energies s^2, not of s as in Roy and Vetterli 2007.) Never less
+            than the ``1 / sum_i p_i^2`` of `NorMuon.statistics`, which needs no singular values.
         row_norm_cv: standard deviation over mean of the norms of the rows, the output neurons.
     """
 
@@ -61,8 +63,7 @@ def matrix_figures(x_BMN: Tensor) -> MatrixFigures | None:
     smallest_B = torch.maximum(energies_BK[:, 0], largest_B / MAX_CONDITION_NUMBER**2)
     shares_BK = energies_BK / energies_BK.sum(dim=1, keepdim=True)
     entropy_B = torch.special.entr(shares_BK).sum(dim=1)
-    row_norms_BM = x_BMN.norm(dim=2)
-    spread_B = row_norms_BM.std(dim=1, correction=0) / row_norms_BM.mean(dim=1)
+    spread_B = spread(x_BMN.norm(dim=2))
     return MatrixFigures(
         condition=float((largest_B / smallest_B).sqrt().mean()),
         effective_rank=float(entropy_B.exp().mean()),
