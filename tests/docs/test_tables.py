@@ -64,6 +64,18 @@ def test_the_gpu_table_is_its_file(monkeypatch):
         sys.modules.pop("gpu_table", None)
 
 
+def test_the_cost_of_statistics_is_its_files():
+    results = DOCS.parent / "benchmarks" / "results" / "statistics_cost.json"
+    found = json.loads(results.read_text())
+    cpu = found["cpu"]
+    text = " ".join((DOCS / "how-to" / "telemetry.md").read_text().split())
+    assert (
+        f"it took {cpu['share_of_training_step']:.1%} of a training step and "
+        f"{cpu['share_of_optimizer_step']:.0%} of an optimizer step more "
+        f"({found['elements'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens a step"
+    ) in text
+
+
 def test_the_table_of_bfloat16_weights_is_its_file():
     results = DOCS.parent / "benchmarks" / "results" / "bfloat16_weights.json"
     means = {
