@@ -1,7 +1,7 @@
 """Converts another optimizer's state to NorMuon's, to switch in the middle of a run.
 
 It takes the state_dicts of torch.optim.AdamW and Muon, the authors' released NorMuon, dion's Muon
-and NorMuon, and Muon with ``use_muon`` groups, as DeepSpeed's.
+and NorMuon, Muon with ``use_muon`` groups, as DeepSpeed's, and Megatron-LM's Muon.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normuon.convert_sources import Kind, canonical_state, kind_of
+from normuon.convert_sources import (
+    Kind,
+    canonical_state,
+    check_momentum_is_of_gradients,
+    is_megatrons,
+    kind_of,
+)
 from normuon.learning_rate import suggest_lr
 from normuon.models.wrappers import bare_name
 from normuon.state import view_of
@@ -105,6 +111,7 @@ def convert_state(
         normuon.convert_state: 1 x AdamW's state kept
         normuon.convert_state: learning rate: keep AdamW's 0.0003: both steps' RMS is about 0.2 lr
     """
+    sources = tuple(_without_wrapper(source) for source in sources)
     groups = list(to.param_groups if isinstance(to, Optimizer) else to)
     saved_groups = [_groups_of(source) for source in sources]
     saved = [
@@ -137,8 +144,15 @@ def convert_state(
     return {"state": state, "param_groups": new_groups}
 
 
+def _without_wrapper(source: Optimizer | Mapping[str, Any]) -> Optimizer | Mapping[str, Any]:
+    """The optimizer's own state_dict in that of Megatron-LM's mixed precision around it."""
+    is_wrapped = isinstance(source, Mapping) and "fp32_from_fp16_params" in source
+    return source["optimizer"] if is_wrapped else source  # type: ignore[index]
+
+
 def _groups_of(source: Optimizer | Mapping[str, Any]) -> Groups:
     if isinstance(source, Optimizer):
+        check_momentum_is_of_gradients(source)
         return source.param_groups
     if isinstance(source, Mapping) and {"state", "param_groups"} <= source.keys():
         groups: Groups = source["param_groups"]
@@ -262,6 +276,10 @@ def _second_moments(
     if as_stored and isinstance(saved, Tensor) and saved.shape == (*shape, 1):
         report.count("NorMuon's second moments carried over")
         return saved[..., 0]
+    # Megatron-LM's of a wide matrix are [1, n]: one entry for each column, as neuron_axis="short".
+    if as_stored and isinstance(saved, Tensor) and param.ndim == 2 and saved.shape == (1, *shape):
+        report.count("NorMuon's second moments carried over")
+        return saved[0]
     dtype = torch.promote_types(param.dtype, torch.float32)
     return torch.zeros(shape, dtype=dtype, device=param.device)
 
@@ -276,6 +294,12 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
             continue
         if kind == "AdamW" and set(kinds) != {"AdamW"}:
             lines.append(f"keep AdamW's {lr:g} for its parameters with other={{'lr': {lr:g}}}")
+        elif is_megatrons(group):
+            lines.append(
+                f"Megatron's {lr:g} with scale_mode='spectral' is {lr / 0.2:g} times its "
+                "extra_scale_factor here; with 'shape_scaling' keep it times extra_scale_factor, "
+                "with adjust_lr_fn='original'"
+            )
         elif kind != "AdamW" and group.get("adjust_lr") == "spectral_norm":
             lines.append(
                 f"dion's {lr:g} with adjust_lr='spectral_norm' equals adjust_lr_fn='original' for "

@@ -26,10 +26,54 @@ DION_STATE: dict[Kind, dict[str, str]] = {
 }
 """Its names for what NEEDED_STATE has."""
 
-KNOWN = (
-    "torch.optim.AdamW, torch.optim.Muon, the authors' NorMuon, dion's Muon and NorMuon, and Muon "
-    "with 'use_muon' groups, as Keller Jordan's and DeepSpeed's"
+MEGATRON_EXTRAS = frozenset(
+    (
+        *("params", "param_names", "initial_lr", "lr_mult", "wd_mult", "max_lr", "min_lr"),
+        *("start_wd", "end_wd", "is_expert_parallel", "is_decoupled_lr", "default_config"),
+        *("pre_lr_mult", "pre_wd_mult", "pre_mult_lr", "optimizer", "step"),
+    )
 )
+"""What Megatron-LM puts into groups beside the options of the optimizer."""
+
+MEGATRON_KEYS = (
+    {"lr", "momentum", "weight_decay"},
+    {"lr", "momentum", "weight_decay", "beta2", "eps"},
+)
+"""Options of emerging_optimizers' Muon and AdaptiveMuon, of which Megatron-LM makes its own."""
+
+KNOWN = (
+    "torch.optim.AdamW, torch.optim.Muon, the authors' NorMuon, dion's Muon and NorMuon, Muon with "
+    "'use_muon' groups, as Keller Jordan's and DeepSpeed's, and Megatron-LM's Muon"
+)
+
+
+def is_megatrons(group: Mapping[str, Any]) -> bool:
+    """Whether a group is that of Megatron-LM's Muon, or of emerging_optimizers' own.
+
+    Example:
+        >>> is_megatrons({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "is_expert_parallel": 0})
+        True
+        >>> is_megatrons({"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "dampening": 0.0})
+        False
+    """
+    # Before 0.3 it spelt the momentum "momentum_beta".
+    options = {"momentum" if key == "momentum_beta" else key for key in group}
+    return options - MEGATRON_EXTRAS in MEGATRON_KEYS
+
+
+def check_momentum_is_of_gradients(source: Any) -> None:
+    """Checks that a live optimizer of Megatron-LM's keeps weight decay out of its momentum.
+
+    Raises:
+        ValueError: its decay is L2, a part of every gradient.
+    """
+    if getattr(source, "weight_decay_method", None) != "l2":
+        return
+    if any(group["weight_decay"] for group in source.param_groups):
+        raise ValueError(
+            f"{type(source).__name__} with weight_decay_method='l2' has the decay inside its first "
+            "moment, which cannot be carried over; only with decoupled decay, or without"
+        )
 
 
 def kind_of(group: Mapping[str, Any]) -> Kind:
@@ -43,7 +87,7 @@ def kind_of(group: Mapping[str, Any]) -> Kind:
         raise ValueError("this is NorMuon's state already: pass it to load_state_dict directly")
     if keys >= DION_KEYS:
         return _kind_of_dion(str(group["algorithm"]))
-    if keys >= MUON_KEYS:
+    if keys >= MUON_KEYS or is_megatrons(group):
         return "Muon"
     if {"momentum", "beta2"} <= keys and group.get("use_muon", True):
         return "NorMuon"
@@ -98,6 +142,9 @@ def canonical_state(
             found["step"] = group["step"]  # Before it had one for each parameter.
     else:
         found = dict(state)
+    if "moment2_buffer" in found and is_megatrons(group):
+        # Of NorMuon's kind if it has one entry a row or column; else it is not carried over.
+        found["second_momentum_buffer"] = found.pop("moment2_buffer")
     missing = [needed for needed in NEEDED_STATE[kind] if needed not in found]
     if missing:
         raise ValueError(
