@@ -240,9 +240,10 @@ def _judge_adapter(owner: Owner) -> Verdict | None:
     stem, _, ending = owner.param_name.rpartition("_")
     endings = next((pair for pair in ADAPTER_ENDINGS if ending in pair), ())
     factors = [getattr(owner.module, f"{stem}_{one}", None) for one in endings]
-    if not factors or not all(isinstance(one, Tensor) and one.ndim == 2 for one in factors):
+    shapes = [one.shape for one in factors if isinstance(one, Tensor) and one.ndim == 2]
+    if len(shapes) < 2:
         return None
-    down, up = (factor.shape for factor in factors)
+    down, up = shapes
     as_linear, as_transposed = up[1] == down[0], down[1] == up[0]
     if (not as_linear and not as_transposed) or down[0] == down[1] == up[0] == up[1]:
         return None
