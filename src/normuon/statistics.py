@@ -28,8 +28,7 @@ class _Owner:
     Args:
         name: whose.
         algorithm: of its group.
-        table: in which table its rows are.
-        rows: which rows.
+        rows: runs of its rows: the table's number, the first row, and how many.
     """
 
     name: str

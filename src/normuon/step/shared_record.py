@@ -161,6 +161,7 @@ class _Vectors:
         self._units = unit_figures([v.param.numel() for v in self._vectors], shared.device)
 
     def note_(self, table: Tensor, moves_P: Tensor) -> None:
+        """Adds what this rank has to say of those that were stepped."""
         states = [{k: local_tensor(t) for k, t in v.state.items()} for v in self._vectors]
         params = [local_tensor(vector.param) for vector in self._vectors]
         figures = adamw_figures(params, states, self._vectors[0].group)
