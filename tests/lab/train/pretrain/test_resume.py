@@ -36,6 +36,14 @@ def wait_for_step(job: Job, out: Path, step: int) -> None:
         time.sleep(0.005)
 
 
+def wait_for_text(job: Job, file: Path, text: str) -> None:
+    deadline = time.monotonic() + 240
+    while not (file.exists() and text in file.read_text()):
+        assert job.is_alive(), job.wait(1).stderr
+        assert time.monotonic() < deadline, "the run says nothing"
+        time.sleep(0.005)
+
+
 def assert_same_end(first: Path, second: Path) -> None:
     expected, found = final_tensors(first), final_tensors(second)
     assert expected.keys() == found.keys()
@@ -144,17 +152,10 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: Words) -> None:
     run = words(**{"steps": 9, "batch-size": 512, "micro-batch-size": 1, "arm": "adamw"})
     out = tmp_path / "out"
     job = Job([*run, "--out", out], tmp_path / "logs")
-    deadline = time.monotonic() + 240
-    said = tmp_path / "logs" / "0.err"
-    while "training llama-tiny" not in (tmp_path / "logs" / "0.out").read_text():
-        assert time.monotonic() < deadline, job.wait(1).stderr
-        time.sleep(0.01)
-    # What is printed comes just before the signal is watched for.
-    time.sleep(1)
+    # The line comes when the signal is watched for.
+    wait_for_text(job, tmp_path / "logs" / "0.out", "training llama-tiny")
     job.send(signal.SIGINT, ranks=[0])
-    while "Ctrl-C again ends at once" not in said.read_text():
-        assert time.monotonic() < deadline, job.wait(1).stderr
-        time.sleep(0.01)
+    wait_for_text(job, tmp_path / "logs" / "0.err", "Ctrl-C again ends at once")
     job.send(signal.SIGINT, ranks=[0])
     assert job.wait(30).codes == (-signal.SIGINT,)
     assert find_checkpoints(out) == []
