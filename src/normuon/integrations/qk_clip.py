@@ -189,13 +189,14 @@ class QKClip:
     ) -> None:
         """Scales this rank's part of a parameter."""
         local = _local(param)
-        if not local.numel():
-            return
         known = self._factor_indices.get(label)
         if known is None or known[0] is not param:
+            # Ranks with an empty shard ask too: it may take a process group that all of them make.
             places = torch.tensor(factor_of_neuron)[_stored_neurons(label, param, dim)]
             known = (param, places.to(local.device))
             self._factor_indices[label] = known
+        if not local.numel():
+            return
         shape = [1] * local.ndim
         shape[dim] = -1
         local.mul_(factors.to(local.device)[known[1]].view(shape))
@@ -241,7 +242,7 @@ def _stored_neurons(label: str, param: Tensor, dim: int) -> Tensor:
         return torch.arange(param.shape[dim])
     shards = shards_of(param, label=f"{label} {list(param.shape)}", process_group=None)
     stored = shards.layout.intervals_by_rank[dist.get_rank(shards.group)][dim]
-    return torch.cat([torch.arange(start, stop) for start, stop in stored])
+    return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in stored)])
 
 
 class _Watch:
