@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import require
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class BenchCommand:
             only=self.only,
             with_polar=self.polar,
             seed=self.seed,
-            command=shlex.join(["normuon", *sys.argv[1:]]),
+            command=recorded_command(),
         )
         out = self.out or Path("runs/bench")
         prove_folder(out, f"--out {out}")
@@ -138,7 +137,7 @@ class BenchCommand:
             tokens_per_step=self.tokens_per_step,
             lr=self.lr,
             seed=self.seed,
-            command=shlex.join(["normuon", *sys.argv[1:]]),
+            command=recorded_command(),
         )
         return exit_code(run_suite(options))
 

@@ -7,14 +7,13 @@ The figures are `contents.py`'s; the terminal's text is `text.py`'s, the page
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import InputError, require
 
 MAX_RANKS = 16_384
@@ -90,7 +89,7 @@ class PlanCommand:
             from normuon_lab.plan.page import write_page
 
             try:
-                write_page(self.html, contents, command=_command_line())
+                write_page(self.html, contents, command=recorded_command())
             except OSError as error:
                 raise InputError(f"cannot write --html {self.html}: {error.strerror}") from None
         if self.json:
@@ -131,7 +130,3 @@ class PlanCommand:
             require(not self.html.is_dir(), f"--html {self.html} is a folder; give a file")
             folder = self.html.parent
             require(folder.is_dir(), f"--html {self.html}: there is no folder {folder}")
-
-
-def _command_line() -> str:
-    return shlex.join(["normuon", *sys.argv[1:]])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from normuon_lab.atomic_files import write_json
 from normuon_lab.command_line import MAKE_TARGET
@@ -19,6 +21,7 @@ from normuon_lab.study.compare.results import (
     missing_runs,
     open_results,
 )
+from normuon_lab.study.compare.summary import print_summary
 from normuon_lab.train.runs.records import RunRecord
 
 
@@ -157,3 +160,17 @@ def test_first_difference_finds_added_and_removed_fields() -> None:
     assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
     assert first_difference({"a": 1, "b": 2}, {"a": 1}) == ("b", 2, None)
     assert first_difference({"a": {"x": [1]}}, {"a": {"x": [2]}}) == ("a.x", [1], [2])
+
+
+def test_steps_are_not_compared_where_a_seed_never_reached_the_target() -> None:
+    results = make_results()
+    results.learning_rates = {arm: {"value": 0.01} for arm in results.arms}
+    for seed in (0, 1):
+        results.records.append(record("adamw", seed, 2.5))
+        results.records.append(record("muon", seed, 3.0))
+        results.records.append(record("normuon", seed, 2.0))
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(results, console)
+    shown = console.file.getvalue()
+    assert "NorMuon against Muon: loss -1.0000 [-1.0000, -1.0000], steps not compared: " in shown
+    assert "a seed did not reach AdamW's loss" in shown

@@ -165,10 +165,12 @@ def print_summary(results: Results, console: Console) -> None:
     losses = {(c.arm, c.baseline): c.loss_difference for c in results.comparisons()}
     for difference in results.points():
         loss = losses[difference.arm, difference.baseline]
+        points = f"{points_text(difference.points)} of steps saved on {reference}"
+        if difference.points.mean is None:
+            points = f"steps not compared: a seed did not reach {reference}'s loss"
         console.print(
             f"{label_of(difference.arm)} against {label_of(difference.baseline)}: "
-            f"loss {estimate_text(loss, digits=4, signed=True)}, "
-            f"{points_text(difference.points)} of steps saved on {reference}",
+            f"loss {estimate_text(loss, digits=4, signed=True)}, {points}",
             highlight=False,
             markup=False,
             soft_wrap=True,
