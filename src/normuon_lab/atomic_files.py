@@ -63,7 +63,7 @@ def prove_folder(folder: Path, what: str) -> None:
     # Not Path's own questions, which raise for a name that is too long.
     above = (folder, *folder.absolute().parents)
     standing = next(part for part in above if os.path.exists(part))
-    require(os.path.isdir(standing), f"{what}: {standing} is a file and no folder")
+    require(os.path.isdir(standing), f"{what}: {standing} is a file, not a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Without a name where the system can, so that others who look into the folder see nothing.

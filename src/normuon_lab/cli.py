@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunsFailedError as error:
         return _fail(f"error: {error}", EXIT_RUNS_FAILED)
     except InterruptedRunsError as error:
-        hint = f"; go on with: {command_with('--resume', words)}" if error.can_resume else ""
+        hint = f"; continue with: {command_with('--resume', words)}" if error.can_resume else ""
         return _fail(f"{error}{hint}", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
@@ -127,7 +127,7 @@ def _words_for(box: str, words: Sequence[str]) -> str:
             text += f"; did you mean {close[0]}?"
     number = re.match(r"Error parsing (--\S+): .*(int\(\)|to float).*: '(.*)'$", text)
     if number:
-        kind = "a whole number" if number[2] == "int()" else "a number"
+        kind = "an integer" if number[2] == "int()" else "a number"
         text = f"{number[1]} {number[3]}: give {kind}"
     return f"{text} (see {name} --help)"
 
@@ -169,7 +169,7 @@ def _first_message(box: str) -> str:
     text = " ".join(" ".join(message).split())
     # What a group of options says of itself needs no name of the group, least of all tyro's.
     text = re.sub(r"^Error parsing __tyro-dummy-inner__\S*: ", "", text)
-    return text or "the command line is not understood"
+    return text or "the command line cannot be parsed"
 
 
 def _fail(text: str, code: int) -> int:

@@ -26,33 +26,33 @@ PACKAGES = {
     "frameworks": ("accelerate", "peft", "lightning", "deepspeed", "torchtitan", "timm"),
 }
 EXAMPLE_SHAPE = (4096, 14336)
-"""A matrix whose method `auto` is told: Llama-3-8B's down projection."""
+"""An example of what `auto` chooses: Llama-3-8B's down projection."""
 
 ON_A_FAKE_DEVICE = (
     "tests/accelerator",
-    "on a fake device, a step reads nothing, copies nothing from or to the host and keeps no new "
-    "memory, with every option, sharded parameters included",
+    "on a fake device, a step reads nothing, copies nothing from or to the host and allocates no "
+    "lasting memory, with every option and sharded parameters",
 )
 PROVED = {
     "cpu": (
-        ("tests/unit, tests/property", "a step is a float64 oracle's, and torch's Muon and AdamW"),
+        ("tests/unit, tests/property", "a step equals a float64 oracle's, torch's Muon and AdamW"),
         (
             "tests/distributed",
-            "real processes over Gloo take the step of one process on every layout, exactly, and "
-            "teams to rounding",
+            "real processes over Gloo give one process's step on every layout, exactly, with teams "
+            "to rounding",
         ),
     ),
     "cuda": (
         ON_A_FAKE_DEVICE,
         (
             "tests/gpu",
-            "on one GPU, a step never waits, can be captured into a graph, and is the CPU's to "
-            "rounding, with Triton kernels and without: run tests/gpu or `make gpu` on this "
-            "machine to prove it here",
+            "on one GPU, a step never waits, can be captured into a graph, and equals the CPU's "
+            "to rounding, with and without Triton kernels: run tests/gpu or `make gpu` to check "
+            "this machine",
         ),
     ),
 }
-"""By device type, which tests prove what."""
+"""By device type, what the tests check."""
 
 NOT_PROVED = {
     "cpu": ("more than one machine",),
@@ -184,12 +184,12 @@ def as_text(found: dict[str, Any]) -> str:
             "",
             f"{device['device']}: {device['name']}",
             f"  bfloat16 products are {native}: ns_dtype=None computes in {device['ns_dtype']}",
-            f"  ns_backend='auto' takes {device['ns_backend']!r}"
+            f"  ns_backend='auto' uses {device['ns_backend']!r}"
             + (f"; not 'kernels': {kernels}" if kernels else ""),
-            f"  orthogonalizer='auto' takes {device['orthogonalizer']!r} for {m} x {n}",
-            f"  fused=None takes {fused_choice(device['fused_unavailable'])}",
-            *(f"  proved by {proof['tests']}: {proof['what']}" for proof in device["proved"]),
-            f"  not proved: {'; '.join(device['not_proved'])}",
+            f"  orthogonalizer='auto' uses {device['orthogonalizer']!r} for {m} x {n}",
+            f"  fused=None uses {fused_choice(device['fused_unavailable'])}",
+            *(f"  tested by {proof['tests']}: {proof['what']}" for proof in device["proved"]),
+            f"  not tested: {'; '.join(device['not_proved'])}",
         ]
     return "\n".join(lines)
 

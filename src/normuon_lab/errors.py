@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the text is one line and says what to do instead."""
+    """The user's input cannot be used; the text is one line and says what to do instead."""
 
 
 class RunsFailedError(RuntimeError):
@@ -12,10 +12,10 @@ class RunsFailedError(RuntimeError):
 
 
 class InterruptedRunsError(Exception):
-    """Ctrl-C came; the text says what was kept.
+    """The run was interrupted by Ctrl-C; the text says what was kept.
 
     Attributes:
-        can_resume: whether the same command with `--resume` goes on.
+        can_resume: whether the same command with `--resume` continues.
     """
 
     def __init__(self, text: str, *, can_resume: bool) -> None:
@@ -48,3 +48,13 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError` with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def flag(field: str) -> str:
+    """The command line's name of a configuration's field.
+
+    Example:
+        >>> flag("batch_size")
+        '--batch-size'
+    """
+    return f"--{field.replace('_', '-')}"

@@ -143,7 +143,7 @@ def bad_outcomes(
         ("short text", "the text is too short"),
         ("zero steps", "--steps must be at least 1, got 0"),
         ("negative steps", "--steps must be at least 1, got -3"),
-        ("no number", "give a whole number"),
+        ("no number", "give an integer"),
         ("tiny vocabulary", "--vocab-size 4: a BPE has the 256 bytes and more, up to 65536 tokens"),
         ("no seeds", "--seeds must be at least 1, got 0"),
         ("unknown arm", "unknown arm 'sgd': choose from adamw, muon, normuon, "),
@@ -202,7 +202,7 @@ def test_ctrl_c_and_a_kill_keep_finished_runs_and_resume_does_the_rest(
     assert kept["status"] == "partial"
     assert f"interrupted: {len(kept['runs'])} of 4 runs are kept in {out}" in stderr
     # As it was called, so that it can be typed as it stands.
-    hint = stderr.strip().rpartition("; go on with: ")[2]
+    hint = stderr.strip().rpartition("; continue with: ")[2]
     assert shlex.split(hint)[1:] == [*words, "--resume"]
     assert shutil.which(shlex.split(hint)[0]) is not None
     first_runs = {(run["arm"], run["seed"]): run for run in kept["runs"]}

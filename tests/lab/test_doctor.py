@@ -55,8 +55,8 @@ def test_every_accelerator_is_listed(told):
 def test_the_text_says_what_auto_takes_and_names_nobody(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "ns_backend='auto' takes 'eager'; not 'kernels': they run on CUDA devices" in text
-    assert "orthogonalizer='auto' takes 'gram' for 4096 x 14336" in text
+    assert "ns_backend='auto' uses 'eager'; not 'kernels': they run on CUDA devices" in text
+    assert "orthogonalizer='auto' uses 'gram' for 4096 x 14336" in text
     assert socket.gethostname() not in text
 
 
@@ -87,13 +87,13 @@ def test_what_is_proved_of_other_devices_is_not_claimed_of_this_machine(kind, mo
     found = examine()
     device, text = found["devices"][1], as_text(found)
     if kind == "cuda":
-        assert "run tests/gpu or `make gpu` on this machine" in text
-        assert "not proved: NCCL, and more than one GPU; Triton kernels on compute" in text
+        assert "run tests/gpu or `make gpu` to check this machine" in text
+        assert "not tested: NCCL, and more than one GPU; Triton kernels on compute" in text
         assert "ROCm" in text
         return
     assert device["proved"] == [{"tests": tests, "what": what} for tests, what in PROVED_ELSEWHERE]
-    assert "not proved: anything on a real device of this kind" in text
-    assert "fused=None takes torch's own operations: Triton kernels run on CUDA devices" in text
+    assert "not tested: anything on a real device of this kind" in text
+    assert "fused=None uses torch's own operations: Triton kernels run on CUDA devices" in text
 
 
 def test_the_tests_that_prove_something_exist():

@@ -38,7 +38,7 @@ def test_threads_may_write_the_same_file_at_once(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("the user's")
-    with pytest.raises(InputError, match=r"^--out x: .*file is a file and no folder$"):
+    with pytest.raises(InputError, match=r"^--out x: .*file is a file, not a folder$"):
         prove_folder(tmp_path / "file" / "deeper", "--out x")
     with pytest.raises(InputError, match=r"^--out x is a folder; give a file$"):
         prove_file(tmp_path, "--out x")

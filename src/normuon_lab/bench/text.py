@@ -11,6 +11,7 @@ from rich.table import Table
 
 from normuon.distributed.cost import format_bytes
 from normuon_lab.bench.contents import polar_error
+from normuon_lab.errors import counted
 
 Cells = Callable[[Mapping[str, Any]], tuple[str, ...]]
 """A contender's values as the cells of its line."""
@@ -39,7 +40,8 @@ def print_bench(contents: Mapping[str, Any], console: Console) -> None:
     )
     say(f"{contents['title']}: {matrices}")
     say(
-        f"{contents['device']}, {machine['processor']}, {machine['threads_per_worker']} threads; "
+        f"{contents['device']}, {machine['processor']}, "
+        f"{counted(machine['threads_per_worker'], 'thread')}; "
         f"GFLOP/s of a product of side {contents['matmul_peak_side']}: {peaks}"
     )
     console.print(_table(contents, ("ms", "± IQR/2", "x first", "x bound", "error"), _timed_cells))

@@ -181,7 +181,8 @@ class TrainBatches(ABC):
         """
         if self._taken_in_step:
             raise RuntimeError(
-                f"the data has a position only between steps: {self._taken_in_step} of "
+                "the position of the data can be saved only between steps: "
+                f"{self._taken_in_step} of "
                 f"{self.share.micro_batches_per_step} micro batches of this one were taken"
             )
         return {
@@ -200,8 +201,8 @@ class TrainBatches(ABC):
         for name, value in {"version": STATE_VERSION, **self._identity}.items():
             require(
                 state.get(name) == value,
-                f"the checkpoint's data is another: its {name} is {state.get(name)!r} and this "
-                f"run's is {value!r}; resume with the data and the seed it was begun with",
+                f"the checkpoint's data is different: its {name} is {state.get(name)!r} and this "
+                f"run's is {value!r}; resume with the original data and seed",
             )
         self.close()
         self._sequences = int(state["sequences"])

@@ -33,7 +33,7 @@ class Prepare:
     out: Path
     """Folder for the shards."""
     validation: tuple[str, ...] = ()
-    """A source of its own for validation. Without it a part of SOURCE is held out."""
+    """Another source for validation. Without it a part of SOURCE is held out."""
     validation_fraction: float = _DEFAULTS.validation_fraction
     """Share of the documents to hold out, by the hash of their text; of a single text file the last
     part."""
@@ -106,14 +106,14 @@ class Verify:
     """Check every byte of a prepared folder against its manifest, after a copy, say."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """What `normuon data prepare` wrote."""
+    """A folder of `normuon data prepare`."""
 
     def run(self) -> int:
         """Do it and return the exit code."""
         from normuon_lab.data.prepare import verify
 
         manifest = verify(self.folder)
-        print(f"every byte is as it was written\n{summary_of(manifest, self.folder)}")
+        print(f"every byte is intact\n{summary_of(manifest, self.folder)}")
         return 0
 
 

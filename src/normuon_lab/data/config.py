@@ -23,7 +23,7 @@ class DataConfig:
     hub:NAME[:CONFIG], a data set of the Hugging Face Hub, streamed; stream:GLOB, local files,
     streamed."""
     validation: tuple[str, ...] = ()
-    """A source of its own for validation, as above. Without it a part of `source` is held out."""
+    """Another source for validation, as above. Without it a part of `source` is held out."""
     validation_fraction: float = 0.02
     """Share of the documents to hold out where there is no `validation`: chosen by the hash of
     their text; of a single text file the last part, of shards without a manifest the last
@@ -58,14 +58,15 @@ class DataConfig:
     order."""
 
     def __post_init__(self) -> None:
-        require(len(self.source) > 0, "the data source names nothing: give stdlib or files")
+        require(len(self.source) > 0, "the data source is empty: give stdlib or files")
         require(
             0.0 < self.validation_fraction < 1.0,
-            f"validation_fraction {self.validation_fraction}: give a number between 0 and 1",
+            f"validation-fraction {self.validation_fraction}: give a number between 0 and 1",
         )
         for name, least in (("seed", 0), ("workers", 0), ("prefetch", 1), ("stream_shuffle", 0)):
             value = getattr(self, name)
-            require(value >= least, f"{name} {value}: give at least {least}")
+            require(value >= least, f"{name.replace('_', '-')} {value}: give at least {least}")
         for name in ("vocab_size", "processes", "stream_lanes"):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} {value}: give at least 1")
+            label = name.replace("_", "-")
+            require(value is None or value >= 1, f"{label} {value}: give at least 1")

@@ -63,7 +63,7 @@ def document_groups(config: DataConfig, source: TextFiles | Stream) -> list[Docu
         validation = resolve_source(config.validation)
         require(
             isinstance(validation, (TextFiles, Stream)),
-            "the validation data is .bin shards and the training data text: prepare both",
+            "the validation data is .bin shards, but the training data is text: prepare both",
         )
         assert isinstance(validation, (TextFiles, Stream))
         return [
@@ -190,7 +190,7 @@ def text_of(group: DocumentGroup, row: dict[str, Any], text_field: str) -> str:
     text = row.get(field)
     require(
         isinstance(text, str),
-        f"rows of {_label(group)} have no text in a field {field!r}: they have "
+        f"rows of {_label(group)} have no text in the field {field!r}: they have "
         f"{', '.join(row)}; name another text_field",
     )
     return str(text)

@@ -142,7 +142,7 @@ def encode_in_order(
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise RunsFailedError(
-                "a process that tokenises text died, perhaps for lack of memory: run the same "
+                "a tokenising process died, perhaps out of memory: run the same "
                 "command again, with fewer processes"
             ) from error
         finally:

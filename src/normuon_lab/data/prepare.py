@@ -82,7 +82,7 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
     source = resolve_source(request.config.source)
     require(
         isinstance(source, (TextFiles, Stream)),
-        f"{request.config.source[0]} is shards of tokens already",
+        f"{request.config.source[0]} contains token shards already",
     )
     assert isinstance(source, (TextFiles, Stream))
     tokenizer = load_tokenizer(request.config.tokenizer, separator=request.config.separator)
@@ -101,8 +101,8 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
             return finished
     except OSError as error:
         raise InputError(
-            f"cannot write {request.out}: {error.strerror or error}; what was done is kept, and "
-            "the same command goes on with it"
+            f"cannot write {request.out}: {error.strerror or error}; finished work is kept: run "
+            "the same command again to continue"
         ) from error
 
 
@@ -143,8 +143,8 @@ def verify(folder: Path) -> dict[str, Any]:
             path = folder / shard["file"]
             require(
                 sha256_of(path) == shard["sha256"],
-                f"the shard {path} is damaged: its bytes are not those that the manifest was "
-                "written for; prepare it again (normuon data prepare) or copy it again",
+                f"the shard {path} is damaged: its bytes do not match the manifest; "
+                "prepare it again (normuon data prepare) or copy it again",
             )
     return manifest
 

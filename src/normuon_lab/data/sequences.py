@@ -149,11 +149,15 @@ class ValidationBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        require(num_sequences >= 1, "an evaluation reads less than one sequence; give more tokens")
+        require(
+            num_sequences >= 1,
+            "an evaluation reads less than one sequence; give more --eval-tokens",
+        )
         require(
             len(reader) >= num_sequences,
-            f"the validation data has {counted(len(reader), 'sequence')} and an evaluation reads "
-            f"{num_sequences}: give more data, a larger validation_fraction or fewer tokens",
+            f"the validation data has {counted(len(reader), 'sequence')}, but an evaluation reads "
+            f"{num_sequences}: give more data, a larger "
+            "--data.validation-fraction or fewer --eval-tokens",
         )
         chosen = [i * len(reader) // num_sequences for i in range(num_sequences)]
         bounds = [num_sequences * i // world_size for i in (rank, rank + 1)]

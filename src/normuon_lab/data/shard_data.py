@@ -86,7 +86,7 @@ def open_shards(config: DataConfig, source: PreparedFolder | ShardFiles) -> Open
     validation = resolve_source(config.validation)
     require(
         isinstance(validation, (PreparedFolder, ShardFiles)),
-        "the training data is .bin shards and the validation data text: prepare both",
+        "the training data is .bin shards, but the validation data is text: prepare both",
     )
     assert isinstance(validation, (PreparedFolder, ShardFiles))
     train = opened.train if isinstance(source, PreparedFolder) else TokenShards(source.paths)

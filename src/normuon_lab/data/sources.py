@@ -146,7 +146,10 @@ def resolve_source(words: Sequence[str]) -> Source:
         Stream(builder='HuggingFaceFW/fineweb', config='sample-10BT', paths=())
     """
     if any(word.startswith((HUB_PREFIX, STREAM_PREFIX)) for word in words):
-        require(len(words) == 1, f"a stream stands alone; the data names {', '.join(words)}")
+        require(
+            len(words) == 1,
+            f"a stream must be the only source, but the data names {', '.join(words)}",
+        )
         return _stream(words[0])
     if tuple(words) == ("stdlib",):
         return TextFiles(tuple(stdlib_files()))
@@ -192,7 +195,7 @@ def _folder(folder: Path) -> Source:
         return PreparedFolder(folder)
     require(
         not (folder / PROGRESS).exists(),
-        f"{folder} is prepared in part; run the same normuon data prepare again to finish it",
+        f"{folder} is incomplete; run the same normuon data prepare again to finish it",
     )
     require(
         not any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")),

@@ -101,7 +101,8 @@ class StreamData(PretrainData):
         require(
             num_lanes % world_size == 0,
             f"the stream has {counted(num_lanes, 'lane')}, which {world_size} data-parallel ranks "
-            "cannot share evenly; give another stream_lanes or batch, or prepare the data (normuon "
+            "cannot share evenly; give other --data.stream-lanes or batch, or prepare the data "
+            "(normuon "
             "data prepare), which any number of ranks can read",
         )
         return StreamBatches(
@@ -147,7 +148,7 @@ class StreamData(PretrainData):
             return max(n for n in range(1, most + 1) if global_batch_size % n == 0)
         require(
             global_batch_size % asked == 0,
-            f"stream_lanes {asked} does not divide the {counted(global_batch_size, 'sequence')} "
+            f"stream-lanes {asked} does not divide the {counted(global_batch_size, 'sequence')} "
             "of a batch",
         )
         require(

@@ -84,7 +84,7 @@ def load_tokenizer(name: str, *, separator: str | None = None) -> TextTokenizer:
         [104, 195, 169]
     """
     if name == BYTES:
-        require(separator is None, "separator: bytes have none but byte 0; leave it out")
+        require(separator is None, "separator: the tokenizer bytes has only byte 0; leave it out")
         return TextTokenizer(BYTES, 256, 0)
     path = Path(name)
     if path.suffix == ".json":

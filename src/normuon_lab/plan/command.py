@@ -34,30 +34,30 @@ class PlanCommand:
     """gpt2-124m, gpt2-350m, llama-1.1b, llama-5.4b, llama3-8b, llama3-70b, mixtral-8x7b,
     llama-tiny, llama-small, or a transformers config.json."""
     mesh: str = "dp_shard=8"
-    """Sizes of the mesh, as dp_replicate=R,dp_shard=S,tp=T; what is left out is 1."""
+    """Sizes of the mesh, as dp_replicate=R,dp_shard=S,tp=T; missing axes are 1."""
     split_heads: bool = False
-    """Every attention head of the query, key and value projections is a matrix of its own, as with
+    """Every attention head of the query, key and value projections is a separate matrix, as with
     param_groups(model, split_heads=True)."""
     json: bool = False
     """Print everything as JSON."""
     html: Path | None = None
     """File for a page with charts."""
     flops_per_second: float = 2e14
-    """What one rank reaches in Newton-Schulz, for predicted times."""
+    """FLOP/s of one rank in Newton-Schulz, for predicted times."""
     bytes_per_second: float = 5e10
-    """What one rank sends, for predicted times."""
+    """Bytes/s that one rank sends, for predicted times."""
     node_bytes_per_second: float | None = None
-    """What one rank sends within its node; --bytes-per-second unless given."""
+    """Bytes/s that one rank sends within its node; default: --bytes-per-second."""
     ranks_per_node: int = 8
     """Ranks of a node, numbered one after another."""
     teams: Literal["off", "auto"] = "off"
     """auto: up to eight ranks of a node divide a matrix where that shortens the predicted step."""
     balance: Literal["flops", "paper"] = "flops"
-    """How matrices find owners: by FLOPs, or the paper's sort and round-robin."""
+    """How owners are chosen: by FLOPs, or the paper's sort and round-robin."""
     bucket_bytes: int = 256 * 1024 * 1024
-    """Bound on what a rank packs for one exchange, or twice the largest matrix."""
+    """Bound on the bytes that a rank packs for one exchange, or twice the largest matrix."""
     wire_dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
-    """How matrices travel."""
+    """Dtype of matrices on the wire."""
 
     def run(self) -> int:
         """Do it and return the exit code."""

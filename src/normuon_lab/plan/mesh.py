@@ -49,7 +49,7 @@ class Mesh:
             is_number = number.isascii() and number.isdigit() and len(number) <= 9
             require(
                 is_number and int(number) >= 1,
-                f"--mesh: {axis}={number} is not a positive whole number",
+                f"--mesh: {axis}={number} is not a positive integer",
             )
             sizes[axis] = int(number)
         return cls(**sizes)

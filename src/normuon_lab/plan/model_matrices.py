@@ -176,15 +176,15 @@ def read_config(model: str) -> PretrainedConfig:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise InputError(f"{path} is not a transformers configuration: no valid JSON") from None
+        raise InputError(f"{path} is not a transformers configuration: invalid JSON") from None
     kind = values.get("model_type") if isinstance(values, dict) else None
     if not isinstance(kind, str):
-        raise InputError(f"{path} is not a transformers configuration: it names no model_type")
+        raise InputError(f"{path} is not a transformers configuration: it has no model_type")
     from transformers import CONFIG_MAPPING, AutoConfig
 
     require(
         kind in CONFIG_MAPPING,
-        f"{path}: the installed transformers knows no model_type {kind!r}",
+        f"{path}: the installed transformers does not know the model_type {kind!r}",
     )
     options = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
     # A quantised checkpoint is trained, if at all, from its full-precision shapes.

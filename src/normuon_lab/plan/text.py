@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon.distributed.cost import format_bytes
+from normuon_lab.errors import counted
 
 SCHEMES = {
     "plan": "this plan",
@@ -71,10 +72,11 @@ def print_plan(contents: Mapping[str, Any], console: Console) -> None:
 
     say(
         f"{model['name']}: {model['num_parameters']:,} parameters, "
-        f"{model['num_hidden_parameters']:,} of them in {model['num_matrices']:,} hidden matrices"
+        f"{model['num_hidden_parameters']:,} of them in {model['num_matrices']:,} hidden "
+        f"{'matrix' if model['num_matrices'] == 1 else 'matrices'}"
     )
     say(
-        f"{mesh['world_size']:,} ranks ({axes}), planned in "
+        f"{counted(mesh['world_size'], 'rank')} ({axes}), planned in "
         f"{format_seconds(contents['plan_seconds'])}"
     )
     console.print(_schemes_table(contents))

@@ -105,7 +105,9 @@ def transformers_config(model: str) -> PretrainedConfig:
                 f"not give it: {hub.failure or first_line(error)}"
             ) from None
     is_language_model = type(config) in AutoModelForCausalLM._model_mapping
-    require(is_language_model, f"--model {model}: {config.model_type} is no causal language model")
+    require(
+        is_language_model, f"--model {model}: {config.model_type} is not a causal language model"
+    )
     return config
 
 

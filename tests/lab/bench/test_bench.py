@@ -415,7 +415,7 @@ def test_polar_factors_can_be_left_out():
         ("--shapes 8x8 --authors /nowhere", "--authors /nowhere: give the file normuon.py"),
         ("--model no-such", "no-such is neither a preset"),
         ("--model gpt2-124m --layers 13", "--layers 13: gpt2-124m has 12"),
-        ("--shapes 8x8 --out /dev/null/x", "--out /dev/null/x: /dev/null is a file and no folder"),
+        ("--shapes 8x8 --out /dev/null/x", "--out /dev/null/x: /dev/null is a file, not a folder"),
     ],
 )
 def test_bad_input_is_one_line(words, message, capsys):

@@ -138,7 +138,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
         with stopping_after(call, monkeypatch):
             prepare(stopped)
         assert not (stopped.out / "manifest.json").exists()
-        with pytest.raises(InputError, match="is prepared in part"):
+        with pytest.raises(InputError, match="is incomplete"):
             open_data(DataConfig(source=(str(stopped.out),)), sequence_length=8, seed=0)
     prepare(stopped)
     assert content_of(stopped.out) == content_of(request_of.out)
@@ -293,7 +293,7 @@ def test_a_full_disk_keeps_what_was_done_and_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(shards.os, "fsync", full)
-        with pytest.raises(InputError, match="No space left on device; what was done is kept"):
+        with pytest.raises(InputError, match="No space left on device; finished work is kept"):
             prepare(large)
     assert (large.out / "progress.json").exists()
     prepare(large)
@@ -321,7 +321,7 @@ def test_a_shard_that_does_not_fit_the_manifest_is_one_line(request_of: PrepareR
         ("bad.jsonl", b'{"text": "a"}\n{"text": ', "cannot read .*bad.jsonl: "),
         ("bad.parquet", b"PAR1 and no more", "cannot read .*bad.parquet: "),
         ("bad.txt", b"\xff\xfe\xfa", "bad.txt is not text in UTF-8"),
-        ("rows.jsonl", b'{"body": "a"}\n', "have no text in a field 'text': they have body"),
+        ("rows.jsonl", b'{"body": "a"}\n', "have no text in the field 'text': they have body"),
         ("blank.jsonl", b'{"text": " "}\n', "no text was found in"),
     ],
 )

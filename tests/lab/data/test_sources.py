@@ -63,7 +63,7 @@ def test_kinds_of_sources(folder: Path) -> None:
         (["a.txt", "shards/x.bin"], "mixes .bin shards with text; prepare the text too"),
         (["a.txt", "shards"], "is a folder among several sources"),
         (["empty"], "holds neither a manifest.json nor .bin shards; name its files instead"),
-        (["begun"], "is prepared in part; run the same normuon data prepare again"),
+        (["begun"], "is incomplete; run the same normuon data prepare again"),
         (["saved"], "was saved by datasets.save_to_disk; write it with to_parquet"),
     ],
 )
@@ -76,7 +76,7 @@ def test_a_wrong_source_is_one_line(folder: Path, words: list[str], message: str
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["hub:a/b", "c.txt"], "a stream stands alone"),
+        (["hub:a/b", "c.txt"], "a stream must be the only source"),
         (["hub:"], "write hub:NAME or hub:NAME:CONFIG"),
         (["stream:{folder}/*.txt"], "a stream reads jsonl or parquet files, all of one kind"),
         (["stream:{folder}/[cd].*"], "a stream reads jsonl or parquet files, all of one kind"),
@@ -90,13 +90,13 @@ def test_a_wrong_stream_is_one_line(folder: Path, words: list[str], message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": ()}, "the data source names nothing"),
-        ({"validation_fraction": 0.0}, "validation_fraction 0.0: give a number between 0 and 1"),
-        ({"validation_fraction": 1.5}, "validation_fraction 1.5"),
+        ({"source": ()}, "the data source is empty"),
+        ({"validation_fraction": 0.0}, "validation-fraction 0.0: give a number between 0 and 1"),
+        ({"validation_fraction": 1.5}, "validation-fraction 1.5"),
         ({"workers": -1}, "workers -1: give at least 0"),
         ({"prefetch": 0}, "prefetch 0: give at least 1"),
-        ({"vocab_size": 0}, "vocab_size 0: give at least 1"),
-        ({"stream_lanes": 0}, "stream_lanes 0: give at least 1"),
+        ({"vocab_size": 0}, "vocab-size 0: give at least 1"),
+        ({"stream_lanes": 0}, "stream-lanes 0: give at least 1"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(options: dict[str, Any], message: str) -> None:
@@ -119,8 +119,8 @@ def test_text_and_shards_are_not_mixed_for_validation(tmp_path: Path) -> None:
     config = DataConfig(
         source=(str(shard),), validation=(str(text),), vocab_size=256, cache=str(tmp_path / "c")
     )
-    with pytest.raises(InputError, match=r"training data is \.bin shards and the validation data"):
+    with pytest.raises(InputError, match=r"training data is \.bin shards, but the validation data"):
         open_data(config, sequence_length=8, seed=0)
     config = DataConfig(source=(str(text),), validation=(str(shard),), cache=str(tmp_path / "c"))
-    with pytest.raises(InputError, match=r"validation data is \.bin shards and the training data"):
+    with pytest.raises(InputError, match=r"validation data is \.bin shards, but the training data"):
         open_data(config, sequence_length=8, seed=0)

@@ -219,17 +219,17 @@ def test_a_tokenizer_of_tokenizers(
 
 
 def test_what_a_stream_cannot_do_is_told(config: DataConfig) -> None:
-    with pytest.raises(InputError, match="stream_lanes 3 does not divide the 8 sequences"):
+    with pytest.raises(InputError, match="stream-lanes 3 does not divide the 8 sequences"):
         position_on_ranks(0, 1, config=replace(config, stream_lanes=3), taken=0)
-    with pytest.raises(InputError, match="the data has 8 files, and every lane needs its own"):
+    with pytest.raises(InputError, match="the data has 8 files; each lane needs one"):
         opened(replace(config, stream_lanes=16)).train_batches(
             global_batch_size=16, micro_batch_size=1, rank=0, world_size=1
         )
     with pytest.raises(InputError, match="has 1 lane, which 2 data-parallel ranks cannot"):
         position_on_ranks(0, 2, config=replace(config, stream_lanes=1), taken=0)
-    with pytest.raises(InputError, match="have no text in a field 'body': they have text, id"):
+    with pytest.raises(InputError, match="have no text in the field 'body': they have text, id"):
         position_on_ranks(0, 1, config=replace(config, text_field="body"), taken=1)
-    with pytest.raises(InputError, match=r"validation data has \d+ sequences and an evaluation"):
+    with pytest.raises(InputError, match=r"validation data has \d+ sequences, but an evaluation"):
         opened(config).validation_batches(tokens=10**6, batch_size=1, rank=0, world_size=1)
 
 

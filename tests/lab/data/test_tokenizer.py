@@ -82,7 +82,7 @@ def test_what_is_no_tokenizer_is_one_line(
         (str(tmp_path / "none.json"), None, "tokenizer: no such file"),
         (str(nameless), None, "does not say which token ends a text; name it as separator"),
         (str(tokenizer_file), "<nope>", "has no token '<nope>'"),
-        ("bytes", "x", "separator: bytes have none but byte 0"),
+        ("bytes", "x", "separator: the tokenizer bytes has only byte 0"),
         (str(tmp_path), None, "neither bytes, a tokenizers file, nor a transformers tokenizer"),
         # transformers makes a tokenizer of one token of it.
         (str(untrained), None, "holds no vocabulary"),

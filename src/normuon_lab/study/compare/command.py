@@ -22,11 +22,11 @@ class CompareCommand(ExperimentOptions):
     lr: tuple[str, ...] = ()
     """Peak learning rates that replace tuned ones, as ARM=VALUE."""
     tuned: str | None = None
-    """A file written by `normuon tune`, in place of the rates shipped with the package."""
+    """A file written by `normuon tune`, instead of the package's rates."""
     out: Path = Path("runs/compare")
     """Folder for results.json, report.html and TensorBoard's files."""
     resume: bool = False
-    """Go on with the runs that OUT is missing."""
+    """Run only what OUT lacks."""
 
     def run(self) -> int:
         """Do it and return the exit code."""

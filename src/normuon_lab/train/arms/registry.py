@@ -66,7 +66,7 @@ class Arm:
         given += ["split_heads"] if options.split_heads else []
         require(
             self.takes_normuon_options or not given,
-            f"the arm {self.name!r} is not normuon.NorMuon and takes none of its options; got "
+            f"the arm {self.name!r} is not normuon.NorMuon and does not take its options; got "
             + ", ".join(given),
         )
         _check_normuon_keywords([keyword for keyword, _ in options.normuon])

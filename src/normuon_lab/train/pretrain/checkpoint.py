@@ -119,7 +119,7 @@ def resolve(path: Path) -> Path:
     if (path / DESCRIPTION_FILE).is_file():
         return path
     newest = newest_complete(path)
-    require(newest is not None, f"{path} is not a checkpoint and holds no complete one")
+    require(newest is not None, f"{path} is not a checkpoint and contains no complete one")
     assert newest is not None
     return newest
 
@@ -149,7 +149,7 @@ def read_description(path: Path) -> CheckpointDescription:
             },
         )
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{file} does not say what a checkpoint has to say") from None
+        raise InputError(f"{file} lacks required entries of a checkpoint") from None
 
 
 def verify(path: Path) -> CheckpointDescription:
@@ -197,7 +197,7 @@ def _digest_of(values: dict[str, Any]) -> str:
 
 
 CONFIG_FILE = "config.toml"
-_GO_ON = "give --resume auto to go on with it, or another --out"
+_GO_ON = "give --resume auto to continue it, or another --out"
 
 # What transformers adds to a configuration and does not change the model.
 _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "dtype")
@@ -283,7 +283,7 @@ def _check_config(
     found = first_difference(model_identity(description.model_config), model_identity(model_config))
     if found is not None:
         name, before, now = found
-        raise InputError(f"{path} is of another model: its {name} is {before}, not {now}")
+        raise InputError(f"{path} belongs to another model: its {name} is {before}, not {now}")
 
 
 def model_identity(model_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,10 +121,10 @@ def load_tensors_(values: Mapping[str, Any], path: Path) -> None:
     wanted = flattened(values)
     found = read_shapes(path)
     for name, tensor in wanted.items():
-        require(name in found, f"{path} is of another model or optimizer: it has no {name}")
+        require(name in found, f"{path} belongs to another model or optimizer: it has no {name}")
         require(
             found[name] == tuple(tensor.shape),
-            f"{path} is of another model: {name} is {list(found[name])} there and "
+            f"{path} belongs to another model: {name} is {list(found[name])} there and "
             f"{list(tensor.shape)} here",
         )
     alone = not dist.is_initialized()
@@ -145,7 +145,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
         if isinstance(value, Mapping):
             found.update(flattened(value, f"{prefix}{key}."))
         else:
-            assert isinstance(value, Tensor), f"{prefix}{key} is no tensor"
+            assert isinstance(value, Tensor), f"{prefix}{key} is not a tensor"
             found[f"{prefix}{key}"] = value
     return found
 

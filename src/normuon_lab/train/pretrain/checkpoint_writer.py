@@ -149,7 +149,7 @@ class CheckpointWriter:
         except (CheckpointException, InputError, OSError, RuntimeError) as error:
             failure = OSError(
                 f"the checkpoint of step {step} cannot be written to {self._folder}: "
-                f"{_reason(error)}; the earlier ones are as they were"
+                f"{_reason(error)}; earlier checkpoints are intact"
             )
             if self._ranks.is_main:
                 shutil.rmtree(self._folder / f".{checkpoint_name(step)}.partial", True)

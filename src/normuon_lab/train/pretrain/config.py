@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from normuon_lab.data.config import DataConfig
-from normuon_lab.errors import require
+from normuon_lab.errors import flag, require
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -24,14 +24,14 @@ def _require_at_least(config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         is_good = math.isfinite(value) and value >= bound
-        require(is_good, f"{name} {value}: give at least {bound:g}")
+        require(is_good, f"{flag(name)} {value}: give at least {bound:g}")
 
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         is_good = value is None or (math.isfinite(value) and value > 0)
-        require(is_good, f"{name} {value}: give a positive number")
+        require(is_good, f"{flag(name)} {value}: give a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class ModelConfig:
     pretrained: bool = False
     """Start from the weights (safetensors) beside the configuration, not from random ones."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What forward and backward compute in. Weights, gradients and optimizer state stay float32.
+    """Dtype of forward and backward. Weights, gradients and optimizer state stay float32.
     auto: bfloat16 on CUDA, float32 on CPU."""
     activation_checkpointing: bool = False
     """Recompute the activations of each layer in the backward pass instead of keeping them."""
@@ -83,11 +83,11 @@ class OptimizerConfig:
     lr: float = 4e-3
     """Peak learning rate of hidden matrices."""
     adam_lr: float | None = None
-    """Peak learning rate of everything else, which AdamW trains; by default `lr`."""
+    """Peak learning rate of the AdamW parameters; by default `lr`."""
     embedding_lr: float | None = None
     """Peak learning rate of the input embedding; by default `adam_lr`."""
     head_lr: float | None = None
-    """Peak learning rate of the output head, also where it is tied to the embedding; by default
+    """Peak learning rate of the output head, also if it is tied to the embedding; by default
     `adam_lr`."""
     weight_decay: float = 0.1
     """Decoupled, on hidden matrices only."""
@@ -98,13 +98,13 @@ class OptimizerConfig:
     beta2: float = 0.95
     """NorMuon's second beta."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What NorMuon's Newton-Schulz computes in; auto: as the forward pass. (Muon's is bfloat16.)"""
+    """Dtype of NorMuon's Newton-Schulz; auto: as the forward pass. (Muon's is bfloat16.)"""
     split_heads: bool = False
-    """NorMuon orthogonalises each attention head's queries, keys and values on their own."""
+    """NorMuon orthogonalises each attention head's queries, keys and values separately."""
     equilibrate: bool = False
-    """NorMuon evens the rows and columns of a direction before it is orthogonalised."""
+    """NorMuon equalises the rows and columns of a direction before orthogonalising it."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    """Gradients are clipped to this global norm; 0: no clipping."""
 
     def __post_init__(self) -> None:
         require(
@@ -114,7 +114,7 @@ class OptimizerConfig:
         for name in ("split_heads", "equilibrate"):
             require(
                 self.arm == "normuon" or not getattr(self, name),
-                f"{name} is NorMuon's: it does nothing for {self.arm}",
+                f"{flag(name)} is an option of NorMuon: leave it out with --arm {self.arm}",
             )
         _require_positive(self, "lr", "adam_lr", "embedding_lr", "head_lr")
         _require_at_least(self, weight_decay=0, max_grad_norm=0)
@@ -123,7 +123,7 @@ class OptimizerConfig:
             ("momentum", self.momentum),
             ("beta2", self.beta2),
         ):
-            require(0.0 <= value < 1.0, f"{name} {value}: give a number from 0 to below 1")
+            require(0.0 <= value < 1.0, f"{flag(name)} {value}: give a number from 0 to below 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +140,7 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, warmup_steps=0)
         is_share = 0.0 <= self.decay_fraction <= 1.0
-        require(is_share, f"decay_fraction {self.decay_fraction}: give a number from 0 to 1")
+        require(is_share, f"--decay-fraction {self.decay_fraction}: give a number from 0 to 1")
 
     def decay_steps(self, steps: int) -> int:
         """Steps at the end of `steps` over which the rate falls."""
@@ -154,9 +154,9 @@ class ParallelConfig:
     """How the ranks of torchrun share the work; one process needs none of it."""
 
     dp_replicate: int = 1
-    """Copies of the model, which average their gradients (HSDP)."""
+    """Replicas of the model, which average their gradients (HSDP)."""
     dp_shard: int | None = None
-    """Ranks over which FSDP2 shards each copy; by default all that the other two leave."""
+    """Ranks over which FSDP2 shards each replica; by default all remaining ranks."""
     tp: int = 1
     """Ranks that split matrices by tensor parallelism."""
 
@@ -187,9 +187,9 @@ class CheckpointConfig:
     keep_last: int = 3
     """How many of the newest checkpoints to keep; 0 keeps all."""
     keep_every: int = 0
-    """Keep those of every so many steps as well, whatever their age; 0: none."""
+    """Also keep the checkpoints of every so many steps; 0: none."""
     async_checkpoint: bool = False
-    """Write while training goes on; needs memory for one copy of what is saved."""
+    """Write while training continues; needs memory for one copy of what is saved."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, save_every=0, keep_last=0, keep_every=0)
@@ -202,7 +202,7 @@ class MetricsConfig:
     log_every: int = 1
     """Steps between rows of metrics, each of which waits for the device once."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
+    """Other destinations of metrics: tensorboard, wandb, trackio."""
     diagnose: str = "off"
     """every=N: measure the update of each hidden matrix at every N-th step; off."""
     device_tflops: float | None = None
@@ -247,9 +247,9 @@ class PretrainConfig:
     """One training run, completely: what a preset, a file and flags come to."""
 
     preset: str = "llama-tiny"
-    """Where the values of all other fields come from that neither a flag nor --config gives."""
+    """Source of all values that neither a flag nor --config gives."""
     seed: int = 0
-    """Decides initial weights, order of the data and dropout."""
+    """Sets initial weights, data order and dropout."""
     model: Annotated[ModelConfig, tyro.conf.OmitArgPrefixes] = ModelConfig()
     batch: Annotated[BatchConfig, tyro.conf.OmitArgPrefixes] = BatchConfig()
     optimizer: Annotated[OptimizerConfig, tyro.conf.OmitArgPrefixes] = OptimizerConfig()
@@ -264,14 +264,14 @@ class PretrainConfig:
         _require_at_least(self, seed=0)
         require(
             self.schedule.warmup_steps < self.batch.steps,
-            f"warmup_steps {self.schedule.warmup_steps}: give fewer than the "
+            f"--warmup-steps {self.schedule.warmup_steps}: give fewer than the "
             f"{self.batch.steps} steps of the run",
         )
         # Micro batches of an evaluation hold whole sequences.
         require(
             self.evaluation.eval_every == 0
             or self.evaluation.eval_tokens >= self.batch.sequence_length,
-            f"eval_tokens {self.evaluation.eval_tokens}: give at least one sequence of "
+            f"--eval-tokens {self.evaluation.eval_tokens}: give at least one sequence of "
             f"{self.batch.sequence_length} tokens",
         )
 

@@ -245,9 +245,9 @@ def print_dry_run(contents: Mapping[str, Any], console: Console) -> None:
 def _plan_line(contents: Mapping[str, Any]) -> str:
     plan = contents["plan"]
     return (
-        f"NorMuon's plan: {plan['num_orthogonalisations']} orthogonalisations, "
-        f"{plan['num_buckets']} buckets, imbalance {plan['imbalance']:.3f}, "
-        f"{plan['bytes_sent_total'] / 1e9:.2f} GB sent a step; normuon plan shows it."
+        f"NorMuon's plan: {counted(plan['num_orthogonalisations'], 'orthogonalisation')}, "
+        f"{counted(plan['num_buckets'], 'bucket')}, imbalance {plan['imbalance']:.3f}, "
+        f"{plan['bytes_sent_total'] / 1e9:.2f} GB sent per step; `normuon plan` has the details."
     )
 
 

@@ -94,7 +94,7 @@ def print_contents(contents: dict[str, Any], console: Console) -> None:
 
     elements = contents["elements"]
     console.print(
-        f"{contents['checkpoint']}: every byte is as it was written\n"
+        f"{contents['checkpoint']}: every byte is intact\n"
         f"step {contents['step']:,}, {counted(contents['tokens'], 'token')}, written by "
         f"{counted(contents['world_size'], 'rank')}\n"
         f"{contents['model']}, {elements['model']:,} elements; optimizer {elements['optimizer']:,} "
@@ -142,7 +142,7 @@ def _measured(
         if not fnmatchcase(name, pattern):
             continue
         stored = f"model.{name}"
-        require(stored in shapes, f"{path} is of another model: it has no {stored}")
+        require(stored in shapes, f"{path} belongs to another model: it has no {stored}")
         (part,) = view.parts(shapes[stored])
         momenta = [f"optimizer.{name}.{key}" for key in MOMENTUM_KEYS]
         momentum = next((key for key in momenta if key in shapes), None)

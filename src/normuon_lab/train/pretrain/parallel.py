@@ -84,7 +84,7 @@ def mesh_shape(parallel: ParallelConfig, *, world_size: int) -> tuple[int, int, 
         (1, 4, 2)
     """
     fixed = parallel.dp_replicate * parallel.tp
-    named = f"dp_replicate {parallel.dp_replicate} x tp {parallel.tp}"
+    named = f"--dp-replicate {parallel.dp_replicate} x --tp {parallel.tp}"
     if parallel.dp_shard is None:
         require(
             world_size % fixed == 0,
@@ -94,9 +94,9 @@ def mesh_shape(parallel: ParallelConfig, *, world_size: int) -> tuple[int, int, 
         return (parallel.dp_replicate, world_size // fixed, parallel.tp)
     require(
         fixed * parallel.dp_shard == world_size,
-        f"{named} x dp_shard {parallel.dp_shard} is {fixed * parallel.dp_shard}, but "
-        f"{world_size} rank{'s were' if world_size > 1 else ' was'} started: use torchrun "
-        f"--nproc-per-node, or other sizes",
+        f"{named} x --dp-shard {parallel.dp_shard} is {fixed * parallel.dp_shard}, but "
+        f"{counted(world_size, 'rank')} {'was' if world_size == 1 else 'were'} started: use "
+        "torchrun --nproc-per-node, or other sizes",
     )
     return (parallel.dp_replicate, parallel.dp_shard, parallel.tp)
 

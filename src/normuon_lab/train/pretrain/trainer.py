@@ -273,8 +273,8 @@ class Trainer:
 
     def _fail(self, what: str) -> NoReturn:
         raise RunsFailedError(
-            f"the {what} at step {self._run.step}: training stopped, and the checkpoints before it "
-            "are as they were; try a lower --lr"
+            f"the {what} at step {self._run.step}: training stopped, earlier checkpoints are "
+            "intact; try a lower --lr"
         )
 
     def _save(self) -> None:

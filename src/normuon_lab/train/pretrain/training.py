@@ -137,7 +137,7 @@ def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
     """
     require(
         batch.batch_size % data_ranks == 0,
-        f"batch_size {batch.batch_size} does not split over "
+        f"--batch-size {batch.batch_size} does not split over "
         f"{counted(data_ranks, 'data-parallel rank')}",
     )
     share = batch.batch_size // data_ranks
@@ -254,7 +254,7 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
     with metrics or nullcontext(), display, stop.interrupts_noted(ranks):
         display.say(f"training {training.title}, into {request.out}")
         if first_step:
-            display.say(f"going on from step {first_step}")
+            display.say(f"continuing from step {first_step}")
         is_done = Trainer(training, metrics=metrics, display=display).run(stop)
     kept = newest_complete(request.out)
     if is_done:
@@ -262,7 +262,9 @@ def _run(training: Training, request: TrainRequest, stop: StopRequest, console: 
     elif kept is None:
         display.say(f"stopped by {stop.by} before the first step")
     else:
-        display.say(f"stopped by {stop.by} after step {training.step}, which is kept; go on with:")
+        display.say(
+            f"stopped by {stop.by} after step {training.step}, which is saved; continue with:"
+        )
         display.say(_resume_command(request.out))
     return not is_done and stop.by == INTERRUPT
 
@@ -287,7 +289,7 @@ def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> 
     length = config.batch.sequence_length
     require(
         longest is None or length <= longest,
-        f"sequence_length {length}: the model has {counted(longest or 0, 'position')}",
+        f"--sequence-length {length}: the model has {counted(longest or 0, 'position')}",
     )
     known: Any = model
     size = known.get_input_embeddings().num_embeddings

@@ -88,7 +88,7 @@ def test_other_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
         verify(foreign)
     with pytest.raises(InputError, match="no such checkpoint"):
         read_description(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds no complete one"):
+    with pytest.raises(InputError, match="contains no complete one"):
         resolve(tmp_path)
 
 

@@ -111,14 +111,14 @@ def test_whole_numbers_are_taken_for_rates() -> None:
         (lambda: OptimizerConfig(arm="sgd"), "unknown arm 'sgd': choose from adamw, muon"),
         (
             lambda: OptimizerConfig(arm="muon", equilibrate=True),
-            "equilibrate is NorMuon's: it does nothing for muon",
+            "--equilibrate is an option of NorMuon: leave it out with --arm muon",
         ),
         (lambda: OptimizerConfig(lr=float("nan")), "lr nan: give a positive number"),
         (lambda: OptimizerConfig(momentum=1.0), "momentum 1.0: give a number from 0 to below 1"),
-        (lambda: CheckpointConfig(keep_last=-1), "keep_last -1: give at least 0"),
+        (lambda: CheckpointConfig(keep_last=-1), "--keep-last -1: give at least 0"),
         (lambda: MetricsConfig(diagnose="often"), "give every=N, such as every=100, or off"),
         (lambda: MetricsConfig(trackers=("mlflow",)), "unknown tracker 'mlflow'"),
-        (lambda: PretrainConfig(batch=BatchConfig(steps=5)), "warmup_steps 10: give fewer than"),
+        (lambda: PretrainConfig(batch=BatchConfig(steps=5)), "--warmup-steps 10: give fewer than"),
     ],
 )
 def test_a_value_out_of_range_is_named(make, message: str) -> None:
@@ -130,7 +130,7 @@ def test_a_flag_out_of_range_is_one_line(tmp_path: Path) -> None:
     outcome = Job(["train", "--lr", -1], tmp_path).wait()
     assert outcome.codes == (2,)
     (said,) = outcome.stderr
-    assert said == "normuon: error: lr -1.0: give a positive number (see normuon train --help)\n"
+    assert said == "normuon: error: --lr -1.0: give a positive number (see normuon train --help)\n"
 
 
 def test_the_slurm_example_asks_for_what_there_is() -> None:

@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(
     outcome = Job(again, tmp_path / "logs", world_size=world_size, file_bytes=100_000).wait()
     message = f"the checkpoint of step 8 cannot be written to {copy / 'checkpoints'}: "
     check_refused(outcome, 1, message)
-    assert "File too large; the earlier ones are as they were" in outcome.stderr[0]
+    assert "File too large; earlier checkpoints are intact" in outcome.stderr[0]
     assert content(copy) == before
     assert [verify(path).step for path in find_checkpoints(copy)] == [4]
     # With room again the run goes on.
@@ -112,7 +112,7 @@ def test_a_run_goes_on_with_its_own_text_only(
     other = tmp_path / text_file.name
     other.write_text(text_file.read_text().swapcase())
     again = [*words, "--out", copy, "--resume", "auto", "--data.source", other]
-    message = "the checkpoint's data is another: its fingerprint is"
+    message = "the checkpoint's data is different: its fingerprint is"
     check_refused(Job(again, tmp_path / "logs").wait(), 2, message)
     assert content(copy) == before
 
@@ -123,7 +123,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_other_files(
     words, finished = run
     before = content(finished)
     outcome = Job([*words, "--out", finished], tmp_path / "logs").wait()
-    check_refused(outcome, 2, "holds a run already: give --resume auto to go on with it")
+    check_refused(outcome, 2, "holds a run already: give --resume auto to continue it")
     assert content(finished) == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
@@ -194,7 +194,7 @@ def test_data_that_has_vanished_stops_a_run_from_going_on(tmp_path: Path) -> Non
     job.kill()
     before = content(out)
     outcome = Job([*words, "--out", out, "--resume", "auto"], tmp_path / "logs").wait()
-    check_refused(outcome, 2, "the checkpoint's data is another")
+    check_refused(outcome, 2, "the checkpoint's data is different")
     assert content(out) == before
     shards[1].unlink()
     outcome = Job([*words, "--out", out, "--resume", "auto"], tmp_path / "logs").wait()
@@ -212,7 +212,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, text_file: Path)
     out = tmp_path / "run"
     outcome = Job([*words, "--out", out], tmp_path / "logs").wait()
     assert outcome.codes == (1,)
-    assert "training stopped, and the checkpoints before it are as they were" in outcome.stderr[0]
+    assert "training stopped, earlier checkpoints are intact" in outcome.stderr[0]
     assert outcome.stderr[0].count("\n") == 1
     rows = read_metrics(out / "metrics.jsonl")
     assert all(abs(row["train_loss"]) < float("inf") for row in rows)
@@ -225,13 +225,13 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, text_file: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp", 2], "dp_replicate 1 x tp 2 does not divide the 1 rank:"),
+        (["--tp", 2], "--dp-replicate 1 x --tp 2 does not divide the 1 rank:"),
         (["--dp-shard", 4], "is 4, but 1 rank was started: use torchrun"),
         (["--micro-batch-size", 3], "do not split into micro batches of 3"),
         (["--trackers", "wandb"], "--trackers wandb: the package wandb is not installed"),
         (["--model", "nowhere/nothing"], "--model nowhere/nothing is neither a named model"),
         (["--data.tokenizer", "nowhere.json"], "nowhere.json"),
-        (["--sequence-length", 1025], "sequence_length 1025: the model has 1024 positions"),
+        (["--sequence-length", 1025], "--sequence-length 1025: the model has 1024 positions"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(

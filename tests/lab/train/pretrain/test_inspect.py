@@ -94,7 +94,7 @@ def test_damage_and_nothing_to_measure_are_one_line(
     (copy / "__0_0.distcp").write_bytes((copy / "__0_0.distcp").read_bytes()[:-1])
     cases = [
         ([copy], "is damaged: __0_0.distcp has"),
-        ([tmp_path], "is not a checkpoint and holds no complete one"),
+        ([tmp_path], "is not a checkpoint and contains no complete one"),
         ([path, "--matrices", "*nothing*"], "no hidden matrix of"),
     ]
     for words, message in cases:

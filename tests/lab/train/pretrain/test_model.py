@@ -62,7 +62,7 @@ def test_pretrained_weights_are_taken_in_float32(saved: tuple[Path, LlamaForCaus
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(InputError, match="vit is no causal language model"):
+    with pytest.raises(InputError, match="vit is not a causal language model"):
         build_named_model(str(config), seed=0)
     config.write_text(json.dumps({"model_type": "llama", **SIZES}))
     with pytest.raises(InputError, match="--model"):

@@ -154,6 +154,6 @@ def test_torchrun_starts_it_and_starts_it_again(tmp_path: Path, text_file: Path)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, stderr[-3000:]
-    assert stdout.count("going on from step") == 1  # One rank speaks.
+    assert stdout.count("continuing from step") == 1  # One rank speaks.
     rows = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 61))

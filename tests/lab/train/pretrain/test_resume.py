@@ -105,7 +105,7 @@ def test_sigterm_keeps_the_step_and_ends_well(
     assert f"stopped by SIGTERM after step {step}" in outcome.stdout
     again = [*run, "--out", out, "--resume", "auto"]
     outcome = Job(again, tmp_path / "second", world_size=world_size).wait().check()
-    assert f"going on from step {step}" in outcome.stdout
+    assert f"continuing from step {step}" in outcome.stdout
     Job([*run, "--out", whole], tmp_path / "third", world_size=world_size).wait().check()
     assert_same_end(whole, out)
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl")]
@@ -135,14 +135,14 @@ def test_ctrl_c_keeps_the_step_and_says_what_to_type(
     assert newest is not None
     step = verify(newest).step
     assert 5 <= step < 60
-    assert stopped == f"stopped by Ctrl-C after step {step}, which is kept; go on with:"
+    assert stopped == f"stopped by Ctrl-C after step {step}, which is saved; continue with:"
     program, typed = command.split(" train ")
     assert program == (
         "normuon" if world_size == 1 else "torchrun --nproc-per-node 2 -m normuon_lab"
     )
     again = ["train", *shlex.split(typed)]
     outcome = Job(again, tmp_path / "second", world_size=world_size).wait().check()
-    assert f"going on from step {step}" in outcome.stdout
+    assert f"continuing from step {step}" in outcome.stdout
     Job([*run, "--out", whole], tmp_path / "third", world_size=world_size).wait().check()
     assert_same_end(whole, out)
 
