@@ -65,7 +65,8 @@ class Statistics:
     rows and ranks.
 
     Attributes:
-        step: which step of the optimizer this was, from 1.
+        step: which step of the optimizer this was, from 1. Compiled steps that are not measured
+            are not counted.
     """
 
     def __init__(
@@ -199,6 +200,8 @@ class Recorder:
 
     def begin_step(self) -> bool:
         """Whether the step that begins is measured."""
+        if torch.compiler.is_compiling() and not (self._every or self._measures_next):
+            return False  # A number that changes would have the step compiled anew.
         self._step += 1
         is_due, self._measures_next = self._measures_next, False
         if self._every:
