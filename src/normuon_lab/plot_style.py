@@ -36,6 +36,10 @@ _MATPLOTLIB_MARKERS = {
     "star-triangle-up": "$\\bigtriangleup$",
     "bowtie": "$\\bowtie$",
     "hexagon2": "H",
+    "star-triangle-down": "$\\bigtriangledown$",
+    "circle-cross": "$\\oplus$",
+    "circle-x": "$\\otimes$",
+    "star-diamond": "$\\diamond$",
     "circle-open": "$\\circ$",
 }
 _MATPLOTLIB_LINESTYLES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
@@ -67,7 +71,7 @@ class ArmStyle:
 
 
 # Written out, so that a new arm changes no other's look. The compared arms are solid, NorMuon's own
-# variants dashed, ablations dash-dotted and rivals dotted. The ten colours that are not the
+# variants dashed, ablations dash-dotted and rivals dotted. The colours that are not the
 # palette's are as far from all others as its own are from each other, colour blindness included.
 _ARM_STYLES = {
     "adamw": ArmStyle(PALETTE[0], "circle", "solid"),
@@ -87,6 +91,10 @@ _ARM_STYLES = {
     "dion": ArmStyle("#553311", "pentagon", "dot"),
     "adam-mini": ArmStyle("#882255", "hexagon", "dot"),
     "rmnp": ArmStyle("#88BB66", "diamond-tall", "dot"),
+    "hyperball": ArmStyle("#8800CC", "star-triangle-down", "dot"),
+    "muown": ArmStyle("#EEEE66", "circle-cross", "dot"),
+    "ema-nesterov": ArmStyle("#AAEEEE", "circle-x", "dot"),
+    "muon-eq": ArmStyle("#CCEEAA", "star-diamond", "dot"),
 }
 _UNKNOWN_ARM = ArmStyle(MUTED, "circle-open", "dot")
 

@@ -22,6 +22,7 @@ from normuon_lab.study.evidence.figures.tuning import learning_rate_figure, othe
 from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.page import FIGURES_FOLDER, render_page
 from normuon_lab.study.evidence.protocol import CELLS, Cell
+from normuon_lab.study.evidence.recent_table import recent_tables
 from normuon_lab.study.evidence.table2 import read_table2
 
 PAGE = "results.md"
@@ -51,7 +52,8 @@ def build(
     figures = draw_figures(evidence, table1)
     written = [results / first_table.FILE, docs / PAGE]
     write_json(written[0], table1)
-    write_text(written[1], render_page(evidence, table1, read_table2(results), figures))
+    recent = recent_tables(results, evidence)
+    write_text(written[1], render_page(evidence, table1, read_table2(results), recent, figures))
     if not with_figures:
         return written
     folder = docs / FIGURES_FOLDER

@@ -65,6 +65,41 @@ class RunEvidence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunRivals:
+    """Do what is missing of the runs of the rivals of 2026: their tuning, then seeds beside Muon's.
+
+    Their budget is smaller than that of the protocol's arms: docs/lab/protocol.md says how small.
+    """
+
+    cells: tuple[str, ...] = ()
+    """Cells of the protocol; all in which they are compared unless given."""
+    arms: tuple[str, ...] = ()
+    """Which rivals; all unless given."""
+    stages: tuple[Literal["tune", "claim"], ...] = ("tune", "claim")
+    """Which runs to do."""
+    results: Path = Path("results")
+    """Folder of the published runs."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+        from rich.console import Console
+
+        from normuon_lab.study.evidence.protocol import RECENT_CELLS, RECENT_RIVALS, cell_of
+        from normuon_lab.study.evidence.recent_rivals import compare_rivals, tune_rivals
+
+        console = Console()
+        for arm in self.arms:
+            require(arm in RECENT_RIVALS, f"{arm} is not one of {', '.join(RECENT_RIVALS)}")
+        arms = self.arms or RECENT_RIVALS
+        for cell in [cell_of(name) for name in self.cells or RECENT_CELLS]:
+            if "tune" in self.stages:
+                tune_rivals(cell, arms, results=self.results, console=console)
+            if "claim" in self.stages:
+                compare_rivals(cell, arms, results=self.results, console=console)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReproduceEvidence:
     """Train a few published runs anew and compare their losses with the published ones."""
 
@@ -147,6 +182,7 @@ class EvidenceCommand:
 
     action: Annotated[
         Annotated[RunEvidence, tyro.conf.subcommand("run")]
+        | Annotated[RunRivals, tyro.conf.subcommand("rivals")]
         | Annotated[MeasureTable2, tyro.conf.subcommand("table2")]
         | Annotated[BuildEvidence, tyro.conf.subcommand("build")]
         | Annotated[ReproduceEvidence, tyro.conf.subcommand("reproduce")],

@@ -15,7 +15,14 @@ from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.paper_claims import interval_words, p_words, paper_claims
-from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, TUNING_SEEDS
+from normuon_lab.study.evidence.protocol import (
+    CLAIM_SEEDS,
+    FULL_TUNING_TRIALS,
+    RECENT_SEEDS,
+    RECENT_TRIALS,
+    RECENT_TUNING_SEEDS,
+    TUNING_SEEDS,
+)
 from normuon_lab.study.evidence.short_answer import (
     OwnRate,
     lead,
@@ -40,6 +47,7 @@ def render_page(
     evidence: Sequence[CellEvidence],
     table1: Mapping[str, Any],
     table2: Mapping[str, Any] | None,
+    recent: Sequence[Mapping[str, Any]],
     figures: Collection[str],
 ) -> str:
     """The page as Markdown.
@@ -48,6 +56,7 @@ def render_page(
         evidence: what was run.
         table1: the contents of table1.json.
         table2: those of table2.json; None where it was not measured.
+        recent: what `recent_table.recent_tables` found.
         figures: names of those that were drawn.
     """
     environment = jinja2.Environment(
@@ -71,6 +80,11 @@ def render_page(
         rescale=[_rescale(row) for row in table1["muon_rescale"]],
         trends=[_trend(row) for row in table1["size_trends"]],
         table2=_table2(table2),
+        recent=recent,
+        full_trials=FULL_TUNING_TRIALS,
+        recent_seeds=RECENT_SEEDS,
+        recent_trials=RECENT_TRIALS,
+        recent_tuning_seeds=RECENT_TUNING_SEEDS,
         figures=set(figures),
         folder=FIGURES_FOLDER,
         claim_seeds=CLAIM_SEEDS,

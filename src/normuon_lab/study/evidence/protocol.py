@@ -53,6 +53,22 @@ ABLATIONS = ("muon-adam", "normuon-front", "normuon-tall", "muon-frobenius")
 
 RIVALS = ("dion", "adam-mini", "rmnp")
 
+RECENT_RIVALS = ("muon-eq", "hyperball", "muown", "ema-nesterov")
+"""Optimizers of 2026, which came after the protocol: in a table of their own, on a smaller budget.
+
+Their learning rate is tuned; all else is as tuned for `RECENT_PARENT`.
+"""
+
+RECENT_PARENT = "muon"
+RECENT_TUNING_SEEDS = (1000,)
+RECENT_TRIALS = 3
+RECENT_SEEDS = (0, 1, 2, 3)
+RECENT_STARTS = {"muon-eq": 3.0, "hyperball": 5.0, "muown": 3.0, "ema-nesterov": 3.0}
+"""Where each search of a learning rate begins: at Muon's best in the first cell, and for Hyperball,
+whose rate is relative to the weights, near what that rate is beside Muon's weights."""
+
+RECENT_CELLS = ("bytes-small",)
+
 OTHER_ARMS = (*VARIANTS, *ABLATIONS, *RIVALS)
 
 DRAWN_ARMS = (*MAIN_ARMS, *ARMS_WITH_BOTH_OPTIONS)

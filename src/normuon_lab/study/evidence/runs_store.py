@@ -19,6 +19,9 @@ SCHEMA_VERSION = 1
 
 RUNS_FOLDER = "runs"
 SENSITIVITY_FOLDER = "sensitivity"
+TUNING_FOLDER = "tuning"
+FOLDERS = {"claim": RUNS_FOLDER, "sensitivity": SENSITIVITY_FOLDER, "tuning": TUNING_FOLDER}
+"""Inside a cell's folder, by what the runs were for."""
 SWEEP_FILE = "sweep.json"
 
 
@@ -27,8 +30,10 @@ class StoredRun:
     """A run and what it was for.
 
     Attributes:
-        purpose: ``"claim"`` or ``"sensitivity"``.
-        varied: for a sensitivity run, the hyperparameter and its value; None for a claim.
+        purpose: ``"claim"``, ``"sensitivity"`` or ``"tuning"``; tunings that are kept in a sweep's
+            export have no files of their own.
+        varied: for a sensitivity run, the hyperparameter and its value; otherwise None.
+        processor: on which a run that was read was made; empty where that was not kept.
         corpus_digest: SHA-256 of the text, of a run that was read; empty for arithmetic.
     """
 
@@ -36,6 +41,7 @@ class StoredRun:
     purpose: str
     record: RunRecord
     varied: tuple[str, Any] | None = None
+    processor: str = ""
     corpus_digest: str = ""
 
     @property
@@ -47,11 +53,14 @@ class StoredRun:
             >>> StoredRun(cell="bytes", purpose="claim", record=record).path.as_posix()
             'bytes/runs/muon-n9-s2.json'
         """
-        length = f"n{self.record.steps}-s{self.record.seed}.json"
-        if self.varied is None:
-            return Path(self.cell, RUNS_FOLDER, f"{self.record.arm}-{length}")
-        parameter, value = self.varied
-        return Path(self.cell, SENSITIVITY_FOLDER, f"{parameter}-{value}-{length}")
+        folder, record = Path(self.cell, FOLDERS[self.purpose]), self.record
+        length = f"n{record.steps}-s{record.seed}.json"
+        if self.varied is not None:
+            parameter, value = self.varied
+            return folder / f"{parameter}-{value}-{length}"
+        if self.purpose == "tuning":
+            return folder / f"{record.arm}-lr{record.learning_rate:.4g}-{length}"
+        return folder / f"{record.arm}-{length}"
 
 
 def write_run(folder: Path, run: StoredRun, provenance: Mapping[str, Any]) -> None:
@@ -85,9 +94,8 @@ def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[Stored
     Raises:
         InputError: a file is not what it should be.
     """
-    inside = RUNS_FOLDER if purpose == "claim" else SENSITIVITY_FOLDER
     found = []
-    for path in sorted((folder / cell / inside).glob("*.json")):
+    for path in sorted((folder / cell / FOLDERS[purpose]).glob("*.json")):
         values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
         varied = (values["parameter"], values["value"]) if "parameter" in values else None
         record = RunRecord.from_json(values["run"])
@@ -97,7 +105,14 @@ def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[Stored
                 purpose=purpose,
                 record=record,
                 varied=varied,
+                processor=_processor(values["machine"]),
                 corpus_digest=values["corpus"].get("sha256", ""),
             )
         )
     return found
+
+
+def _processor(machine: Mapping[str, Any]) -> str:
+    if "processor" not in machine:
+        return ""
+    return f"{machine['processor']}, {machine['cpu_capability']}"

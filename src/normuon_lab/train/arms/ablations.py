@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normuon.orthogonalize import orthogonalize, resolve_coefficients, resolve_ns_dtype
 from normuon.step import rule
 from normuon.step.normalizer import Factor, NeuronNormalizer, Normalizer, Vectors
 from normuon_lab.train.arms.matrix_rival import (
@@ -21,18 +20,11 @@ from normuon_lab.train.arms.matrix_rival import (
     Memory,
     adamw_rms_scale,
     advanced_momentum_,
+    orthogonalized,
     with_adamw_rms,
 )
 
 EPS = 1e-8
-COEFFICIENTS = resolve_coefficients("jordan", 5)
-
-
-def orthogonalized(x_BMN: Tensor) -> Tensor:
-    """NS(X), in the dtype that NorMuon would choose, back in at least float32."""
-    dtype = resolve_ns_dtype(None, param_dtype=x_BMN.dtype, device=x_BMN.device)
-    o_BMN = orthogonalize(x_BMN, coefficients=COEFFICIENTS, dtype=dtype)
-    return o_BMN.to(torch.promote_types(x_BMN.dtype, torch.float32))
 
 
 def _second_moment(memory: Memory, square: Tensor, beta2: float) -> Tensor:

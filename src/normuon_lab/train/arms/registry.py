@@ -55,7 +55,7 @@ class Arm:
         Args:
             model: what they train.
             lr: peak learning rate, of steps of AdamW's size: those of hidden matrices have an RMS
-                of about 0.2 lr in every arm.
+                of about 0.2 lr in every arm but `hyperball`, whose norm is lr times the weights'.
             options: the other hyperparameters.
 
         Raises:
@@ -186,12 +186,21 @@ def _rival(module: str, name: str, **fixed: Any) -> Builder:
                 weight_decay=options.weight_decay,
                 momentum=options.momentum,
                 beta2=options.beta2,
+                betas=options.betas,
                 **fixed,
             ),
             AdamW(adamw_groups(model, other, lr, options), lr=lr, betas=options.betas),
         ]
 
     return build
+
+
+def _build_ema_nesterov(model: nn.Module, lr: float, options: ArmOptions) -> list[Optimizer]:
+    """Muon and AdamW, and what looks ahead of both."""
+    from normuon_lab.train.arms.ema_nesterov import EmaNesterov
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [*_build_muon(model, lr, options), EmaNesterov(parameters)]
 
 
 MAIN_ARMS = ("adamw", "muon", "normuon")
@@ -328,6 +337,38 @@ ARMS: dict[str, Arm] = {
             label="RMNP",
             description="momentum with every row normalised, without orthogonalisation",
             builder=_rival("row_momentum", "RowMomentum"),
+            pretrains=False,
+        ),
+        Arm(
+            name="hyperball",
+            label="Muon Hyperball",
+            description="Muon with fixed norms of weights and steps, no decay (arXiv 2606.16899); "
+            "its learning rate is relative to the weights' norm",
+            builder=_rival("weight_norms", "Hyperball"),
+            pretrains=False,
+        ),
+        Arm(
+            name="muown",
+            label="Muown",
+            description="Adam for the row norms of weights, Muon for what is left of them "
+            "(arXiv 2605.10797)",
+            builder=_rival("weight_norms", "Muown"),
+            pretrains=False,
+        ),
+        Arm(
+            name="ema-nesterov",
+            label="Muon + EMA-Nesterov",
+            description="torch.optim.Muon and torch.optim.AdamW with gradients taken ahead, along "
+            "a moving average of their steps (arXiv 2605.25395)",
+            builder=_build_ema_nesterov,
+            pretrains=False,
+        ),
+        Arm(
+            name="muon-eq",
+            label="MuonEq, rows",
+            description="Muon with every row of the momentum normalised before the "
+            "orthogonalisation (arXiv 2603.28254, variant R)",
+            builder=_rival("muon_eq", "MuonEqRows"),
             pretrains=False,
         ),
     )

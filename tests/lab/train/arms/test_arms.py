@@ -10,7 +10,7 @@ import torch
 
 from normuon import NorMuon, suggest_lr
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence.protocol import MAIN_ARMS, OTHER_ARMS
+from normuon_lab.study.evidence.protocol import MAIN_ARMS, OTHER_ARMS, RECENT_RIVALS
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS, PRETRAINING_ARMS
@@ -47,7 +47,7 @@ def step_once(name, *, family="llama"):
 
 def test_the_arms_are_those_of_the_protocol():
     # Published runs have float32 weights, where a Kahan sum changes nothing.
-    assert set(ARMS) == {*MAIN_ARMS, *OTHER_ARMS, "normuon-kahan"}
+    assert set(ARMS) == {*MAIN_ARMS, *OTHER_ARMS, *RECENT_RIVALS, "normuon-kahan"}
     assert tuple(PRETRAINING_ARMS) == MAIN_ARMS
 
 
@@ -156,8 +156,30 @@ def test_equilibrated_arms_turn_the_switch_on():
         assert all(group["equilibrate"] for group in optimizer.param_groups)
 
 
+def test_hyperball_steps_are_relative_to_the_weights_and_decay_nothing():
+    model = tiny_model()
+    norms = {name: float(matrix.norm()) for name, matrix in split_parameters(model)[0]}
+    for name, step in step_once("hyperball").items():
+        # A step along the sphere, of which going back to the radius leaves out a millionth.
+        assert float(step.norm()) == pytest.approx(LR * norms[name], rel=0.01)
+
+
+def test_ema_nesterov_looks_ahead_of_every_parameter_after_all_others_stepped():
+    model = tiny_model()
+    *others, ahead = ARMS["ema-nesterov"].build(model, LR, ArmOptions(weight_decay=0.0))
+    plain = ARMS["muon"].build(tiny_model(), LR, ArmOptions(weight_decay=0.0))
+    assert [type(optimizer) for optimizer in others] == [type(optimizer) for optimizer in plain]
+    (group,) = ahead.param_groups
+    assert set(group["params"]) == set(model.parameters())
+    assert group["lr"] == 1.0
+
+
 @pytest.mark.parametrize(
-    "arm", ["adam-mini", "normuon-original", "normuon-short", *BY_HEAD, "muon-heads-equilibrated"]
+    "arm",
+    [
+        *("adam-mini", "normuon-original", "normuon-short", *BY_HEAD, "muon-heads-equilibrated"),
+        *RECENT_RIVALS,
+    ],
 )
 def test_an_arm_trains_with_rates_of_its_own(corpus, experiment, arm):
     spec = RunSpec(

@@ -15,7 +15,11 @@ from normuon_lab.train.arms.ablations import (
     NorMuonTall,
 )
 from normuon_lab.train.arms.dion import Dion
+from normuon_lab.train.arms.ema_nesterov import END_FACTOR, START_FACTOR, EmaNesterov
+from normuon_lab.train.arms.muon_eq import MuonEqRows
 from normuon_lab.train.arms.row_momentum import RowMomentum
+from normuon_lab.train.arms.weight_norms import Hyperball, Muown
+from normuon_lab.train.loop import learning_rate_factor
 from tests.reference import orthogonalize_by_svd
 
 LR, DECAY, BETA, BETA2 = 0.02, 0.1, 0.9, 0.8
@@ -124,10 +128,133 @@ def test_dion_of_full_rank_keeps_nothing_back():
     torch.testing.assert_close(buffer, BETA * param.grad, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rival", [*RIVALS, Dion], ids=lambda rival: rival.__name__)
+def scaled_like_muon(o):
+    return 0.2 * math.sqrt(max(o.shape)) * o
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_muon_eq_evens_rows_before_muon(shape):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    expected, momentum = param.detach().clone(), torch.zeros(shape).double()
+    optimizer = MuonEqRows([param], lr=LR, weight_decay=DECAY, momentum=BETA)
+    row_sizes = torch.logspace(-3, 3, shape[0], dtype=torch.float64)
+    for _ in range(4):
+        param.grad = row_sizes[:, None] * torch.randn(shape, dtype=torch.float64)
+        optimizer.step()
+        # The authors' momentum is a sum; rows of norm 1 do not see the constant.
+        momentum = BETA * momentum + param.grad
+        ahead = param.grad + BETA * momentum
+        even = torch.diag(torch.diag(ahead @ ahead.T) ** -0.5) @ ahead
+        expected = expected * (1 - LR * DECAY) - LR * scaled_like_muon(orthogonalize_by_svd(even))
+    torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_hyperball_is_its_formula(shape):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    expected, momentum = param.detach().clone(), torch.zeros(shape).double()
+    radius = expected.square().sum().sqrt()
+    optimizer = Hyperball([param], lr=LR, weight_decay=DECAY, momentum=BETA)
+    for _ in range(6):
+        param.grad = torch.randn(shape, dtype=torch.float64)
+        optimizer.step()
+        momentum = BETA * momentum + (1 - BETA) * param.grad
+        o = orthogonalize_by_svd(BETA * momentum + (1 - BETA) * param.grad)
+        moved = expected - LR * radius * o / o.square().sum().sqrt()
+        expected = radius * moved / moved.square().sum().sqrt()
+    torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(param.detach().norm(), radius, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_muown_is_weight_normalisation_stepped_by_adam_and_muon(shape, decay):
+    """Its gradients against autograd's, its rows' step against torch.optim.Adam's."""
+    torch.manual_seed(0)
+    start = torch.randn(shape, dtype=torch.float64)
+    param = torch.nn.Parameter(start.clone())
+    rival = Muown([param], lr=LR, weight_decay=decay, momentum=BETA, betas=(0.9, 0.95))
+    magnitude = torch.nn.Parameter(start.norm(dim=1, keepdim=True))
+    adam = torch.optim.Adam([magnitude], lr=LR, betas=(0.9, 0.95))
+    v, momentum = start.clone(), torch.zeros(shape).double()
+    for _ in range(6):
+        grad = torch.randn(shape, dtype=torch.float64)
+        param.grad = grad.clone()
+        rival.step()
+        v.requires_grad_(True)
+        weight = magnitude * v / v.norm(dim=1, keepdim=True)
+        magnitude.grad, grad_v = torch.autograd.grad(weight, [magnitude, v], grad)
+        adam.step()
+        momentum = BETA * momentum + (1 - BETA) * grad_v
+        ahead = BETA * momentum + (1 - BETA) * grad_v
+        with torch.no_grad():
+            v = v - LR * scaled_like_muon(orthogonalize_by_svd(ahead))
+            expected = magnitude * v / v.norm(dim=1, keepdim=True) - LR * decay * weight
+            if decay:
+                # Decay turns the rows a little; the authors' V turns with them.
+                v = expected / expected.norm(dim=1, keepdim=True) * v.norm(dim=1, keepdim=True)
+                magnitude.copy_(expected.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(param.detach(), expected, rtol=0, atol=1e-9)
+
+
+def test_muown_moves_a_row_of_zeros_nowhere():
+    param = torch.nn.Parameter(torch.cat([torch.zeros(1, 4), torch.ones(2, 4)]))
+    optimizer = Muown([param], lr=LR, betas=(0.9, 0.95))
+    for _ in range(3):
+        param.grad = torch.randn(3, 4)
+        optimizer.step()
+    assert torch.equal(param[0], torch.zeros(4))
+    assert bool((param[1:] != 1).all())
+    assert bool(torch.isfinite(param).all())
+
+
+def test_ema_nesterov_is_its_recurrence():
+    """x' = A(x + s m), m' = 0.9 m + 0.1 (x' - x), around SGD with decay, on a quadratic."""
+    steps, warmup, peak = 60, 3, 0.1
+    param = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    sgd = torch.optim.SGD([param], lr=peak, weight_decay=0.01)
+    ahead = EmaNesterov([param], step_size=0.7, decay=0.9)
+    x, trend, s = param.detach().clone(), torch.zeros(2).double(), 0.0
+    looked_ahead = []
+    for step in range(steps):
+        factor = learning_rate_factor(
+            step, steps=steps, warmup_steps=warmup, decay_steps=steps - warmup
+        )
+        y = x + s * trend
+        torch.testing.assert_close(param.detach(), y, rtol=0, atol=1e-14)
+        new = y - peak * factor * (y**3 + 0.01 * y)
+        trend, x = 0.9 * trend + 0.1 * (new - x), new
+        s = 0.7 * factor if step >= warmup and END_FACTOR < factor <= START_FACTOR else 0.0
+        looked_ahead.append(s > 0)
+        param.grad = param.detach() ** 3
+        for optimizer, rate in ((sgd, peak), (ahead, 1.0)):
+            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.step()
+    # The authors' shares of a run: from three tenths of it to eight.
+    assert [looked_ahead.index(True), looked_ahead[::-1].index(True)] == [18, 12]
+    assert torch.equal(param.detach(), ahead.state[param]["weights"])
+
+
+def test_ema_nesterov_never_looks_ahead_under_a_constant_rate():
+    param = torch.nn.Parameter(torch.ones(2))
+    ahead = EmaNesterov([param])
+    for value in (2.0, 3.0, 4.0):
+        with torch.no_grad():
+            param.fill_(value)
+        ahead.step()
+        assert torch.equal(param.detach(), torch.full((2,), value))
+
+
+VIEWED = [*RIVALS, Dion, MuonEqRows, Hyperball, Muown]
+
+
+@pytest.mark.parametrize("rival", VIEWED, ids=lambda rival: rival.__name__)
 def test_views_are_heeded(rival):
     """A transposed weight moves as its transpose does, and fused blocks move on their own."""
     options = {"lr": LR, "momentum": BETA, "beta2": BETA2, "rank_fraction": 0.5}
+    options["betas"] = (0.9, 0.95)
     torch.manual_seed(0)
     plain = torch.nn.Parameter(torch.randn(12, 5))
     turned = torch.nn.Parameter(plain.detach().T.clone())
@@ -148,11 +275,12 @@ def test_views_are_heeded(rival):
     torch.testing.assert_close(fused.detach()[8:], lower.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("rival", [*RIVALS, Dion], ids=lambda rival: rival.__name__)
+@pytest.mark.parametrize("rival", VIEWED, ids=lambda rival: rival.__name__)
 def test_a_zero_gradient_moves_nothing(rival):
     param = torch.nn.Parameter(torch.ones(6, 4))
     param.grad = torch.zeros(6, 4)
-    optimizer = rival([param], lr=LR, weight_decay=0.0, beta2=BETA2, rank_fraction=0.5)
+    options = {"beta2": BETA2, "betas": (0.9, 0.95), "rank_fraction": 0.5}
+    optimizer = rival([param], lr=LR, weight_decay=0.0, **options)
     optimizer.step()
     torch.testing.assert_close(param.detach(), torch.ones(6, 4), rtol=0, atol=0)
 
