@@ -153,8 +153,7 @@ class StreamData(PretrainData):
         )
         require(
             asked <= num_files,
-            f"stream_lanes {asked}: the data has {counted(num_files, 'file')}, and every lane "
-            "needs its own",
+            f"stream-lanes {asked}: the data has {counted(num_files, 'file')}; each lane needs one",
         )
         return asked
 

@@ -262,9 +262,7 @@ def test_sizes_that_do_not_fit_are_told(config: DataConfig) -> None:
     data = opened(config)
     with pytest.raises(InputError, match="12 sequences does not split over 5 data-parallel ranks"):
         data.train_batches(global_batch_size=12, micro_batch_size=1, rank=0, world_size=5)
-    with pytest.raises(
-        InputError, match="60 sequences of 10, but one batch takes 64: give more data"
-    ):
+    with pytest.raises(InputError, match="60 sequences of 10; one batch takes 64: give more data"):
         data.train_batches(global_batch_size=64, micro_batch_size=1, rank=0, world_size=1)
     with pytest.raises(InputError, match="has 10 sequences, but an evaluation reads 11"):
         data.validation_batches(tokens=110, batch_size=1, rank=0, world_size=1)

@@ -160,7 +160,7 @@ def test_text_says_what_the_json_says(
         (["{folder}/missing.json"], "missing.json is neither a preset"),
         (["{folder}/text.json"], "invalid JSON"),
         (["{folder}/list.json"], "has no model_type"),
-        (["{folder}/unknown.json"], "no model_type 'nothing'"),
+        (["{folder}/unknown.json"], "does not know the model_type 'nothing'"),
         (["{folder}/odd.json"], "odd.json"),
         (["{folder}"], "cannot read|neither a preset"),
         (["gpt2-124m", "--mesh", "dp=8"], "unknown axis 'dp'; known are dp_replicate"),

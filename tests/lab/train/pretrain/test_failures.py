@@ -231,7 +231,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, text_file: Path)
         (["--trackers", "wandb"], "--trackers wandb: the package wandb is not installed"),
         (["--model", "nowhere/nothing"], "--model nowhere/nothing is neither a named model"),
         (["--data.tokenizer", "nowhere.json"], "nowhere.json"),
-        (["--sequence-length", 1025], "--sequence-length 1025: the model has 1024 positions"),
+        (["--sequence-length", 1025], "--sequence-length 1025: the model has 1,024 positions"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_folder_is_made(
