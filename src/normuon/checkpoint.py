@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normuon.models.blocks import block_grid
 from normuon.models.wrappers import bare_name
+from normuon.momentum_forms import is_dtensor, recoded
 from normuon.options import PROGRAM_KEYS, UNSAVED_KEYS, param_label
-from normuon.state import initial_state, is_dtensor, vector_dims_of, view_of
+from normuon.state import initial_state, momentum_dtype, vector_dims_of, view_of
 from normuon.step.pieces import State
 
 NAMES_KEY = "param_names"
+PARAM_SHAPED = ("momentum_buffer", "momentum_codes", "weight_residual")
 Names = Sequence[str] | None
 
 
@@ -181,9 +184,12 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
     """
     label = param_label(group, index)
     state = initial_state(group["params"][index], group)
+    if group["algorithm"] != "adamw":
+        param = group["params"][index]
+        saved = recoded(saved, param, view_of(group), momentum_dtype(param, group))
     for key, tensor in state.items() if saved else ():
         value = saved.get(key)
-        if key in ("skipped_steps", "weight_residual") and value is None:
+        if key in ("skipped_steps", "weight_residual", "momentum_roundings") and value is None:
             continue  # Turned on since the checkpoint was written: starts at zero.
         if key == "step" and isinstance(value, (int, float)):
             value = torch.full((), float(value), device=tensor.device)
@@ -214,10 +220,12 @@ def _copy_(tensor: Tensor, value: Tensor, group: Mapping[str, Any], index: int, 
     assert isinstance(tensor, DTensor)
     assert isinstance(param, DTensor)
     kept: Sequence[int] | None = range(param.ndim)
-    if key == "skipped_steps":
+    view = view_of(group)
+    if key in ("skipped_steps", "momentum_roundings"):
         kept = ()
-    elif group["algorithm"] != "adamw" and key not in ("momentum_buffer", "weight_residual"):
-        view = view_of(group)
+    elif key == "momentum_absmax":
+        kept = block_grid(view, tuple(param.shape)).line_dims
+    elif group["algorithm"] != "adamw" and key not in PARAM_SHAPED:
         kept = view.vector_dims(param.shape, vector_dims_of(group, view, param)[key])
     assert kept is not None, "a flat list is no DTensor"
     copy_to_shards_(tensor, value, param=param, kept_dims=kept, label=param_label(group, index))

@@ -1,7 +1,8 @@
 """Converts another optimizer's state to NorMuon's, to switch in the middle of a run.
 
 It takes the state_dicts of torch.optim.AdamW and Muon, the authors' released NorMuon, dion's Muon
-and NorMuon, Muon with ``use_muon`` groups, as DeepSpeed's, and Megatron-LM's Muon.
+and NorMuon, Muon with ``use_muon`` groups, as DeepSpeed's, Megatron-LM's Muon, and
+this library's, to change ``momentum_dtype``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from normuon.convert_sources import (
 )
 from normuon.learning_rate import suggest_lr
 from normuon.models.wrappers import bare_name
+from normuon.momentum_forms import MOMENTUM_KEYS, momentum_of
 from normuon.state import view_of
 
 Groups = Sequence[Mapping[str, Any]]
@@ -82,7 +84,8 @@ def convert_state(
     The learning rate is not converted; advice about it is printed.
 
     Args:
-        sources: optimizers, or their state_dicts: one AdamW, or Muon and the AdamW beside it.
+        sources: optimizers, or their state_dicts: one AdamW, or Muon and the AdamW beside it,
+            or a NorMuon of this library with another ``momentum_dtype``.
             ZeRO's state is an error, because it has flat parts of parameters.
         to: the groups that NorMuon will train, from `param_groups`, or the NorMuon itself. Pass the
             optimizer if its constructor sets ``neuron_axis``.
@@ -243,6 +246,8 @@ def _converted(
     """The new state of one parameter; empty if it starts at zero."""
     if not entry.state:
         return {}
+    if entry.kind == "this library":
+        return _own_converted(entry, name, param, group, report)
     moment = entry.state["exp_avg" if entry.kind == "AdamW" else "momentum_buffer"]
     if moment.shape != param.shape:
         raise ValueError(
@@ -262,6 +267,41 @@ def _converted(
         return {"momentum_buffer": moment}
     v = _second_moments(entry, param, group, report)
     return {"momentum_buffer": moment, "second_momentum_buffer": v}
+
+
+def _own_converted(
+    entry: SavedParam, name: str, param: Tensor, group: Mapping[str, Any], report: Report
+) -> dict[str, Tensor]:
+    """From this library's own state: loading brings a momentum to the form that the group keeps."""
+    saved = entry.state
+    kept = {"weight_residual"} if group.get("kahan_sum") else set()
+    if group.get("algorithm", "normuon") == "adamw":
+        if "exp_avg" not in saved:
+            return {}  # A first moment without a second would make AdamW's first steps huge.
+        report.count("AdamW's state kept whole")
+        kept |= {"exp_avg", "exp_avg_sq", "step"}
+        return {key: saved[key] for key in kept & saved.keys()}
+    found = {key: saved[key] for key in (kept | set(MOMENTUM_KEYS)) & saved.keys()}
+    if "exp_avg" in saved:
+        found["momentum_buffer"] = saved["exp_avg"]
+    moment = momentum_of(found)
+    if moment.shape != param.shape:
+        raise ValueError(
+            f"{name or entry.label} {list(param.shape)}: its first moment has shape "
+            f"{list(moment.shape)}; check the order of params="
+        )
+    report.count("NorMuon's momentum carried over")
+    if group.get("algorithm", "normuon") == "normuon":
+        axis = group.get("neuron_axis", "row")
+        shape = view_of(group).second_moment_shape(param.shape, neuron_axis=axis)
+        second = saved.get("second_momentum_buffer")
+        if second is not None and second.shape == shape:
+            report.count("NorMuon's second moments carried over")
+            found["second_momentum_buffer"] = second
+        else:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            found["second_momentum_buffer"] = torch.zeros(shape, dtype=dtype, device=param.device)
+    return found
 
 
 def _second_moments(
@@ -290,7 +330,7 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
     lines = []
     for kind, group in zip(kinds, saved_groups, strict=True):
         lr = float(group.get("initial_lr", group["lr"]))
-        if lr <= 0:
+        if lr <= 0 or kind == "this library":
             continue
         if kind == "AdamW" and set(kinds) != {"AdamW"}:
             lines.append(f"keep AdamW's {lr:g} for its parameters with other={{'lr': {lr:g}}}")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-Kind = Literal["AdamW", "Muon", "NorMuon"]
+Kind = Literal["AdamW", "Muon", "NorMuon", "this library"]
 
 NEEDED_STATE: dict[Kind, tuple[str, ...]] = {
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
@@ -43,7 +43,7 @@ MEGATRON_KEYS = (
 
 KNOWN = (
     "torch.optim.AdamW, torch.optim.Muon, the authors' NorMuon, dion's Muon and NorMuon, Muon with "
-    "'use_muon' groups, as Keller Jordan's and DeepSpeed's, and Megatron-LM's Muon"
+    "'use_muon' groups, as Keller Jordan's and DeepSpeed's, Megatron-LM's Muon, and this library's"
 )
 
 
@@ -84,7 +84,7 @@ def kind_of(group: Mapping[str, Any]) -> Kind:
     """
     keys = group.keys()
     if "adamw_eps" in keys:
-        raise ValueError("this is NorMuon's state already: pass it to load_state_dict directly")
+        return "this library"
     if keys >= DION_KEYS:
         return _kind_of_dion(str(group["algorithm"]))
     if keys >= MUON_KEYS or is_megatrons(group):
@@ -131,7 +131,7 @@ def canonical_state(
     Raises:
         ValueError: entries are missing; names them.
     """
-    if not state:
+    if not state or kind == "this library":
         return state
     is_dions = group.keys() >= DION_KEYS
     if is_dions:

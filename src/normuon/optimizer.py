@@ -17,6 +17,7 @@ from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Sharing
 from normuon.distributed.teams import Teams
 from normuon.learning_rate import warn_if_muon_sized
 from normuon.models.wrappers import check_not_flattened
+from normuon.momentum_forms import is_dtensor
 from normuon.options import (
     OPTIONS,
     UNSAVED_KEYS,
@@ -36,7 +37,6 @@ from normuon.state import (
     compute_device_of,
     follow_param_,
     initial_state,
-    is_dtensor,
     matrix_param,
     missing_keys,
 )
@@ -101,6 +101,9 @@ class NorMuon(Optimizer):
         ns_dtype: dtype of Newton-Schulz. None: bfloat16 where the hardware multiplies it natively
             (CUDA, CPUs with AMX or AVX512-BF16), float32 elsewhere, float64 for float64 parameters.
         momentum_dtype: dtype of the momentum. None: the parameter's, but float32 for float16.
+            ``torch.int8`` keeps an 8-bit code for each element and a maximum for each block of 128:
+            1.03 bytes a weight. Codes are rounded stochastically, so that small gradients add up,
+            and alike on every layout.
         compute_device: for parameters on the host: the device of Newton-Schulz and of the exchange
             between ranks. Momentum and weights are stepped on the host; directions and O travel,
             bucket by bucket. None: the current device of a DTensor's mesh, so FSDP2's
@@ -138,7 +141,8 @@ class NorMuon(Optimizer):
             step, as with more ranks than large matrices. The step is then equal to rounding instead
             of bit by bit, so the default is ``"off"``.
 
-    State per matrix is m n + m elements (AdamW: 2 m n); with ``kahan_sum``, m n more.
+    State per matrix is m n + m elements (AdamW: 2 m n), of which m n take 1.03 bytes each with
+    ``momentum_dtype=torch.int8``; with ``kahan_sum``, m n more.
 
     Raises:
         ValueError: an option is out of range, or a group cannot train a parameter; the message

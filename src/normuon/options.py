@@ -228,7 +228,7 @@ OPTIONS: Mapping[str, Check] = {
     "orthogonalizer": _orthogonalizer,
     "ns_backend": _backend,
     "ns_dtype": _dtype,
-    "momentum_dtype": _dtype,
+    "momentum_dtype": _or_none(_choice((*NS_DTYPES, torch.int8), "None")),
     "compute_device": _or_none(_device),
     "equilibrate": _switch,
     "cautious_weight_decay": _switch,
@@ -258,6 +258,7 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("adam_eps", "adam_epsilon", "adamw_epsilon"), "adamw_eps"),
     **dict.fromkeys(("steps", "num_steps", "ns_iters", "backend_steps"), "ns_steps"),
     **dict.fromkeys(("use_muon", "type", "algo"), "algorithm"),
+    **dict.fromkeys(("momentum_bits", "optim_bits"), "momentum_dtype"),
 }
 """What other optimizers and libraries call these options."""
 

@@ -17,6 +17,7 @@ from normuon.distributed.layout import Placement, layout_from_placements
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Plan, make_plan
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.teams import Teams
+from normuon.momentum_forms import is_dtensor
 from normuon.optimizer import NorMuon
 from normuon.options import (
     OPTIONS,
@@ -28,7 +29,7 @@ from normuon.options import (
     planned_name,
 )
 from normuon.orthogonalize import NS_DTYPES, transport_dtype
-from normuon.state import is_dtensor, view_of
+from normuon.state import view_of
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
 from normuon.step.pieces import State
 

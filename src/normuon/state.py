@@ -12,18 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normuon.models.blocks import block_grid
 from normuon.models.view import DimOf, MatrixView
 from normuon.models.wrappers import USE_FSDP2, check_not_flattened
+from normuon.momentum_forms import MOMENTUM_KEYS, is_dtensor, momentum_of, recoded
 from normuon.options import check_compute_device, check_param, param_label
 from normuon.step.normalizer import normalizer_of
 from normuon.step.pieces import MatrixParam, State, local_tensor
 
 _LINEAR = MatrixView.linear()
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, without importing DTensor."""
-    return hasattr(tensor, "placements")
 
 
 def view_of(group: Mapping[str, Any]) -> MatrixView:
@@ -38,6 +35,9 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
     - `normuon`: ``momentum_buffer`` (the parameter's shape, in `momentum_dtype`)
       and ``second_momentum_buffer`` (one entry per neuron, at least float32): m (n + 1) elements.
     - `muon`: ``momentum_buffer``: m n elements.
+    - In place of ``momentum_buffer``, if `momentum_dtype` is int8: ``momentum_codes``, int8, of the
+      parameter's shape; ``momentum_absmax``, at least float32, the largest magnitude of each block
+      (see `block_grid`); and ``momentum_roundings``, an int32 count per matrix.
     - `adamw`: torch's ``exp_avg``, ``exp_avg_sq`` and ``step``.
 
     With ``kahan_sum`` parameters of less than 32 bits also have a ``weight_residual`` like them,
@@ -54,17 +54,36 @@ def initial_state(param: Tensor, group: Mapping[str, Any]) -> State:
         num_matrices = 1
     else:
         view = view_of(group)
-        dtype = momentum_dtype(param, group)
-        state = {"momentum_buffer": _zeros_over(param, range(param.ndim), dtype)}
+        num_matrices = sum(part.batch for part in view.parts(param.shape))
+        state = _initial_momentum(param, view, momentum_dtype(param, group), num_matrices)
         for name, dim_of in vector_dims_of(group, view, param).items():
             state[name] = _vector(param, view, dim_of)
-        num_matrices = sum(part.batch for part in view.parts(param.shape))
     if keeps_residual(param, group):
         state["weight_residual"] = torch.zeros_like(param, memory_format=torch.preserve_format)
     if group["skip_nonfinite"]:
         state["skipped_steps"] = _replicated_counts(param, num_matrices)
     # DTensors are made where their mesh is; offloaded parameters keep their state on the host.
     return {key: value.detach().to(param.device) for key, value in state.items()}
+
+
+def _initial_momentum(
+    param: Tensor, view: MatrixView, dtype: torch.dtype, num_matrices: int
+) -> State:
+    if dtype != torch.int8:
+        return {"momentum_buffer": _zeros_over(param, range(param.ndim), dtype)}
+    grid = block_grid(view, tuple(param.shape))
+    return {
+        "momentum_codes": _zeros_over(param, range(param.ndim), dtype),
+        "momentum_absmax": _zeros_over(
+            param, grid.line_dims, stats_dtype(param), more=(grid.num_blocks,)
+        ),
+        "momentum_roundings": _replicated_counts(param, num_matrices),
+    }
+
+
+def stats_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of what is kept per neuron and per block."""
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def keeps_residual(param: Tensor, group: Mapping[str, Any]) -> bool:
@@ -94,15 +113,15 @@ def momentum_dtype(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
 
 
 def _state_dtype(key: str, param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    if key == "skipped_steps":
+    if key in ("skipped_steps", "momentum_roundings"):
         return torch.int32
     if key == "weight_residual":
         return param.dtype
     if group["algorithm"] == "adamw":
         return torch.float32 if key == "step" else param.dtype
-    if key == "momentum_buffer":
+    if key in ("momentum_buffer", "momentum_codes"):
         return momentum_dtype(param, group)
-    return torch.promote_types(param.dtype, torch.float32)
+    return stats_dtype(param)
 
 
 def vector_dims_of(group: Mapping[str, Any], view: MatrixView, param: Tensor) -> dict[str, DimOf]:
@@ -122,7 +141,12 @@ def matrix_param(label: str, param: Tensor, group: Mapping[str, Any], state: Sta
         name: view.vector_dims(param.shape, dim_of)
         for name, dim_of in vector_dims_of(group, view, param).items()
     }
-    return MatrixParam(label, param, group, state, view, dims)
+    shares = False
+    if is_dtensor(param) and "momentum_codes" in state:
+        from normuon.distributed.dtensor import is_sharded_along
+
+        shares = is_sharded_along(param, block_grid(view, tuple(param.shape)).block_dims)
+    return MatrixParam(label, param, group, state, view, dims, shares)
 
 
 def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> torch.device:
@@ -161,7 +185,7 @@ def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> to
 
 
 def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:
-    dtype = torch.promote_types(param.dtype, torch.float32)
+    dtype = stats_dtype(param)
     dims = view.vector_dims(param.shape, dim_of)
     if dims is not None:
         return _zeros_over(param, dims, dtype)
@@ -169,13 +193,16 @@ def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=param.device)
 
 
-def _zeros_over(param: Tensor, dims: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros over some dims of a parameter, sharded as the parameter is."""
+def _zeros_over(
+    param: Tensor, dims: Sequence[int], dtype: torch.dtype, more: Sequence[int] = ()
+) -> Tensor:
+    """Zeros over some dims of a parameter, sharded as the parameter is, and dims of other sizes."""
     if is_dtensor(param):
         from normuon.distributed.dtensor import sharded_zeros
 
-        return sharded_zeros(param, kept_dims=dims, dtype=dtype)
-    return torch.zeros([param.shape[dim] for dim in dims], dtype=dtype, device=param.device)
+        return sharded_zeros(param, kept_dims=dims, dtype=dtype, more=more)
+    sizes = [*(param.shape[dim] for dim in dims), *more]
+    return torch.zeros(sizes, dtype=dtype, device=param.device)
 
 
 def _replicated_counts(param: Tensor, num_matrices: int) -> Tensor:
@@ -187,6 +214,31 @@ def _replicated_counts(param: Tensor, num_matrices: int) -> Tensor:
     return counts
 
 
+def _recode_live_(state: State, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Changes the form of a momentum whose group's ``momentum_dtype`` was changed in a run.
+
+    Raises:
+        ValueError: of a sharded parameter, of which a rank does not have all that it takes.
+    """
+    if is_dtensor(param):
+        index = next(index for index, other in enumerate(group["params"]) if other is param)
+        raise ValueError(
+            f"{param_label(group, index)}: momentum_dtype has become {group['momentum_dtype']}, "
+            "which a sharded momentum cannot follow during a run; build a NorMuon with it and give "
+            "that convert_state(old, to=new) to load"
+        )
+    fresh = initial_state(param, group)
+    new = recoded(state, param, view_of(group), momentum_dtype(param, group))
+    for key in MOMENTUM_KEYS:
+        state.pop(key, None)
+        if key in fresh:
+            state[key] = new.get(key, fresh[key])
+
+
+def _largest(state: State, group: Mapping[str, Any]) -> Tensor:
+    return state["exp_avg"] if group["algorithm"] == "adamw" else momentum_of(state)
+
+
 def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None:
     """Checks that a parameter still has the shape for which its state was made.
 
@@ -194,12 +246,12 @@ def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None
         ValueError: another shape.
     """
     param = group["params"][index]
-    key = "exp_avg" if group["algorithm"] == "adamw" else "momentum_buffer"
-    if state[key].shape != param.shape:
+    largest = _largest(state, group)
+    if largest.shape != param.shape:
         label = param_label(group, index)
         check_not_flattened(label, param)
         raise ValueError(
-            f"{label}: its shape was {list(state[key].shape)} when the optimizer was built; "
+            f"{label}: its shape was {list(largest.shape)} when the optimizer was built; "
             "reshape the model first, then build the optimizer"
         )
 
@@ -214,7 +266,7 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
         return
     view = view_of(group)
     for index, param in enumerate(group["params"]):
-        if states[param]["momentum_buffer"].shape != param.shape:
+        if momentum_of(states[param]).shape != param.shape:
             continue  # `check_param_fits` says so.
         for name, dim_of in vector_dims_of(group, view, param).items():
             shape, needed = states[param][name].shape, view.vector_shape(param.shape, dim_of)
@@ -275,12 +327,19 @@ def follow_param_(state: State, param: Tensor, group: Mapping[str, Any]) -> bool
 
     Returns:
         Whether anything was changed.
+
+    Raises:
+        ValueError: the group's ``momentum_dtype`` has become int8, or is no more, and the parameter
+            is sharded; names it.
     """
-    largest = "exp_avg" if group["algorithm"] == "adamw" else "momentum_buffer"
-    followed = state[largest]  # The others have gone wherever it went.
-    if followed.device == param.device and followed.dtype == _state_dtype(largest, param, group):
+    followed = _largest(state, group)  # The others have gone wherever it went.
+    is_adamw = group["algorithm"] == "adamw"
+    wanted = param.dtype if is_adamw else momentum_dtype(param, group)
+    if followed.device == param.device and followed.dtype == wanted:
         return False
     fresh = initial_state(param, group)
+    if not is_adamw and (followed.dtype == torch.int8) != (wanted == torch.int8):
+        _recode_live_(state, param, group)
     for key, value in state.items():
         if key not in fresh:
             state[key] = value.to(param.device)  # A user's own.

@@ -88,6 +88,7 @@ OPTIONS = [
     {"skip_nonfinite": True},
     {"dtype": torch.bfloat16, "kahan_sum": True, "skip_nonfinite": True},
     {"momentum_dtype": torch.bfloat16},
+    {"momentum_dtype": torch.int8, "skip_nonfinite": True},
     {"neuron_axis": "short", "equilibrate": True},
     {"missing": [(), (), (0, 5), (0, 5)]},
     {"bucket_bytes": 1},

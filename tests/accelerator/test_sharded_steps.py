@@ -25,6 +25,8 @@ OPTIONS = [
     {"dtype": torch.bfloat16, "kahan_sum": True},
     {"dtype": torch.bfloat16, "kahan_sum": True, "skip_nonfinite": True, "lr": "device"},
     {"momentum_dtype": torch.bfloat16, "ns_dtype": torch.bfloat16},
+    {"momentum_dtype": torch.int8, "all_kinds": True},
+    {"momentum_dtype": torch.int8, "skip_nonfinite": True, "dtype": torch.bfloat16},
     {"lr": "device of one dim", "weight_decay": "device of one dim"},
     {"lr": "host", "weight_decay": "host", "skip_nonfinite": True},
     {"bucket_bytes": 1, "max_scratch_bytes": 1},

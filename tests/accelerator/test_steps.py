@@ -21,6 +21,8 @@ OPTIONS = [
     {"skip_nonfinite": True},
     {"maximize": True},
     {"momentum_dtype": torch.bfloat16},
+    {"momentum_dtype": torch.int8, "all_kinds": True},
+    {**BFLOAT16, "momentum_dtype": torch.int8, "skip_nonfinite": True, "nesterov": False},
     {"neuron_axis": "short"},
     {"adjust_lr_fn": "original"},
     {"algorithm": "muon"},

@@ -7,7 +7,9 @@ import statistics
 import sys
 
 import pytest
+import torch
 
+from normuon import NorMuon
 from tests.docs.test_docs import DOCS
 
 
@@ -74,6 +76,27 @@ def test_the_cost_of_statistics_is_its_files():
         f"{cpu['share_of_optimizer_step']:.0%} of an optimizer step more "
         f"({found['elements'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens a step"
     ) in text
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        ("AdamW", {"algorithm": "adamw"}),
+        ("Muon", {"algorithm": "muon"}),
+        ("NorMuon", {}),
+        ("NorMuon, `momentum_dtype=torch.bfloat16`", {"momentum_dtype": torch.bfloat16}),
+        ("NorMuon, `momentum_dtype=torch.int8`", {"momentum_dtype": torch.int8}),
+    ],
+    ids=str,
+)
+def test_the_table_of_memory_is_the_state(row, options):
+    param = torch.nn.Parameter(torch.empty(4096, 4096, device="meta"))
+    optimizer = NorMuon([{"params": [param], **options}])
+    state = optimizer.state[param].values()
+    each = sum(tensor.numel() * tensor.element_size() for tensor in state) / param.numel()
+    page = (DOCS / "explanation" / "costs.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith(f"| {row} |"))
+    assert line.endswith(f"| {each:.3f} | {each * 1.1:.1f} GB |")
 
 
 def test_the_table_of_bfloat16_weights_is_its_file():

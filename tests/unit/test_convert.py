@@ -242,12 +242,6 @@ def stepped(optimizer_class, model: nn.Module, **options) -> torch.optim.Optimiz
             r"^torch\.optim\.Adam with weight_decay=0\.1 adds the decay to its first moment",
         ),
         (
-            lambda model: convert_state(
-                NorMuon(groups_of(model)).state_dict(), to=groups_of(model)
-            ),
-            "^this is NorMuon's state already: pass it to load_state_dict directly",
-        ),
-        (
             lambda model: convert_state(torch.optim.AdamW(model.parameters()), to=groups_of(model)),
             "^no parameter of the given optimizers has any state to convert",
         ),

@@ -283,7 +283,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "'eps', 'foreach', 'fused', 'initial_accumulator_value', 'lr', 'lr_decay', 'maximize', "
         "'weight_decay']; it takes torch.optim.AdamW, torch.optim.Muon, the authors' "
         "NorMuon, dion's Muon and NorMuon, Muon with 'use_muon' groups, as Keller Jordan's and "
-        "DeepSpeed's, and Megatron-LM's Muon",
+        "DeepSpeed's, Megatron-LM's Muon, and this library's",
     ),
     "an unknown origin of a learning rate": (
         lambda: suggest_lr(0.02, coming_from="lion"),

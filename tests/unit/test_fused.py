@@ -86,6 +86,7 @@ def assert_alike(fused, plain, *, atol=1e-6):
         {"maximize": True},
         {"momentum": 0.3},
         {"momentum": 0.0},
+        {"momentum_dtype": torch.int8},
         {"weight_decay": 0.0},
         {"cautious_weight_decay": True},
         {"skip_nonfinite": True},

@@ -40,13 +40,17 @@ ORDER = [
     "step.staging",
     "models",
     "models.view",
+    "models.blocks",
+    "step.int8",
     "models.wrappers",
+    "momentum_forms",
     "learning_rate",
     "step.normalizer",
     "options",
     "step.pieces",
     "state",
     "checkpoint",
+    "step.coded_momenta",
     "step.fused",
     "step.figures",
     "step.order",
@@ -60,6 +64,7 @@ ORDER = [
     "step.bucket",
     "step.flags",
     "step.shared_record",
+    "step.shared_maxima",
     "step.owners",
     "step.sharded",
     "models.rules",
@@ -113,6 +118,7 @@ def test_imports_point_down(path):
 ON_ONE_DEVICE = [
     *("rule", "normalizer", "pieces", "order", "local", "adamw"),
     *("addresses", "fused", "fused_neurons", "triton_passes", "staging", "figures", "record"),
+    *("int8", "coded_momenta"),
 ]
 """The files of `step` that know nothing of ranks."""
 

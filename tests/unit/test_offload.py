@@ -56,6 +56,7 @@ OPTIONS = [
     {"dtype": torch.bfloat16, "kahan_sum": True, "skip_nonfinite": True},
     {"dtype": torch.float64, "ns_dtype": torch.float32},
     {"ns_dtype": torch.float16},
+    {"momentum_dtype": torch.int8, "skip_nonfinite": True},
     {"ns_dtype": torch.bfloat16, "momentum_dtype": torch.bfloat16, "max_scratch_bytes": 1},
     {"neuron_axis": "short", "nesterov": False, "equilibrate": True},
     {"cautious_weight_decay": True, "maximize": True, "max_scratch_bytes": 1},

@@ -67,7 +67,7 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         (
             {"momentum_dtype": "bf16"},
             "momentum_dtype='bf16' is not known; choose from torch.bfloat16, torch.float16, "
-            "torch.float32, torch.float64 or None",
+            "torch.float32, torch.float64, torch.int8 or None",
         ),
         ({"nesterov": 1}, "nesterov=1 must be True or False"),
         ({"equilibrate": "rows"}, "equilibrate='rows' must be True or False"),

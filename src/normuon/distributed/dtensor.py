@@ -174,7 +174,9 @@ def group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     return groups[ranks]
 
 
-def sharded_zeros(param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype) -> DTensor:
+def sharded_zeros(
+    param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype, more: Sequence[int] = ()
+) -> DTensor:
     """Zeros over some dims of a sharded parameter, placed as the parameter is along them.
 
     Where the parameter is split along another dim, the result is replicated: the second moments of
@@ -184,6 +186,7 @@ def sharded_zeros(param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype
         param: the parameter.
         kept_dims: the dims that the result has, in order.
         dtype: of the result.
+        more: sizes of dims after these, which every rank has whole.
     """
     assert isinstance(param, DTensor)
     kept = list(kept_dims)
@@ -201,11 +204,23 @@ def sharded_zeros(param: Tensor, *, kept_dims: Sequence[int], dtype: torch.dtype
             else _StridedShard(new_dim, split_factor=split_factor)
         )
     local = param.to_local()
-    zeros = torch.zeros([local.shape[dim] for dim in kept], dtype=dtype, device=local.device)
-    shape = torch.Size([param.shape[dim] for dim in kept])
+    sizes = [*(local.shape[dim] for dim in kept), *more]
+    zeros = torch.zeros(sizes, dtype=dtype, device=local.device)
+    shape = torch.Size([*(param.shape[dim] for dim in kept), *more])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         zeros, param.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def is_sharded_along(param: Tensor, dims: Sequence[int]) -> bool:
+    """Whether ranks store different parts of some dims of a parameter."""
+    assert isinstance(param, DTensor)
+    return any(
+        getattr(placement, "dim", None) is not None
+        and placement.dim % param.ndim in dims  # type: ignore[attr-defined]
+        and param.device_mesh.size(axis) > 1
+        for axis, placement in enumerate(param.placements)
     )
 
 

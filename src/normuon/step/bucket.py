@@ -70,6 +70,7 @@ class SharedTasks:
                 step=run.step,
                 count=1,
                 first=planned.index,
+                origin=region.shifted(planned.region.offsets).offsets,
             )
             if found and planned.index > run.first and found[-1].is_continued_by(piece):
                 found[-1] = found[-1].longer()
@@ -191,8 +192,8 @@ class Bucket:
         matrix = self._tasks.param_of(piece_id[0])
         owner, shape = matrix.owner, self._tasks.region(piece_id).shape
         rows = shape[owner.view.neuron_dim]
-        momentum = owner.state["momentum_buffer"].dtype
-        return (self._tasks.plan.tasks[piece_id[0]].batch_key, rows, prod(shape), momentum)
+        batch_key = self._tasks.plan.tasks[piece_id[0]].batch_key
+        return (batch_key, rows, prod(shape), owner.momentum_kind)
 
     def _own(self, number: int) -> Iterator[OwnedMatrices]:
         plan, rank = self._tasks.plan, self._tasks.rank

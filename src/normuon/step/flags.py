@@ -195,8 +195,15 @@ class GradientFlags:
 
     def skips(self, number: int) -> Tensor:
         """Booleans: which matrices of a parameter are skipped, their gradient not being finite."""
+        return self._of_matrices(number) == NONFINITE
+
+    def steps(self, number: int) -> Tensor:
+        """Booleans: which matrices of a parameter are stepped."""
+        return self._of_matrices(number) == GRADIENT
+
+    def _of_matrices(self, number: int) -> Tensor:
         first = self._first[number]
-        return self._here()[first : first + self._num_flags[number]] == NONFINITE
+        return self._here()[first : first + self._num_flags[number]]
 
     def of_vector(self, number: int) -> Tensor:
         """The flag of an `adamw` parameter."""

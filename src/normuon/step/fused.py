@@ -35,14 +35,14 @@ class Passes:
     Args:
         batch: the pieces.
         weights: where they begin in the weights.
-        momenta: in the momenta.
+        momenta: in the momenta; None where they are in 8 bits, whose line 2 is not this kernel's.
         gradients: in the gradients; None where this rank has none.
         residuals: in what rounding has taken from the weights, where that is kept.
     """
 
     batch: PieceBatch
     weights: Addresses
-    momenta: Addresses
+    momenta: Addresses | None
     gradients: Addresses | None
     residuals: Addresses | None
 
@@ -57,6 +57,7 @@ class Passes:
         from normuon.step import triton_passes
 
         momenta, batch = self.momenta, self.batch
+        assert momenta is not None
         nothing = momenta.table_K  # For arguments that the kernel does not read.
         gradients = self.gradients or replace(momenta, table_K=torch.zeros_like(nothing))
         rows, cols, tiles_along, tiles = _tiles(batch, gradients, momenta)
@@ -182,16 +183,18 @@ def passes_for(batch: PieceBatch, fused: bool | None) -> Passes | None:
 
 
 def _found_passes(batch: PieceBatch) -> Passes | None:
-    weights, momenta = batch.addresses("weight"), batch.addresses("momentum_buffer")
-    gradients = batch.addresses("gradient")
-    residuals = batch.addresses("weight_residual") if batch.keeps_residuals else None
-    found = [weights, momenta]
-    found += [gradients] if any(run.owner.grad is not None for run in batch.runs) else []
-    found += [residuals] if batch.keeps_residuals else []
-    if weights is None or momenta is None:
-        return None
+    weights, residuals = batch.addresses("weight"), None
+    if batch.keeps_residuals:
+        residuals = batch.addresses("weight_residual")
+    found = [weights, residuals] if batch.keeps_residuals else [weights]
+    momenta = gradients = None
+    if "momentum_codes" not in batch.first.state:
+        momenta, gradients = batch.addresses("momentum_buffer"), batch.addresses("gradient")
+        found += [momenta]
+        found += [gradients] if any(run.owner.grad is not None for run in batch.runs) else []
     if any(one is None or one.dtype not in FUSED_DTYPES for one in found):
         return None
+    assert weights is not None
     return Passes(batch, weights, momenta, gradients, residuals)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from normuon.options import MatrixOptions
 from normuon.orthogonalize import Workspace, resolve_ns_dtype, transport_dtype
 from normuon.state import compute_device_of
+from normuon.step.coded_momenta import count_roundings_
 from normuon.step.figures import Rows, RowsOf, nowhere
 from normuon.step.fused import Passes, passes_for
 from normuon.step.order import (
@@ -43,9 +44,9 @@ def whole_batches(
     """Equal matrices together, where that is faster and their scratch allows it."""
     equal: dict[tuple[Any, ...], list[PieceRun]] = {}
     for run, m, n in runs:
-        param, momentum = run.owner.param, run.owner.state["momentum_buffer"]
+        param = run.owner.param
         device = compute_device_of(run.owner.label, param, run.owner.group)
-        key = (m, n, param.dtype, momentum.dtype, param.device, device)
+        key = (m, n, param.dtype, run.owner.momentum_kind, param.device, device)
         equal.setdefault(key, []).append(run)
     batches = []
     for (m, n, *_, device), alike in equal.items():
@@ -151,10 +152,12 @@ class LocalMatrices:
     def _moves(self, batch: PieceBatch) -> Tensor | None:
         """Which matrices have finite gradients, counting the others; None where nobody asks."""
         if not batch.first.group["skip_nonfinite"]:
+            count_roundings_(batch, None)
             return None
         finite_K = finite_pieces(batch)
         for run, finite in zip(batch.runs, torch.split(finite_K, batch.counts), strict=True):
             run.owner.state["skipped_steps"].narrow(0, run.first, run.count).add_(~finite)
+        count_roundings_(batch, finite_K)
         return finite_K
 
 

@@ -24,6 +24,7 @@ from normuon.orthogonalize import (
     transport_dtype,
 )
 from normuon.step import rule
+from normuon.step.coded_momenta import CodedMomenta, coded_momenta
 from normuon.step.figures import row_norms, update_row_norms, whole_figures
 from normuon.step.fused import Passes
 from normuon.step.normalizer import Vectors
@@ -43,6 +44,8 @@ def direction_dtype(
     """
     if passes is not None:
         return transport_dtype(ns_dtype)
+    if coded_momenta(batch) is not None:
+        return stats_dtype(batch.first.param.dtype)
     return batch.first.state["momentum_buffer"].dtype
 
 
@@ -69,16 +72,14 @@ def advance_(
     Returns:
         The directions' sums of squares where they cost nothing, ``[K]`` in float64; else None.
     """
+    coded = coded_momenta(batch)
+    if coded is not None:
+        _advance_coded_(batch, coded, direction_KRC, options=options, moves_K=moves_K)
+        return None
     if passes is not None:
         return passes.advance_(direction_KRC, options=options, moves_K=moves_K)
     momenta = batch.momenta()
-    if moves_K is None:
-        grads = _in_dtype(batch, [g for g in batch.gradients() if g is not None], momenta[0].dtype)
-    else:
-        grads = _held_gradients(batch, momenta, moves_K)
-    if options.maximize and moves_K is None:
-        grads = list(torch._foreach_neg(grads))
-    rule.update_momenta_(momenta, grads, momentum_beta=options.momentum)  # Alg. 1, line 2
+    grads = _update_momenta_(batch, momenta, options=options, moves_K=moves_K)
     if direction_KRC is None:
         return None
     directions = batch.views(direction_KRC)
@@ -88,6 +89,60 @@ def advance_(
     else:
         torch._foreach_copy_(directions, momenta)
     return None
+
+
+def _advance_coded_(
+    batch: PieceBatch,
+    coded: CodedMomenta,
+    direction_KRC: Tensor | None,
+    *,
+    options: MatrixOptions,
+    moves_K: Tensor | None,
+) -> None:
+    """`advance_` of momenta in 8 bits: directions are of the values before they are rounded."""
+    held = coded.take()
+    momenta = batch.views(held.values_KRC)
+    grads = _update_momenta_(batch, momenta, options=options, moves_K=moves_K)
+    coded.keep_(held, moves_K)
+    if direction_KRC is None:
+        return
+    if options.nesterov:  # In place: the values are kept, and not needed any more.
+        rule.update_momenta_(momenta, grads, momentum_beta=options.momentum)
+    direction_KRC.copy_(held.values_KRC[: len(direction_KRC)])
+
+
+def coming_maxima(batch: PieceBatch, coded: CodedMomenta, *, options: MatrixOptions) -> Tensor:
+    """The largest magnitudes that blocks will have after line 2; nothing is written.
+
+    Args:
+        batch: the pieces, of which those without a gradient count as having zero.
+        coded: its momenta.
+        options: of the group.
+
+    Returns:
+        ``[K, A, N]``; see `coded_momenta`.
+    """
+    held = coded.take()
+    moves_K = None
+    if not batch.has_gradients:
+        moves_K = torch.ones(batch.count, dtype=torch.bool, device=batch.first.param.device)
+    momenta = batch.views(held.values_KRC)
+    _update_momenta_(batch, momenta, options=options, moves_K=moves_K)
+    return coded.maxima(held)
+
+
+def _update_momenta_(
+    batch: PieceBatch, momenta: list[Tensor], *, options: MatrixOptions, moves_K: Tensor | None
+) -> list[Tensor]:
+    """Line 2; the gradients in the momenta's dtype."""
+    if moves_K is None:
+        grads = _in_dtype(batch, [g for g in batch.gradients() if g is not None], momenta[0].dtype)
+    else:
+        grads = _held_gradients(batch, momenta, moves_K)
+    if options.maximize and moves_K is None:
+        grads = list(torch._foreach_neg(grads))
+    rule.update_momenta_(momenta, grads, momentum_beta=options.momentum)  # Alg. 1, line 2
+    return grads
 
 
 def _in_dtype(batch: PieceBatch, grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from normuon.models.blocks import BlockGrid, block_grid
 from normuon.models.view import MatrixView
 from normuon.step.addresses import AddressBook, Addresses, Layout
 from normuon.step.normalizer import Normalizer
@@ -47,6 +48,7 @@ class MatrixParam:
         view: how it becomes matrices.
         vector_dims: for each vector of its state, the parameter's dims that it has, or None for a
             flat list.
+        shares_blocks: whether ranks may each store a part of a block of 8-bit momentum.
         grad: this rank's part of the gradient at the present step, or None; never written to.
     """
 
@@ -56,7 +58,20 @@ class MatrixParam:
     state: State
     view: MatrixView
     vector_dims: dict[str, tuple[int, ...] | None]
+    shares_blocks: bool = False
     grad: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks that 8-bit momentum is scaled by."""
+        return block_grid(self.view, tuple(self.param.shape))
+
+    @property
+    def momentum_kind(self) -> object:
+        """Equal for parameters whose momenta can be advanced together."""
+        if "momentum_codes" in self.state:
+            return self.grid.along_rows, self.shares_blocks
+        return self.state["momentum_buffer"].dtype
 
 
 class PieceRun:
@@ -72,6 +87,7 @@ class PieceRun:
         step: int,
         count: int,
         first: int,
+        origin: tuple[int, ...] | None = None,
         flat_vectors: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         """Names the pieces.
@@ -84,13 +100,15 @@ class PieceRun:
             step: how far the next lies from the last.
             count: how many there are.
             first: place of the first one's matrix among the parameter's matrices.
+            origin: where the first begins in the whole parameter; None: ``offsets``.
             flat_vectors: for each vector that is a flat list, where the first one's entries begin,
                 and how many each has.
         """
         self.owner, self.first, self.count = owner, first, count
         self.offsets, self.shape, self.dim, self.step = offsets, shape, dim, step
+        self.origin = offsets if origin is None else origin
         self._flat_vectors = dict(flat_vectors or {})
-        extent = self._extent()
+        extent = self.extent
         view = owner.view
         moved = list(extent)
         moved.insert(view.batch_dims, moved.pop(view.neuron_dim))
@@ -102,7 +120,9 @@ class PieceRun:
             else tuple(slice(o, o + s) for o, s in zip(offsets, extent, strict=True))
         )
 
-    def _extent(self) -> tuple[int, ...]:
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """What all of them span of the local tensor."""
         extent = list(self.shape)
         extent[self.dim] += (self.count - 1) * self.step
         return tuple(extent)
@@ -111,28 +131,34 @@ class PieceRun:
         """Pieces ``start`` to ``start + length``."""
         if length == self.count:
             return self
-        offsets = list(self.offsets)
-        offsets[self.dim] += start * self.step
         flat = {name: (at + start * n, n) for name, (at, n) in self._flat_vectors.items()}
         return PieceRun(
             self.owner,
-            offsets=tuple(offsets),
+            offsets=self._along(self.offsets, start),
             shape=self.shape,
             dim=self.dim,
             step=self.step,
             count=length,
             first=self.first + start,
+            origin=self.origin_of(start),
             flat_vectors=flat,
         )
 
+    def origin_of(self, index: int) -> tuple[int, ...]:
+        """Where a piece begins in the whole parameter."""
+        return self._along(self.origin, index)
+
+    def _along(self, first: tuple[int, ...], index: int) -> tuple[int, ...]:
+        moved = list(first)
+        moved[self.dim] += index * self.step
+        return tuple(moved)
+
     def is_continued_by(self, other: PieceRun) -> bool:
         """Whether a single piece is the next one of this run."""
-        expected = list(self.offsets)
-        expected[self.dim] += self.count * self.step
         return (
             other.owner is self.owner
             and other.first == self.first + self.count
-            and other.offsets == tuple(expected)
+            and other.offsets == self._along(self.offsets, self.count)
             and self.shape[self.dim] == self.step
         )
 
@@ -146,6 +172,7 @@ class PieceRun:
             step=self.step,
             count=self.count + 1,
             first=self.first,
+            origin=self.origin,
         )
 
     @property
@@ -196,6 +223,7 @@ class PieceBatch:
         self.rows, self.cols = rows, cols
         self.counts = [run.count for run in self.runs]
         self.count = sum(self.counts)
+        self.coded: object = None
         self._is_plain = all(run.is_plain for run in self.runs)
         self._book = AddressBook(self.runs, rows, cols)
 

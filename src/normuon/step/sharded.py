@@ -25,6 +25,7 @@ from normuon.step.local import step_staged_batches_, step_whole_batch_, whole_ba
 from normuon.step.order import advance_, apply_, direction_dtype, stats_dtype, step_dtype
 from normuon.step.owners import Owners
 from normuon.step.pieces import PieceBatch, local_tensor
+from normuon.step.shared_maxima import SharedMaxima, count_shared_roundings_
 from normuon.step.shared_params import SharedParams
 from normuon.step.shared_record import SharedRecord
 from normuon.step.staging import Leg, Loan, Sizes, Stagings, bytes_of, cut
@@ -76,6 +77,9 @@ class ShardedStep:
         # What this rank stores pieces of, with the flags of their matrices.
         self._flagged = [(batch, self.flags.index_of(batch)) for batch in (*batches, *self._alone)]
         self._index_of = {id(batch): index for batch, index in self._flagged}
+        self._maxima = SharedMaxima(
+            shared, [*batches, *self._alone], rank=self.rank, staging=Stagings().between(*places)
+        )
         self._owners = Owners(
             shared, tasks, self.buckets, flags=self.flags, workspace=self._workspace
         )
@@ -151,6 +155,7 @@ class ShardedStep:
             ValueError: on every rank; see `GradientFlags`.
         """
         self.flags.agree_(self._flagged)
+        self._maxima.agree_()
 
     @property
     def _measured(self) -> SharedRecord | None:
@@ -165,6 +170,7 @@ class ShardedStep:
             id(matrix.owner.group): MatrixOptions.from_group(matrix.owner.group)
             for matrix in {id(m.owner.group): m for m in self.shared.matrices}.values()
         }
+        count_shared_roundings_(self.shared.matrices, self.flags)
         buckets = range(len(self.buckets))
         if buckets:
             self._start_gather(0)
@@ -182,6 +188,7 @@ class ShardedStep:
         if buckets:
             self._finish(buckets[-1])
         self._share_idle_vectors()
+        self._maxima.keep_(self.flags)
         self._count_skipped()
         if self._measured is not None:
             self._measured.share_()

@@ -13,6 +13,8 @@ from normuon_lab.errors import require
 from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.evidence import table1 as first_table
 from normuon_lab.study.evidence.collected import CellEvidence, collect
+from normuon_lab.study.evidence.eight_bit import PAGE as EIGHT_BIT_PAGE
+from normuon_lab.study.evidence.eight_bit import eight_bit_table, page_with
 from normuon_lab.study.evidence.figures.ablations import ablation_figure
 from normuon_lab.study.evidence.figures.losses import accuracy_figure, loss_figure
 from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
@@ -21,7 +23,7 @@ from normuon_lab.study.evidence.figures.sizes import size_figure
 from normuon_lab.study.evidence.figures.tuning import learning_rate_figure, other_rate_figure
 from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.page import FIGURES_FOLDER, render_page
-from normuon_lab.study.evidence.protocol import CELLS, Cell
+from normuon_lab.study.evidence.protocol import CELLS, SENSITIVITY, Cell
 from normuon_lab.study.evidence.recent_table import recent_tables
 from normuon_lab.study.evidence.table2 import read_table2
 
@@ -54,6 +56,10 @@ def build(
     write_json(written[0], table1)
     recent = recent_tables(results, evidence)
     write_text(written[1], render_page(evidence, table1, read_table2(results), recent, figures))
+    eight_bit, table = docs / EIGHT_BIT_PAGE, eight_bit_table(evidence)
+    if table and eight_bit.exists():
+        write_text(eight_bit, page_with(table, eight_bit.read_text()))
+        written.append(eight_bit)
     if not with_figures:
         return written
     folder = docs / FIGURES_FOLDER
@@ -90,7 +96,7 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
                 "sensitivity": sensitivity_figure(found),
             }
             # A megabyte per cell: in one of them; the claims count the other cells, too.
-            if found.cell.varies_settings:
+            if set(found.cell.varied) == set(SENSITIVITY):
                 of_cell |= update_figures(found)
         else:
             of_cell["accuracies"] = accuracy_figure(found)

@@ -27,7 +27,7 @@ class RunEvidence:
     arms: tuple[str, ...] = ()
     """Arms of the cells; all that a cell has unless given."""
     stages: tuple[Stage, ...] = ("tune", "claim", "sensitivity")
-    """Which runs to do; sensitivity is for the first cell alone."""
+    """Which runs to do; sensitivity is for the first two cells alone."""
     results: Path = Path("results")
     """Folder of the published runs."""
     storage: Path = Path("runs/evidence.db")
@@ -59,7 +59,7 @@ class RunEvidence:
                 )
             if "claim" in self.stages:
                 claim_cell(cell, arms, results=self.results, console=console)
-            if "sensitivity" in self.stages and cell.varies_settings:
+            if "sensitivity" in self.stages and cell.varied:
                 sensitivity_cell(cell, results=self.results, console=console)
         return 0
 

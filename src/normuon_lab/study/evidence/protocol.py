@@ -117,6 +117,7 @@ SENSITIVITY: dict[str, tuple[Any, ...]] = {
     "eps": (1e-12, 1e-4, 1e-2),
     "neuron_axis": ("short",),
     "cautious_weight_decay": (True,),
+    "momentum_dtype": ("int8",),
 }
 """Keyword arguments of NorMuon that are varied one at a time, besides their defaults."""
 
@@ -131,7 +132,7 @@ class Cell:
         size: how large the model is, for tables.
         experiment: model, training and data that all its runs share.
         other_arms: arms whose learning rate alone is tuned, besides the main ones.
-        varies_settings: whether NorMuon's other hyperparameters are varied in it.
+        varied: NorMuon's other hyperparameters that are varied in it, of `SENSITIVITY`.
         starts: where the search of each arm begins.
         full_trials: trials of a main arm.
         rate_trials: trials of another arm.
@@ -142,7 +143,7 @@ class Cell:
     size: str
     experiment: Experiment
     other_arms: tuple[str, ...] = ()
-    varies_settings: bool = False
+    varied: tuple[str, ...] = ()
     starts: Starts = field(default_factory=lambda: STARTS)
     full_trials: int = FULL_TUNING_TRIALS
     rate_trials: int = RATE_TUNING_TRIALS
@@ -175,7 +176,7 @@ CELLS: dict[str, Cell] = {
             size="0.5M",
             experiment=Experiment(model=_SMALL, training=_TRAINING, data=("stdlib",)),
             other_arms=OTHER_ARMS,
-            varies_settings=True,
+            varied=tuple(SENSITIVITY),
         ),
         Cell(
             name="bpe-small",
@@ -188,6 +189,7 @@ CELLS: dict[str, Cell] = {
                 tokenizer="bpe",
             ),
             other_arms=(*ARMS_WITH_BOTH_OPTIONS, "normuon-front"),
+            varied=("momentum_dtype",),
         ),
         Cell(
             name="bytes-large",

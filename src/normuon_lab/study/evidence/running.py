@@ -126,8 +126,8 @@ def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
         for run in read_runs(results, cell.name, purpose="sensitivity")
     }
     varied: dict[RunSpec, tuple[str, Any]] = {}
-    for parameter, values in SENSITIVITY.items():
-        for value in values:
+    for parameter in cell.varied:
+        for value in SENSITIVITY[parameter]:
             for seed in CLAIM_SEEDS:
                 if ((parameter, value), seed) not in done:
                     spec = _spec(

@@ -132,6 +132,8 @@ def _build_normuon(
     With ``adjust_lr_fn="original"`` the learning rate of hidden matrices is the one at which steps
     are as large as the paper's scaling makes them, and the decay of a step stays what it was.
     """
+    import torch
+
     from normuon import NorMuon, param_groups, suggest_lr
     from normuon_lab.train.arms.parameters import other_rates, split_parameters
 
@@ -149,6 +151,8 @@ def _build_normuon(
         **fixed,
         **dict(options.normuon),
     }
+    if isinstance(keywords.get("momentum_dtype"), str):  # As options and JSON files spell it.
+        keywords["momentum_dtype"] = getattr(torch, keywords["momentum_dtype"])
     ratio = 1.0
     if keywords.get("adjust_lr_fn") == "original":
         ratio = 1 / suggest_lr(1.0, coming_from="muon_original", to=groups)

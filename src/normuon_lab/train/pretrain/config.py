@@ -99,6 +99,8 @@ class OptimizerConfig:
     """NorMuon's second beta."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of NorMuon's Newton-Schulz; auto: as the forward pass. (Muon's is bfloat16.)"""
+    momentum_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Dtype of NorMuon's momentum; auto: the weights'. int8: 1.03 bytes a weight."""
     split_heads: bool = False
     """NorMuon orthogonalises each attention head's queries, keys and values separately."""
     equilibrate: bool = False
@@ -116,6 +118,10 @@ class OptimizerConfig:
                 self.arm == "normuon" or not getattr(self, name),
                 f"{flag(name)} is an option of NorMuon: leave it out with --arm {self.arm}",
             )
+        require(
+            self.arm == "normuon" or self.momentum_dtype == "auto",
+            f"{flag('momentum_dtype')} is an option of NorMuon: leave it out with --arm {self.arm}",
+        )
         _require_positive(self, "lr", "adam_lr", "embedding_lr", "head_lr")
         _require_at_least(self, weight_decay=0, max_grad_norm=0)
         for name, value in (

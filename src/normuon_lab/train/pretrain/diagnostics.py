@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from normuon import MatrixView, NorMuon, param_groups
+from normuon.momentum_forms import whole_momentum
 from normuon_lab.train.matrix_figures import figures_by_block, measuring_flops, update_of
 
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
@@ -231,6 +232,10 @@ def _rounds(
 
 def _momentum_of(optimizer: Optimizer, param: Tensor) -> Tensor | None:
     state = optimizer.state.get(param, {})
+    if "momentum_codes" in state:
+        groups = optimizer.param_groups
+        group = next(g for g in groups if any(other is param for other in g["params"]))
+        return whole_momentum(state, param, group.get("view"))
     return next((state[key] for key in MOMENTUM_KEYS if key in state), None)
 
 

@@ -129,7 +129,6 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """Each hidden matrix of the model, its weight and momentum read and measured one at a time."""
     from normuon import param_groups
-    from normuon_lab.train.pretrain.diagnostics import MOMENTUM_KEYS
 
     views = {
         name: group["view"]
@@ -144,24 +143,39 @@ def _measured(
         stored = f"model.{name}"
         require(stored in shapes, f"{path} belongs to another model: it has no {stored}")
         (part,) = view.parts(shapes[stored])
-        momenta = [f"optimizer.{name}.{key}" for key in MOMENTUM_KEYS]
-        momentum = next((key for key in momenta if key in shapes), None)
+        momentum = _momentum(path, name, shapes, view)
         yield {
             "name": name,
             "shape": [part.m, part.n],
             "matrices": part.batch,
-            "weight": _figures(path, stored, shapes, view),
-            "momentum": _figures(path, momentum, shapes, view) if momentum else None,
+            "weight": _figures(_read(path, stored, shapes[stored]), view),
+            "momentum": None if momentum is None else _figures(momentum, view),
         }
 
 
-def _figures(
+def _momentum(
     path: Path, name: str, shapes: dict[str, tuple[int, ...]], view: MatrixView
-) -> dict[str, float] | None:
-    """The figures of a stored tensor; None for one that is zero or not finite."""
+) -> Tensor | None:
+    """The momentum of a hidden matrix; None where the checkpoint has none."""
+    from normuon.models.blocks import block_grid
+    from normuon.step.int8 import decoded
+    from normuon_lab.train.pretrain.diagnostics import MOMENTUM_KEYS
+
+    momenta = [f"optimizer.{name}.{key}" for key in MOMENTUM_KEYS]
+    stored = next((key for key in momenta if key in shapes), None)
+    if stored is not None:
+        return _read(path, stored, shapes[stored])
+    codes, absmax = (f"optimizer.{name}.momentum_{part}" for part in ("codes", "absmax"))
+    grid = block_grid(view, shapes[codes]) if codes in shapes else None
+    if grid is None or shapes[absmax] != grid.shape:
+        return None
+    return decoded(_read(path, codes, shapes[codes]), _read(path, absmax, grid.shape), grid)
+
+
+def _figures(tensor: Tensor, view: MatrixView) -> dict[str, float] | None:
+    """The figures of a tensor; None for one that is zero or not finite."""
     from normuon_lab.train.matrix_figures import figures_by_block
 
-    tensor = _read(path, name, shapes[name])
     (figures,) = figures_by_block(tensor, view)
     if figures is None:
         return None

@@ -110,6 +110,9 @@ def build_optimizers(
         config: of the optimizer.
         forward_dtype: what the model computes in.
     """
+    normuon: list[tuple[str, Any]] = [("equilibrate", True)] if config.equilibrate else []
+    if config.momentum_dtype != "auto":
+        normuon.append(("momentum_dtype", config.momentum_dtype))
     options = ArmOptions(
         adam_lr=config.adam_lr,
         embedding_lr=config.embedding_lr,
@@ -120,7 +123,7 @@ def build_optimizers(
         beta2=config.beta2,
         ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
         split_heads=config.split_heads,
-        normuon=(("equilibrate", True),) if config.equilibrate else (),
+        normuon=tuple(normuon),
     )
     return PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
 

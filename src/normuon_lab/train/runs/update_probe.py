@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from normuon.momentum_forms import whole_momentum
 from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.train.matrix_figures import describe_matrix, update_of
 
@@ -63,7 +64,10 @@ class UpdateProbe:
             group, optimizer = self._placed[parameter]
             update = update_of(before, parameter.detach(), group) / group["lr"]
             measured = {"step": step + 1, "matrix": name, **self._described(name, update)}
-            momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            state = optimizer.state.get(parameter, {})
+            momentum = state.get("momentum_buffer")
+            if "momentum_codes" in state:
+                momentum = whole_momentum(state, parameter, group.get("view"))
             if momentum is not None:
                 measured["momentum"] = self._described(name, momentum.detach().double())
             self.measurements.append(measured)

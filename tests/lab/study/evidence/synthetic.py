@@ -14,7 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell, schedule_steps
+from normuon_lab.study.evidence.protocol import (
+    CELLS,
+    CLAIM_SEEDS,
+    SENSITIVITY,
+    Cell,
+    schedule_steps,
+)
 from normuon_lab.study.evidence.runs_store import StoredRun, write_run
 from normuon_lab.train.runs.config import Experiment, TrainConfig
 from normuon_lab.train.runs.records import RunRecord
@@ -55,7 +61,7 @@ def cell(name: str = "bytes-small", other_arms: Sequence[str] = tuple(SHIFTS)[3:
         size="0.5M",
         experiment=Experiment(training=TrainConfig(steps=STEPS)),
         other_arms=tuple(other_arms),
-        varies_settings=bool(other_arms),
+        varied=tuple(SENSITIVITY) if other_arms else (),
     )
 
 

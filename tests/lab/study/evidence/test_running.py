@@ -53,8 +53,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     monkeypatch.setattr(running, "TUNING_SEEDS", (1000,))
     monkeypatch.setattr(running, "CLAIM_SEEDS", (0, 1))
     monkeypatch.setattr(running, "MAX_TUNING_TRIALS", 3)
-    monkeypatch.setattr(running, "SENSITIVITY", {"beta2": (0.5,), "nesterov": (False,)})
+    monkeypatch.setattr(running, "SENSITIVITY", VARIED)
     return seen
+
+
+VARIED = {"beta2": (0.5,), "momentum_dtype": ("int8",)}
 
 
 class TinyCell(Cell):
@@ -65,7 +68,9 @@ class TinyCell(Cell):
 def test_a_cell_is_tuned_claimed_and_varied_and_nothing_is_run_twice(
     tmp_path: Path, experiment: Experiment, trained: list[RunSpec]
 ) -> None:
-    cell = TinyCell(name="tiny", task="words", size="tiny", experiment=experiment)
+    cell = TinyCell(
+        name="tiny", task="words", size="tiny", experiment=experiment, varied=tuple(VARIED)
+    )
     console, results = Console(quiet=True), tmp_path / "results"
 
     def tune() -> None:
@@ -113,7 +118,7 @@ def test_a_cell_is_tuned_claimed_and_varied_and_nothing_is_run_twice(
     running.sensitivity_cell(cell, results=results, console=console)
     assert len(trained) == before
     varied = read_runs(results, "tiny", purpose="sensitivity")
-    assert {run.varied for run in varied} == {("beta2", 0.5), ("nesterov", False)}
+    assert {run.varied for run in varied} == {("beta2", 0.5), ("momentum_dtype", "int8")}
     assert all(run.record.options["normuon"] == dict([run.varied]) for run in varied if run.varied)
 
 

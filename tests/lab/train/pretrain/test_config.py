@@ -113,6 +113,10 @@ def test_whole_numbers_are_taken_for_rates() -> None:
             lambda: OptimizerConfig(arm="muon", equilibrate=True),
             "--equilibrate is an option of NorMuon: leave it out with --arm muon",
         ),
+        (
+            lambda: OptimizerConfig(arm="adamw", momentum_dtype="int8"),
+            "--momentum-dtype is an option of NorMuon: leave it out with --arm adamw",
+        ),
         (lambda: OptimizerConfig(lr=float("nan")), "lr nan: give a positive number"),
         (lambda: OptimizerConfig(momentum=1.0), "momentum 1.0: give a number from 0 to below 1"),
         (lambda: CheckpointConfig(keep_last=-1), "--keep-last -1: give at least 0"),

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import Optimizer
 
 from normuon import MatrixView, NorMuon, param_groups
+from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
 from normuon_lab.train.matrix_figures import MAX_CONDITION_NUMBER, matrix_figures
 from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
@@ -125,10 +126,11 @@ def test_the_trajectory_is_untouched_bit_by_bit(arm: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("arm", PRETRAINING_ARMS)
+@pytest.mark.parametrize("arm", [*PRETRAINING_ARMS, "normuon in 8 bits"])
 def test_momentum_and_update_are_what_the_optimizer_has_and_does(arm: str) -> None:
     model = make_model()
-    optimizers = PRETRAINING_ARMS[arm].build(model, LR)
+    options = ArmOptions(normuon=(("momentum_dtype", "int8"),) if "bits" in arm else ())
+    optimizers = PRETRAINING_ARMS[arm.partition(" ")[0]].build(model, LR, options)
     train(model, optimizers, steps=3, every=None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     diagnostics = MatrixDiagnostics(model, optimizers[0], every=4)
@@ -143,7 +145,12 @@ def test_momentum_and_update_are_what_the_optimizer_has_and_does(arm: str) -> No
         param = dict(model.named_parameters())[name]
         update = before[name].double() * (1 - LR * decay) - param.detach().double()
         state = optimizers[0].state[param]
-        momentum = state["exp_avg" if arm == "adamw" else "momentum_buffer"]
+        if "bits" in arm:
+            # These matrices have one block a row.
+            assert state["momentum_absmax"].shape[1] == 1
+            momentum = state["momentum_codes"] * (state["momentum_absmax"] / 127)
+        else:
+            momentum = state["exp_avg" if arm == "adamw" else "momentum_buffer"]
         for kind, x in (("momentum", momentum), ("update", update)):
             for figure, value in expected_figures(x).items():
                 # The update is kept in float32, to 6e-8 of its entries; the smallest singular

@@ -14,6 +14,8 @@ import torch
 from normuon_lab.cli import main
 from normuon_lab.train.pretrain.checkpoint import newest_complete
 from normuon_lab.train.pretrain.checkpoint_tensors import load_tensors_
+from tests.lab.train.pretrain.conftest import words_for
+from tests.lab.train.pretrain.processes import Job
 
 
 def inspected(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
@@ -102,3 +104,22 @@ def test_damage_and_nothing_to_measure_are_one_line(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_momentum_in_8_bits_is_read_as_numbers(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_for(text_file, tmp_path / "cache", **{"momentum-dtype": "int8", "steps": 2})
+    Job([*words, "--out", tmp_path / "run"], tmp_path / "logs").wait().check()
+    path = newest_complete(tmp_path / "run")
+    assert path is not None
+    for matrix in inspected(capsys, tmp_path / "run")["matrices"]:
+        m, n = matrix["shape"]
+        codes = torch.zeros(m, n, dtype=torch.int8)
+        absmax = torch.zeros(m, -(-n // 128))
+        prefix = f"optimizer.{matrix['name']}"
+        stored = {f"{prefix}.momentum_codes": codes, f"{prefix}.momentum_absmax": absmax}
+        load_tensors_(stored, path)
+        momentum = codes.double() * absmax.double().repeat_interleave(128, 1)[:, :n] / 127
+        rms = float(momentum.square().mean().sqrt())
+        assert matrix["momentum"]["rms"] == pytest.approx(rms, rel=1e-5)

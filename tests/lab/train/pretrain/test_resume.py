@@ -54,23 +54,25 @@ def assert_same_end(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "num_kills", "arm"),
+    ("world_size", "num_kills", "options"),
     [
-        (1, 2, "normuon"),
-        (2, 2, "normuon"),
-        pytest.param(1, 20, "normuon", marks=pytest.mark.slow),
-        pytest.param(2, 20, "normuon", marks=pytest.mark.slow),
-        pytest.param(2, 4, "muon", marks=pytest.mark.slow),
-        pytest.param(2, 4, "adamw", marks=pytest.mark.slow),
+        (1, 2, {}),
+        (2, 2, {}),
+        (2, 1, {"momentum-dtype": "int8"}),
+        pytest.param(1, 20, {}, marks=pytest.mark.slow),
+        pytest.param(2, 20, {}, marks=pytest.mark.slow),
+        pytest.param(2, 4, {"arm": "muon"}, marks=pytest.mark.slow),
+        pytest.param(2, 4, {"arm": "adamw"}, marks=pytest.mark.slow),
     ],
+    ids=str,
 )
 @pytest.mark.timeout(600)
 def test_a_run_that_is_killed_ends_bitwise_as_one_that_is_not(
-    tmp_path: Path, words: Words, world_size: int, num_kills: int, arm: str
+    tmp_path: Path, words: Words, world_size: int, num_kills: int, options: dict[str, str]
 ) -> None:
     """kill -9 of all ranks at random moments, half of them while a checkpoint is being written."""
     # Long enough that no attempt ends before its kill.
-    run = words(**{"steps": 40 + 30 * num_kills, "arm": arm, "save-every": 8})
+    run = words(**{"steps": 40 + 30 * num_kills, "save-every": 8, **options})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     Job([*run, "--out", whole], tmp_path / "logs", world_size=world_size).wait().check()
     fell = train_through_kills(

@@ -22,6 +22,7 @@ DEFAULTS: Mapping[str, Any] = {
     "eps": 1e-8,
     "neuron_axis": "row",
     "cautious_weight_decay": False,
+    "momentum_dtype": "float32",
 }
 """What the claim runs had. Written down, since the library's defaults may move on this evidence."""
 
