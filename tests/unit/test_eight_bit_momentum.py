@@ -254,7 +254,7 @@ def test_codes_of_another_shape_are_refused():
     _, optimizer = made([(24, 300)], **INT8)
     saved = optimizer.state_dict()
     _, other = made([(24, 200)], **INT8)
-    with pytest.raises(ValueError, match=r"'momentum_codes' has shape \[24, 300\], and this"):
+    with pytest.raises(ValueError, match=r"'momentum_codes' has shape \[24, 300\], but this"):
         other.load_state_dict(saved)
 
 
