@@ -154,7 +154,7 @@ def test_parameters_that_are_no_copies_are_found_before_the_first_step(ranks):
     answers = ranks.run(trusted_case, 2, says_so=False)
     assert answers[0] == answers[1]
     message, untouched = answers[0]
-    assert message.startswith("experts [4, 8, 6]: process_group says")
+    assert message.startswith("experts [4, 8, 6]: process_group means")
     assert "'process_group': None" in message
     assert untouched
 
