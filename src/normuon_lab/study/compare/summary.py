@@ -106,7 +106,7 @@ def _steps_sentence(comparison: Comparison) -> str:
         return (
             f"On one seed {arm} reached {reference}'s final loss in {saved.mean:.1f}% fewer steps"
         )
-    interval = f"95% interval {saved.low:.1f} to {saved.high:.1f}, {num_seeds} seeds"
+    interval = f"95% Student's t interval {saved.low:.1f} to {saved.high:.1f}, {num_seeds} seeds"
     if standing(saved, digits=1) == "too close to call":
         return (
             f"Whether {arm} reaches {reference}'s final loss in fewer steps is too close to call "
