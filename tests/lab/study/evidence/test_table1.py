@@ -75,7 +75,7 @@ def test_what_is_missing_is_said_and_not_made_up(tmp_path: Path) -> None:
     table = table1(collect(tmp_path, {cell.name: cell}))
     muon, normuon = row_of(table, "muon", "adamw"), row_of(table, "normuon", "adamw")
     assert muon["steps_saved_percent"] is not None
-    assert muon["notes"][-1] == "4 of 6 claim seeds are not there yet"
+    assert muon["notes"][-1] == "4 of 6 claim seeds have not been run yet"
     assert normuon["reason_if_missing"] == "NorMuon has not been run"
     assert table["muon_rescale"][0]["reason_if_missing"] == "NorMuon has not been run"
 
