@@ -102,10 +102,21 @@ def test_authors_normuon_goes_on_as_if_nothing_had_happened():
         assert relative_to_distance_moved(a.detach(), b.detach(), c.detach()) < 1e-9
 
 
+class TorchOfFloat64:
+    """torch, but for the dtype that it takes for bfloat16."""
+
+    bfloat16 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 def test_muon_and_adamw_go_on_together(monkeypatch):
     """Two old optimizers become one: `muon` groups step as torch.optim.Muon, the rest as AdamW."""
-    # torch.optim.Muon casts with .bfloat16(); this keeps float64, so that the two can be compared.
+    # torch.optim.Muon casts to bfloat16, by .bfloat16() or, from torch 2.15 on, by .to(); this
+    # keeps float64, so that the two can be compared.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
+    monkeypatch.setattr("torch.optim._muon.torch", TorchOfFloat64())
     theirs = small_model()
     others = [param for param in theirs.parameters() if param.ndim < 2]
     muon = torch.optim.Muon(matrices(theirs), lr=0.02, weight_decay=0.0)
