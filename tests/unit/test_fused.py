@@ -285,7 +285,7 @@ def test_the_products_say_where_they_were_measured(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(fused_module, "why_not_fused", lambda device_type: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "this is 8.0" in fused_module.why_not_symmetric(cuda, torch.bfloat16)
+    assert "this device has 8.0" in fused_module.why_not_symmetric(cuda, torch.bfloat16)
     assert "not float32" in fused_module.why_not_symmetric(cuda, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert fused_module.why_not_symmetric(cuda, torch.float16) is None

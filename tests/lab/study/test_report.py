@@ -15,7 +15,7 @@ from normuon_lab.study.compare.report import render_report
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import standing, verdict
 from normuon_lab.study.statistics import Estimate, t_interval
-from tests.lab.browser import CHROMIUM, needs_browser, wait_until
+from tests.lab.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.conftest import Outcome
 
 PLOTS = ("loss-steps", "loss-seconds", "final-loss", "singular-values", "row-norms")
@@ -151,11 +151,7 @@ def test_in_a_narrow_window_panels_stand_one_below_the_other(opened: OpenedPage)
 def test_layer_buttons_and_narrow_windows_work(opened: OpenedPage) -> None:
     opened.page.locator("#row-norms .updatemenu-button").first.click()
     opened.page.set_viewport_size({"width": 480, "height": 900})
-    opened.page.wait_for_timeout(300)
-    scroll, client = opened.page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert scroll <= client
+    wait_until(opened.page, FITS)
     assert opened.page_errors == []
 
 

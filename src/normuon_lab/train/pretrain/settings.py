@@ -177,7 +177,7 @@ def merged(config: Config, values: Mapping[str, Any], *, source: str, where: str
         >>> merged(PretrainConfig(), {"batch": {"steps": 9}}, source="a.toml",).batch.steps
         Traceback (most recent call last):
         ...
-        normuon_lab.errors.InputError: warmup_steps 10: give fewer than the 9 steps of the run
+        normuon_lab.errors.InputError: --warmup-steps 10: give fewer than the 9 steps of the run
         >>> merged(PretrainConfig(), {"batch": {"step": 90}}, source="a.toml")
         Traceback (most recent call last):
         ...

