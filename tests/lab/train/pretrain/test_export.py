@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from normuon_lab.cli import main
+from normuon_lab.data.tokenizer import load_tokenizer, save_for_transformers
 from normuon_lab.train.pretrain.checkpoint import newest_complete, read_description
 from normuon_lab.train.pretrain.checkpoint_tensors import load_tensors_, model_of
 from normuon_lab.train.pretrain.export import sample
@@ -163,12 +164,23 @@ def test_data_that_is_gone_asks_for_the_tokenizer(
         moved.rename(data)
 
 
-def test_what_is_on_the_hub_alone_is_asked_for_once(llama_run: Path, tmp_path: Path) -> None:
+def test_what_is_on_the_hub_alone_is_asked_for_once(
+    llama_run: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
     """The Hub's client tried twelve times, with 48 seconds of waiting, before the error came."""
+    snapshot = tmp_path / "cache" / "models--somebody--mine" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    save_for_transformers(load_tokenizer(str(tokenizer_file)), snapshot)
+    # A model's repository has one, and AutoTokenizer looks for it first.
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
     for name, offline, message in (
         ("nobody/nothing", "0", "not on this machine, and the Hub cannot be reached: "),
         ("nobody/nothing", "1", "not on this machine, and HF_HUB_OFFLINE is set"),
+        # From the cache, although the Hub cannot be reached: it is read, and does not fit.
+        ("somebody/mine", "0", "the tokenizer has 300 tokens and the model 256"),
     ):
         done = subprocess.run(
             command(["export", llama_run, tmp_path / "out", "--tokenizer", name]),
