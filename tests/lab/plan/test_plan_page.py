@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from normuon_lab.plan.page import buckets_figure, render_page, write_page
-from tests.lab.browser import CHROMIUM, needs_browser, wait_until
+from tests.lab.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.plan.planned_models import contents_of
 
 PLOTS = ("work", "sent", "schemes", "buckets")
@@ -116,11 +116,7 @@ def test_in_the_dark_all_ink_is_light(opened: tuple[Any, list[str]]) -> None:
 def test_a_narrow_window_does_not_scroll_sideways(opened: tuple[Any, list[str]]) -> None:
     page, complaints = opened
     page.set_viewport_size({"width": 480, "height": 900})
-    page.wait_for_timeout(300)
-    scroll, client = page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert scroll <= client
+    wait_until(page, FITS)
     assert complaints == []
 
 
