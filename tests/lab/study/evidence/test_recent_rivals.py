@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +32,10 @@ from normuon_lab.study.evidence.protocol import (
 from normuon_lab.study.evidence.recent_rivals import RATES, compare_rivals, tune_rivals
 from normuon_lab.study.evidence.runs_store import StoredRun, read_runs, write_run
 from normuon_lab.train.arms.registry import ARMS
-from normuon_lab.train.runs import execution
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import load_task
 from normuon_lab.train.runs.train import train_run
-from normuon_lab.train.runs.workers import Job
 from tests.lab.study.evidence import synthetic
 from tests.lab.study.evidence.test_protocol_page import numbers, rows
 
@@ -45,26 +43,11 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
+def trained(trained_here: list[RunSpec], monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     """Trains in this process, and remembers what."""
-    seen: list[RunSpec] = []
-
-    def execute(
-        jobs: Sequence[Job],
-        experiment: Experiment,
-        corpus: object,
-        *,
-        console: Console,
-        on_finished: Callable[[RunSpec, RunRecord], object],
-    ) -> None:
-        for job in jobs:
-            seen.append(job.spec)
-            on_finished(job.spec, train_run(job.spec, experiment, load_task(experiment)))
-
-    monkeypatch.setattr(execution, "execute", execute)
     monkeypatch.setattr(recent_rivals, "RECENT_SEEDS", (0, 1))
     monkeypatch.setattr(recent_rivals, "MAX_TUNING_TRIALS", 3)
-    return seen
+    return trained_here
 
 
 def write_parent(results: Path, name: str) -> None:

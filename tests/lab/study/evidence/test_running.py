@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from normuon_lab.study.evidence import running
 from normuon_lab.study.evidence.protocol import ARITHMETIC_STARTS, Cell
 from normuon_lab.study.evidence.reproduce import repeat_runs
 from normuon_lab.study.evidence.runs_store import read_runs
-from normuon_lab.train.runs import execution
 from normuon_lab.train.runs.config import (
     Experiment,
     ModelConfig,
@@ -22,39 +20,18 @@ from normuon_lab.train.runs.config import (
     RunSpec,
     TrainConfig,
 )
-from normuon_lab.train.runs.records import RunRecord
-from normuon_lab.train.runs.tasks import load_task
-from normuon_lab.train.runs.train import train_run
-from normuon_lab.train.runs.workers import Job
 
 ARMS = ("adamw", "muon", "normuon", "rmnp")
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
+def trained(trained_here: list[RunSpec], monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     """Trains in this process, and remembers what; workers have tests of their own."""
-    seen: list[RunSpec] = []
-
-    def execute(
-        jobs: Sequence[Job],
-        experiment: Experiment,
-        corpus: object,
-        *,
-        console: Console,
-        on_finished: Callable[[RunSpec, RunRecord], object],
-    ) -> None:
-        for job in jobs:
-            seen.append(job.spec)
-            data = load_task(experiment)
-            record = train_run(job.spec, experiment, data, probe_updates=job.probe_updates)
-            on_finished(job.spec, record)
-
-    monkeypatch.setattr(execution, "execute", execute)
     monkeypatch.setattr(running, "TUNING_SEEDS", (1000,))
     monkeypatch.setattr(running, "CLAIM_SEEDS", (0, 1))
     monkeypatch.setattr(running, "MAX_TUNING_TRIALS", 3)
     monkeypatch.setattr(running, "SENSITIVITY", VARIED)
-    return seen
+    return trained_here
 
 
 VARIED = {"beta2": (0.5,), "momentum_dtype": ("int8",)}
