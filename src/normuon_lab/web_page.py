@@ -25,6 +25,7 @@ def render_page(
     *,
     plots: Mapping[str, go.Figure | None] | None = None,
     filters: Mapping[str, Callable[..., Any]] | None = None,
+    undefined: type[jinja2.Undefined] = jinja2.StrictUndefined,
     **values: Any,
 ) -> str:
     """A page as text.
@@ -35,6 +36,7 @@ def render_page(
         plots: figures by the `id` of the element that each is drawn in; None for one that there
             is nothing to draw in.
         filters: of the template.
+        undefined: what a value that is not given is to the template; by default an error.
         values: of the template.
     """
     environment = jinja2.Environment(
@@ -42,7 +44,7 @@ def render_page(
             [jinja2.PackageLoader(package), jinja2.PackageLoader("normuon_lab")]
         ),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=undefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from normuon.distributed.cost import format_bytes
+from normuon_lab import web_page
 from normuon_lab.atomic_files import write_text
 from normuon_lab.bench.suite.verdict import device_name, entries_of, verdict
 
@@ -35,22 +36,20 @@ def write_page(path: Path, record: Mapping[str, Any]) -> None:
 
 def render_page(record: Mapping[str, Any]) -> str:
     """The page as text; a record may lack anything that its parts have not reached yet."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("normuon_lab.bench.suite"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        num=number,
-        num_bytes=lambda value: NONE if value is None else format_bytes(value),
-        percent=lambda value: NONE if value is None else f"{100 * value:.0f}%",
-        rate=lambda value: NONE if value is None else f"{1e-12 * value:.4g}",
-        bar=bar_percent,
-    )
     parts = record["parts"]
     values = {name: part["values"] for name, part in parts.items()}
-    return environment.get_template("gpu.html.j2").render(
+    return web_page.render_page(
+        "normuon_lab.bench.suite",
+        "gpu.html.j2",
+        # A record lacks what its parts have not reached yet.
+        undefined=jinja2.Undefined,
+        filters={
+            "num": number,
+            "num_bytes": lambda value: NONE if value is None else format_bytes(value),
+            "percent": lambda value: NONE if value is None else f"{100 * value:.0f}%",
+            "rate": lambda value: NONE if value is None else f"{1e-12 * value:.4g}",
+            "bar": bar_percent,
+        },
         record=record,
         parts=parts,
         values=values,
