@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,10 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.browser import CHROMIUM, needs_browser
 from tests.docs.test_docs import DOCS, ROOT
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
 
 LINKS = {"a": "href", "link": "href", "img": "src", "script": "src", "iframe": "src"}
 """Elements that lead elsewhere, and the attribute that says where."""

@@ -19,7 +19,7 @@ from normuon_lab.bench.suite.record import (
     page_path,
 )
 from normuon_lab.bench.suite.verdict import verdict
-from tests.lab.browser import CHROMIUM
+from tests.browser import CHROMIUM, needs_browser
 
 
 def test_the_page_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def opened(dry: tuple[dict[str, Any], Path]) -> Iterator[tuple[Any, list[str]]]:
         browser.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@needs_browser
 def test_the_page_opens_alone_on_wide_and_narrow_screens_light_and_dark(
     opened: tuple[Any, list[str]], dry: tuple[dict[str, Any], Path]
 ) -> None:

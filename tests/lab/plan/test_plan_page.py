@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from normuon_lab.plan.page import buckets_figure, render_page, write_page
-from tests.lab.browser import CHROMIUM, FITS, needs_browser, wait_until
+from tests.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.plan.planned_models import contents_of
 
 PLOTS = ("work", "sent", "schemes", "buckets")

@@ -15,7 +15,7 @@ from normuon_lab.study.compare.report import render_report
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import standing, verdict
 from normuon_lab.study.statistics import Estimate, t_interval
-from tests.lab.browser import CHROMIUM, FITS, needs_browser, wait_until
+from tests.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.conftest import Outcome
 
 PLOTS = ("loss-steps", "loss-seconds", "final-loss", "singular-values", "row-norms")
