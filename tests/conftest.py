@@ -9,6 +9,11 @@ import torch
 
 torch.set_num_threads(1)
 
+# `make test` leaves these for a make below it, which then prints what it enters and takes the
+# outer one's variables. A test's make must print and take what it would at a shell.
+for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MAKEFILES"):
+    os.environ.pop(_name, None)
+
 if not torch.cuda.is_available():
     # Triton reads it when it is imported: kernels run on CPU tensors, in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
