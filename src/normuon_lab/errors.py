@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+MAX_WORDS = 300
+"""Characters of a text of others that a record keeps."""
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the text is one line and says what to do instead."""
@@ -42,6 +45,17 @@ def first_line(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def in_words(error: BaseException) -> str:
+    """An error's class and the first line of its text, cut to `MAX_WORDS` characters.
+
+    Example:
+        >>> in_words(ValueError("no such file\\nsee the manual")), in_words(KeyError())
+        ('ValueError: no such file', 'KeyError')
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"[:MAX_WORDS].rstrip(": ")
 
 
 def require(condition: bool, message: str) -> None:

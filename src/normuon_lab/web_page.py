@@ -7,11 +7,13 @@ reader's colour scheme, and panels side by side go one below the other where the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+
+# A page without figures needs jinja2 alone, which comes with torch.
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 WARNING = "#d9534a"
@@ -50,10 +52,15 @@ def render_page(
     )
     environment.filters.update(filters or {})
     drawn = {name: figure for name, figure in (plots or {}).items() if figure is not None}
+    plotly_js = ""
+    if drawn:
+        from plotly.offline import get_plotlyjs
+
+        plotly_js = get_plotlyjs()
     return environment.get_template(template).render(
         **values,
         plots={name: _figure_json(figure) for name, figure in drawn.items()},
-        plotly_js=get_plotlyjs() if drawn else "",
+        plotly_js=plotly_js,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -126,20 +126,9 @@ class BenchCommand:
 
         for name in ("model", "shapes", "layers"):
             require(getattr(self, name) is None, f"--{name} is not for --suite {self.suite}")
-        options = SuiteOptions(
-            out=self.out or Path("runs/gpu"),
-            seconds=self.seconds,
-            device=self.device,
-            dion=self.dion,
-            only=self.only,
-            parts=self.parts,
-            tests=self.tests,
-            tokens_per_step=self.tokens_per_step,
-            lr=self.lr,
-            seed=self.seed,
-            command=recorded_command(),
-        )
-        return exit_code(run_suite(options))
+        shared = {one.name for one in fields(SuiteOptions)} & {one.name for one in fields(self)}
+        given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        return exit_code(run_suite(SuiteOptions(**given, command=recorded_command())))
 
     def _check(self) -> None:
         """Everything that can be wrong without knowing the machine."""

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import metadata
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from normuon_lab.atomic_files import read_json
-from normuon_lab.bench.contender import Contender
+from normuon_lab.bench.contender import NS_STEPS, chosen, own_contenders
 from normuon_lab.bench.matrices import MatrixClass, largest_class_elements
-from normuon_lab.bench.own import own_contenders
+from normuon_lab.bench.measure import median_ratio, quartiles
 from normuon_lab.bench.peers import PeerPaths, peer_contenders
 from normuon_lab.bench.race import Entry, Race, Say, run_race
-from normuon_lab.errors import RunsFailedError, require
+from normuon_lab.errors import RunsFailedError
 from normuon_lab.machine import describe_machine, utc_now
 
 KIND = "normuon bench"
@@ -78,20 +76,13 @@ def run_bench(request: BenchRequest, say: Say = lambda text: None) -> dict[str, 
     own = own_contenders(
         dtypes=request.dtypes, coefficients=request.coefficients, device=request.device
     )
-    peers: tuple[Contender, ...] = ()
-    if request.with_peers:
-        peers = peer_contenders(
-            ns_dtype=own[0].ns_dtype, device=request.device, paths=request.paths
-        )
-    contenders = [
-        one
-        for one in (*own, *peers)
-        if not request.only or any(fnmatchcase(one.name, pattern) for pattern in request.only)
-    ]
-    known = ", ".join(one.name for one in (*own, *peers))
-    require(bool(contenders), f"--only {' '.join(request.only)}: no name matches; known: {known}")
+    peers = (
+        peer_contenders(ns_dtype=str(own[0].ns_dtype), device=request.device, paths=request.paths)
+        if request.with_peers
+        else ()
+    )
     race = run_race(
-        contenders,
+        chosen((*own, *peers), request.only),
         request.matrices,
         rounds=request.rounds,
         seed=request.seed,
@@ -148,26 +139,26 @@ def read_bench(path: Path) -> dict[str, Any]:
 def _entry_values(entry: Entry, race: Race) -> dict[str, Any]:
     contender = entry.contender
     seconds = entry.step_seconds
-    bounds = [entry.flops / rate for rate in race.peaks[contender.ns_dtype]]
+    bounds = [entry.flops / rate for rate in race.peaks[str(contender.ns_dtype)]]
     return {
         "name": contender.name,
         "package": contender.package,
         "version": _version(contender.package),
         "method": contender.method,
         "coefficients": contender.coefficients,
-        "ns_steps": contender.ns_steps,
+        "ns_steps": NS_STEPS,
         "ns_dtype": contender.ns_dtype,
         "note": contender.note,
         "step_ms": [1e3 * value for value in seconds],
         "median_ms": 1e3 * statistics.median(seconds),
         "min_ms": 1e3 * min(seconds),
-        "quartiles_ms": _quartiles([1e3 * value for value in seconds]),
-        "ratio_to_reference": _median_ratio(seconds, race.entries[0].step_seconds),
+        "quartiles_ms": quartiles([1e3 * value for value in seconds]),
+        "ratio_to_reference": median_ratio(seconds, race.entries[0].step_seconds),
         "flops": entry.flops,
         "flops_by_model": _modelled_flops(entry, race),
         # Kernels of one's own may hide their products from the counter.
         "bound_ms": 1e3 * statistics.median(bounds) if entry.flops else None,
-        "time_over_bound": _median_ratio(seconds, bounds) if entry.flops else None,
+        "time_over_bound": median_ratio(seconds, bounds) if entry.flops else None,
         "state_elements": entry.state_elements,
         "state_bytes": entry.state_bytes,
         "scratch_bytes": entry.scratch_bytes,
@@ -197,18 +188,6 @@ def _profile_values(entry: Entry) -> dict[str, Any]:
         "rest_by_operator_ms": dict(by_time[:NUM_REST]),
         "outside_ms": profile.outside_ms,
     }
-
-
-def _median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """Round by round, because the machine's speed drifts."""
-    return statistics.median(map(truediv, values, others))
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    if len(values) == 1:
-        return [values[0], values[0]]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [first, third]
 
 
 def _device_name(device: torch.device) -> str:

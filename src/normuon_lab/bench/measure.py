@@ -1,29 +1,47 @@
 """What one optimizer step takes: seconds, FLOPs, memory and where its time goes.
 
-Counting and timing are separate steps, so that no figure is taken under another's instrument. Which
-steps are measured, and in what order, is `race.py`'s.
+Counting and timing are separate steps, so that no figure is taken under another's instrument.
 """
 
 from __future__ import annotations
 
+import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from operator import truediv
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
+
+from normuon_lab.bench.matrices import MatrixClass
 
 PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "matmul"))
 """The operators that multiply matrices."""
 
 PEAK_SIDES = (1024, 4096)
 """Least and greatest side of the square product that measures the machine."""
+
+
+WEIGHT_SCALE = 0.02
+
+
+def normal_matrices(
+    matrices: Sequence[MatrixClass], *, seed: int, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Normal float32 weights and gradients, one of each for every matrix."""
+    torch.manual_seed(seed)
+    shapes = [one.shape for one in matrices for _ in range(one.count)]
+    weights = [torch.randn(shape, device=device) * WEIGHT_SCALE for shape in shapes]
+    return weights, [torch.randn(shape, device=device) for shape in shapes]
 
 
 class Gradients:
@@ -122,26 +140,45 @@ class MemoryUse:
     net: int = 0
 
 
+@dataclass(order=True, slots=True)
+class Timed:
+    """An operator or a kernel of a profiled step."""
+
+    ms: float
+    count: int
+    name: str
+
+
 @dataclass(slots=True)
 class StepProfile:
     """Where one step's time went.
 
     Attributes:
         wall_ms: the step under the profiler, somewhat slower than without.
-        products_ms: in matrix products.
-        rest_ms: in other operators, by name.
+        operators: that took time, each apart from those it called.
+        kernels: of an accelerator; on a CPU, the operators.
         memory: what it allocated.
     """
 
     wall_ms: float = 0.0
-    products_ms: float = 0.0
-    rest_ms: dict[str, float] = field(default_factory=dict)
+    operators: list[Timed] = field(default_factory=list)
+    kernels: list[Timed] = field(default_factory=list)
     memory: MemoryUse = field(default_factory=MemoryUse)
+
+    @property
+    def products_ms(self) -> float:
+        """In matrix products."""
+        return sum(one.ms for one in self.operators if one.name in PRODUCTS)
+
+    @property
+    def rest_ms(self) -> dict[str, float]:
+        """In other operators, by name."""
+        return {one.name: one.ms for one in self.operators if one.name not in PRODUCTS}
 
     @property
     def outside_ms(self) -> float:
         """In no operator: Python, and on an accelerator waiting for it."""
-        return max(0.0, self.wall_ms - self.products_ms - sum(self.rest_ms.values()))
+        return max(0.0, self.wall_ms - sum(one.ms for one in self.operators))
 
 
 @contextmanager
@@ -168,14 +205,79 @@ def profile_step(run: Callable[[], object], device: torch.device) -> StepProfile
     if not on_cuda:
         _replay_allocations(profiler, found.memory)
     for event in profiler.key_averages():
-        if event.device_type != DeviceType.CPU:
-            continue  # Kernels, whose time stands with the operators that launched them, too.
         spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        if event.key in PRODUCTS:
-            found.products_ms += 1e-3 * spent
+        one = Timed(1e-3 * spent, event.count, event.key)
+        if event.device_type != DeviceType.CPU:
+            if not _is_annotation(event):
+                found.kernels.append(one)
         elif spent and "::" in event.key:  # Other events are annotations, not operators.
-            found.rest_ms[event.key] = 1e-3 * spent
+            found.operators.append(one)
+    if not on_cuda:
+        found.kernels = found.operators
     return found
+
+
+def _is_annotation(event: Any) -> bool:
+    """Whether a profiler's event only spans others, such as ``Optimizer.step#NorMuon.step``."""
+    spans = ("#", "Torch-Compiled Region", "ProfilerStep", "CompiledFunction")
+    return bool(getattr(event, "is_user_annotation", False)) or any(
+        span in event.key for span in spans
+    )
+
+
+@dataclass(slots=True)
+class Built:
+    """An optimizer after its first step.
+
+    Attributes:
+        optimizer: of the given parameters.
+        flops: what `count` said of the first step.
+        memory: from before it was built.
+    """
+
+    optimizer: Optimizer
+    flops: int
+    memory: MemoryUse
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state now."""
+        return tensor_bytes(list(self.optimizer.state.values()))
+
+    @property
+    def scratch_kept_bytes(self) -> int:
+        """What it holds between steps besides parameters, gradients and state."""
+        return max(0, self.memory.net - self.state_bytes)
+
+
+def build_and_step(
+    build: Callable[[Sequence[nn.Parameter]], Optimizer],
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
+    device: torch.device,
+    *,
+    count: Callable[[Callable[[], object]], int] = counted_flops,
+) -> Built:
+    """Builds an optimizer and takes its first step under `count`."""
+    gradients.hand_out(params)
+    with tracked_memory(device) as memory:
+        optimizer = build(params)
+        flops = count(optimizer.step)
+        gc.collect()
+    return Built(optimizer, flops, memory)
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios round by round, because a machine's speed drifts."""
+    return statistics.median(map(truediv, values, others))
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """First and third."""
+    if len(values) == 1:
+        return [values[0], values[0]]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
 
 
 def tensor_bytes(values: Any) -> int:

@@ -11,7 +11,6 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.bench.contender import Contender
-from normuon_lab.bench.own import why_not_compiled
+from normuon_lab.bench.contender import LR, Builder, Contender, builder, why_not_compiled
 from normuon_lab.errors import InputError, require
 
-LR = 1e-3
 JORDAN = (3.4445, -4.7750, 2.0315)
 DION_URL = "github.com/microsoft/dion"
 AUTHORS_URL = "github.com/zichongli5/NorMuon"
-
-Params = Sequence[nn.Parameter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,30 +63,83 @@ def peer_contenders(
         paths: of peers that no registry has.
     """
     return (
-        _torch_muon(),
+        torch_muon(),
         *_optimuon(ns_dtype),
         *_pytorch_optimizer(),
-        _heavyball(),
+        _peer(
+            "heavyball Muon",
+            "heavyball",
+            builder("heavyball", lr=LR, weight_decay=0),
+            coefficients="you",
+            compiles=True,
+            missing=_why_not_installed("heavyball"),
+        ),
         _muonium(device),
-        _muon_fsdp2(),
-        _dion(paths.dion),
+        _peer(
+            "muon-fsdp2",
+            "muon-fsdp2",
+            builder("muon_fsdp2", group={"lr": LR, "use_muon": True}),
+            compiles=True,
+            missing=_why_not_installed("muon-fsdp2"),
+        ),
+        dion_normuon("dion NorMuon", paths.dion),
         _authors(paths.authors),
     )
 
 
-def _torch_muon() -> Contender:
-    def build(params: Params) -> Optimizer:
-        return torch.optim.Muon(params, lr=LR, weight_decay=0.0)
+def torch_muon() -> Contender:
+    """torch's own Muon."""
+    return _peer("torch.optim.Muon", "torch", builder("torch.optim", lr=LR, weight_decay=0.0))
 
+
+def dion_normuon(
+    name: str, path: Path | None, *, missing: str | None = None, **options: Any
+) -> Contender:
+    """Dion's NorMuon from a checkout, with options of its own."""
+
+    def of_checkout(class_name: str) -> Builder:
+        build = builder("dion", class_name, lr=LR, weight_decay=0.0, **options)
+
+        def build_from_checkout(params: Sequence[nn.Parameter]) -> Optimizer:
+            if str(path) not in sys.path:
+                sys.path.insert(0, str(path))
+            return build(params)
+
+        return build_from_checkout
+
+    return _peer(
+        name,
+        "dion",
+        of_checkout("NorMuon"),
+        build_unscaled=of_checkout("Muon"),
+        coefficients="polar_express",
+        compiles=True,
+        missing=f"give --dion PATH, a checkout of {DION_URL}"
+        if path is None
+        else why_not_compiled() or missing,
+    )
+
+
+def _peer(
+    name: str,
+    package: str,
+    build: Builder,
+    *,
+    ns_dtype: str = "bfloat16",
+    compiles: bool = False,
+    missing: str | None = None,
+    **fields: Any,
+) -> Contender:
+    if compiles:
+        missing = missing or why_not_compiled()
     return Contender(
-        name="torch.optim.Muon",
-        package="torch",
+        name=name,
+        package=package,
         build=build,
-        build_unscaled=build,
-        method="newton_schulz",
-        coefficients="jordan",
-        ns_steps=5,
-        ns_dtype="bfloat16",
+        ns_dtype=ns_dtype,
+        compiles=compiles,
+        missing=missing,
+        **fields,
     )
 
 
@@ -101,143 +149,68 @@ def _optimuon(ns_dtype: str) -> tuple[Contender, ...]:
         ", no restart": {"gns_restart_after": None},
         ", jordan": {"ns_coefficients": JORDAN, "ns_norm_scale": 1.0},
     }
-
-    def build(options: dict[str, Any], normuon: bool, params: Params) -> Optimizer:
-        from optimuon import Muon
-
-        dtype = getattr(torch, ns_dtype)
-        return Muon(params, lr=LR, gram_ns=True, ns_dtype=dtype, normuon=normuon, **options)
-
+    common: dict[str, Any] = {"lr": LR, "gram_ns": True, "ns_dtype": getattr(torch, ns_dtype)}
     return tuple(
-        Contender(
-            name=f"optimuon Gram {ns_dtype}{suffix}",
-            package="optimuon",
-            build=partial(build, options, True),
-            build_unscaled=partial(build, options, False),
+        _peer(
+            f"optimuon Gram {ns_dtype}{suffix}",
+            "optimuon",
+            builder("optimuon", **common, normuon=True, **options),
+            build_unscaled=builder("optimuon", **common, normuon=False, **options),
             method="gram",
             coefficients="jordan" if "ns_coefficients" in options else "polar_express",
-            ns_steps=5,
             ns_dtype=ns_dtype,
-            missing=_why_not_installed("optimuon", "optimuon"),
+            missing=_why_not_installed("optimuon"),
         )
         for suffix, options in variants.items()
     )
 
 
 def _pytorch_optimizer() -> tuple[Contender, ...]:
-    def build(method: str, params: Params) -> Optimizer:
-        from pytorch_optimizer import Muon
-
-        options: dict[str, Any] = {"ns_method": method}
-        return Muon([{"params": list(params), "use_muon": True}], lr=LR, **options)
-
     dtypes = {"newton_schulz": "bfloat16", "gram_newton_schulz": "float16"}
     return tuple(
-        Contender(
-            name=f"pytorch_optimizer Muon {'Gram ' if 'gram' in method else ''}{dtype}",
-            package="pytorch_optimizer",
-            build=partial(build, method),
-            build_unscaled=partial(build, method),
+        _peer(
+            f"pytorch_optimizer Muon {'Gram ' if 'gram' in method else ''}{dtype}",
+            "pytorch_optimizer",
+            builder("pytorch_optimizer", group={"use_muon": True}, lr=LR, ns_method=method),
             method=method.removesuffix("_newton_schulz"),
-            coefficients="jordan",
-            ns_steps=5,
             ns_dtype=dtype,
-            missing=_why_not_installed("pytorch_optimizer", "pytorch_optimizer"),
+            missing=_why_not_installed("pytorch_optimizer"),
         )
         for method, dtype in dtypes.items()
     )
 
 
-def _heavyball() -> Contender:
-    def build(params: Params) -> Optimizer:
-        from heavyball import Muon
-
-        return Muon(params, lr=LR, weight_decay=0)
-
-    return Contender(
-        name="heavyball Muon",
-        package="heavyball",
-        build=build,
-        build_unscaled=build,
-        method="newton_schulz",
-        coefficients="you",
-        ns_steps=5,
-        ns_dtype="bfloat16",
-        compiles=True,
-        missing=_why_not_installed("heavyball", "heavyball") or why_not_compiled(),
-    )
-
-
 def _muonium(device: torch.device) -> Contender:
-    def build(algorithm: str, params: Params) -> Optimizer:
-        from muonium.optim import Muon
+    on_cuda = device.type == "cuda"
 
-        if device.type != "cuda":
-            package: Any = importlib.import_module("muonium.orthogonalize.orthogonalize")
-            package.pe_loop_triton = package.pe_loop
-        group = {"params": list(params), "algorithm": algorithm}
-        return Muon([group], lr=LR, wd=0.0)
+    def with_algorithm(algorithm: str) -> Builder:
+        build = builder("muonium.optim", group={"algorithm": algorithm}, lr=LR, wd=0.0)
 
-    return Contender(
-        name="muonium NorMuon",
-        package="muonium",
-        build=partial(build, "normuon"),
-        build_unscaled=partial(build, "muon"),
-        method="newton_schulz",
+        def build_here(params: Sequence[nn.Parameter]) -> Optimizer:
+            importlib.import_module("muonium.optim")
+            if not on_cuda:
+                package: Any = importlib.import_module("muonium.orthogonalize.orthogonalize")
+                package.pe_loop_triton = package.pe_loop
+            return build(params)
+
+        return build_here
+
+    return _peer(
+        "muonium NorMuon",
+        "muonium",
+        with_algorithm("normuon"),
+        build_unscaled=with_algorithm("muon"),
         coefficients="polar_express",
-        ns_steps=5,
-        ns_dtype="bfloat16",
         compiles=True,
-        missing=_why_not_installed("muonium", "muonium") or why_not_compiled(),
+        missing=_why_not_installed("muonium"),
         note=None
-        if device.type == "cuda"
+        if on_cuda
         else "as released it asserts a CUDA device: its plain loop stands in for its Triton one",
     )
 
 
-def _muon_fsdp2() -> Contender:
-    def build(params: Params) -> Optimizer:
-        from muon_fsdp2 import Muon
-
-        return Muon([{"params": list(params), "lr": LR, "use_muon": True}])
-
-    return Contender(
-        name="muon-fsdp2",
-        package="muon-fsdp2",
-        build=build,
-        build_unscaled=build,
-        method="newton_schulz",
-        coefficients="jordan",
-        ns_steps=5,
-        ns_dtype="bfloat16",
-        compiles=True,
-        missing=_why_not_installed("muon_fsdp2", "muon-fsdp2") or why_not_compiled(),
-    )
-
-
-def _dion(path: Path | None) -> Contender:
-    def build(name: str, params: Params) -> Optimizer:
-        if str(path) not in sys.path:
-            sys.path.insert(0, str(path))
-        return getattr(importlib.import_module("dion"), name)(params, lr=LR, weight_decay=0.0)
-
-    missing = f"give --dion PATH, a checkout of {DION_URL}" if path is None else why_not_compiled()
-    return Contender(
-        name="dion NorMuon",
-        package="dion",
-        build=partial(build, "NorMuon"),
-        build_unscaled=partial(build, "Muon"),
-        method="newton_schulz",
-        coefficients="polar_express",
-        ns_steps=5,
-        ns_dtype="bfloat16",
-        compiles=True,
-        missing=missing,
-    )
-
-
 def _authors(path: Path | None) -> Contender:
-    def build(params: Params) -> Optimizer:
+    def build(params: Sequence[nn.Parameter]) -> Optimizer:
         module = _module_from(path)
         released = module.zeropower_via_newtonschulz5
 
@@ -245,20 +218,17 @@ def _authors(path: Path | None) -> Contender:
             return released(grad, steps).to(grad.dtype)
 
         module.zeropower_via_newtonschulz5 = in_weights_dtype
-        return module.SingleDeviceNorMuon(params, lr=LR)
+        made: Optimizer = module.SingleDeviceNorMuon(params, lr=LR)
+        return made
 
-    def build_unscaled(params: Params) -> Optimizer:
+    def build_unscaled(params: Sequence[nn.Parameter]) -> Optimizer:
         return DirectionStep(params, _module_from(path).zeropower_via_newtonschulz5)
 
-    return Contender(
-        name="authors' NorMuon",
-        package="authors",
-        build=build,
+    return _peer(
+        "authors' NorMuon",
+        "authors",
+        build,
         build_unscaled=build_unscaled,
-        method="newton_schulz",
-        coefficients="jordan",
-        ns_steps=5,
-        ns_dtype="bfloat16",
         missing=f"give --authors FILE, normuon.py of {AUTHORS_URL}" if path is None else None,
         note="as released it takes bfloat16 weights only: what its Newton-Schulz returns is cast "
         "to float32",
@@ -273,7 +243,9 @@ class DirectionStep(Optimizer):
         direction: ``[m, n] -> [m, n]``.
     """
 
-    def __init__(self, params: Params, direction: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], direction: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__(params, {"lr": LR})
         self._direction = direction
 
@@ -285,8 +257,8 @@ class DirectionStep(Optimizer):
                 param.sub_(self._direction(param.grad), alpha=group["lr"])
 
 
-def _why_not_installed(module: str, distribution: str) -> str | None:
-    if importlib.util.find_spec(module) is not None:
+def _why_not_installed(distribution: str) -> str | None:
+    if importlib.util.find_spec(distribution.replace("-", "_")) is not None:
         return None
     return f"not installed: pip install {distribution}"
 

@@ -79,7 +79,7 @@ def polar_errors(contender: Contender, gradient: Tensor, polar_MN: Tensor) -> di
         RuntimeError: two steps left the weights at zero.
     """
     param = nn.Parameter(torch.zeros_like(gradient))
-    optimizer = contender.build_unscaled([param])
+    optimizer = (contender.build_unscaled or contender.build)([param])
     for _ in range(2):  # Some optimizers only set up their state at the first step.
         param.grad = gradient.clone()
         optimizer.step()

@@ -1,12 +1,7 @@
-"""Contenders side by side in one process: each prepared and counted once, then timed in turn.
-
-What a figure means is `measure.py`'s and `polar.py`'s; how the figures are written down is
-`contents.py`'s.
-"""
+"""Contenders side by side in one process: each prepared and counted once, then timed in turn."""
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normuon_lab.bench.contender import Contender
@@ -24,17 +18,17 @@ from normuon_lab.bench.measure import (
     Gradients,
     MatmulPeak,
     StepProfile,
+    build_and_step,
     counted_flops,
+    normal_matrices,
     peak_side,
     profile_step,
-    tensor_bytes,
     tensor_elements,
     timed,
-    tracked_memory,
 )
 from normuon_lab.bench.polar import polar_errors, polar_factor
+from normuon_lab.errors import in_words
 
-WEIGHT_SCALE = 0.02
 Shape = tuple[int, int]
 Say = Callable[[str], None]
 
@@ -52,6 +46,7 @@ class Entry:
         scratch_peak_bytes: the most that a step allocates beyond all that is held between steps.
         polar: errors by shape; empty when they were not asked for.
         profile: of one step.
+        take_step: takes one and returns its seconds.
         step_seconds: one per round.
     """
 
@@ -63,6 +58,7 @@ class Entry:
     scratch_peak_bytes: int
     polar: dict[Shape, dict[str, float]]
     profile: StepProfile
+    take_step: Callable[[], float]
     step_seconds: list[float] = field(default_factory=list)
 
     @property
@@ -147,19 +143,6 @@ class _Track:
     rounds: int
 
 
-@dataclass(slots=True)
-class _Runner:
-    """A contender ready to step."""
-
-    optimizer: Optimizer
-    params: list[nn.Parameter]
-    track: _Track
-
-    def step_seconds(self) -> float:
-        self.track.gradients.hand_out(self.params)
-        return timed(self.optimizer.step, self.track.device)
-
-
 def run_race(
     contenders: Sequence[Contender],
     matrices: Sequence[MatrixClass],
@@ -186,7 +169,6 @@ def run_race(
     track = _make_track(
         matrices, seed=seed, device=device, rounds=rounds, with_polar=with_polar, say=say
     )
-    runners: list[_Runner] = []
     entries: list[Entry] = []
     not_run: dict[str, str] = {}
     for contender in contenders:
@@ -196,27 +178,23 @@ def run_race(
         say(f"preparing {contender.name}")
         allowance = Allowance(math.inf if contender.is_own else peer_seconds)
         try:
-            runner, entry = _prepared(contender, track, allowance)
+            entries.append(_prepared(contender, track, allowance))
         except TooSlowError as reason:
             not_run[contender.name] = f"slower than --peer-seconds {peer_seconds:g}: {reason}"
-            continue
         except Exception as error:  # A peer's fault is a finding, and the others still run.
-            not_run[contender.name] = _in_words(error)
-            continue
-        runners.append(runner)
-        entries.append(entry)
+            not_run[contender.name] = in_words(error)
     side = peak_side([one.shape for one in matrices])
     machine = {
         dtype: MatmulPeak(side, getattr(torch, dtype), device)
-        for dtype in dict.fromkeys(entry.contender.ns_dtype for entry in entries)
+        for dtype in dict.fromkeys(str(entry.contender.ns_dtype) for entry in entries)
     }
     race = Race(entries, not_run, tuple(matrices), side, {dtype: [] for dtype in machine})
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
         for dtype, peak in machine.items():
             race.peaks[dtype].append(peak.flops_per_second())
-        for entry, runner in zip(entries, runners, strict=True):
-            entry.step_seconds.append(runner.step_seconds())
+        for entry in entries:
+            entry.step_seconds.append(entry.take_step())
     return race
 
 
@@ -229,19 +207,16 @@ def _make_track(
     with_polar: bool,
     say: Say,
 ) -> _Track:
-    torch.manual_seed(seed)
-    shapes = [one.shape for one in matrices for _ in range(one.count)]
-    weights = [torch.randn(shape, device=device) * WEIGHT_SCALE for shape in shapes]
-    values = [torch.randn(shape, device=device) for shape in shapes]
+    weights, gradients = normal_matrices(matrices, seed=seed, device=device)
     polar = {}
     if with_polar:
         say("polar factors")
-        samples = dict(zip(shapes, values, strict=True))
+        samples = {(one.shape[0], one.shape[1]): one for one in gradients}
         polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
-    return _Track(weights, Gradients(values), polar, device, rounds)
+    return _Track(weights, Gradients(gradients), polar, device, rounds)
 
 
-def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> tuple[_Runner, Entry]:
+def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> Entry:
     """Everything but the timed rounds; what is compiled is compiled here.
 
     Raises:
@@ -251,33 +226,31 @@ def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> tupl
     with torch.compiler.set_stance("force_eager"), allowance:
         errors = {shape: polar_errors(contender, *pair) for shape, pair in track.polar.items()}
     params = [nn.Parameter(weight.clone()) for weight in track.weights]
-    track.gradients.hand_out(params)
-    with tracked_memory(track.device) as kept:
-        optimizer = contender.build(params)
+
+    def count(step: Callable[[], object]) -> int:
         with allowance:
-            flops = counted_flops(optimizer.step)
-        gc.collect()
-    runner = _Runner(optimizer, params, track)
+            return counted_flops(step)
+
+    built = build_and_step(contender.build, params, track.gradients, track.device, count=count)
+    optimizer = built.optimizer
+
+    def take_step() -> float:
+        track.gradients.hand_out(params)
+        return timed(optimizer.step, track.device)
+
     if contender.compiles:
-        runner.step_seconds()
+        take_step()
     track.gradients.hand_out(params)
     profile = profile_step(optimizer.step, track.device)
     allowance.check_rounds(track.rounds, 1e-3 * profile.wall_ms)
-    state = list(optimizer.state.values())
-    state_bytes = tensor_bytes(state)
-    entry = Entry(
+    return Entry(
         contender=contender,
-        flops=flops,
-        state_elements=tensor_elements(state),
-        state_bytes=state_bytes,
-        scratch_kept_bytes=max(0, kept.net - state_bytes),
+        flops=built.flops,
+        state_elements=tensor_elements(list(optimizer.state.values())),
+        state_bytes=built.state_bytes,
+        scratch_kept_bytes=built.scratch_kept_bytes,
         scratch_peak_bytes=profile.memory.peak,
         polar=errors,
         profile=profile,
+        take_step=take_step,
     )
-    return runner, entry
-
-
-def _in_words(error: Exception) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text.strip()[:200]}"

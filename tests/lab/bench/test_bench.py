@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from normuon_lab.bench import contents as bench_contents_module
-from normuon_lab.bench.contender import Contender
+from normuon_lab.bench.contender import Contender, own_contenders
 from normuon_lab.bench.contents import BenchRequest, bench_contents, read_bench, run_bench
 from normuon_lab.bench.figure import bench_figure
 from normuon_lab.bench.matrices import MatrixClass, model_matrices, parse_shapes
 from normuon_lab.bench.measure import Gradients, counted_flops, tracked_memory
-from normuon_lab.bench.own import own_contenders
 from normuon_lab.bench.peers import PeerPaths, peer_contenders
 from normuon_lab.bench.polar import (
     direction_error,
@@ -72,10 +71,6 @@ def scripted(
         name=name,
         package="nowhere",
         build=build,
-        build_unscaled=build,
-        method="newton_schulz",
-        coefficients="jordan",
-        ns_steps=5,
         ns_dtype="float32",
     )
 

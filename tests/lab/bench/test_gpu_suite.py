@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import model_matrices, parse_shapes
 from normuon_lab.bench.suite import step_table
 from normuon_lab.bench.suite.decoder import Decoder, make_decoder
 from normuon_lab.bench.suite.gpu_tests import counted
-from normuon_lab.bench.suite.local_text import local_text
+from normuon_lab.bench.suite.loss_race import local_text
 from normuon_lab.bench.suite.options import (
     DRY,
     FULL,
@@ -30,7 +31,7 @@ from normuon_lab.bench.suite.record import (
     json_path,
     read_record,
 )
-from normuon_lab.bench.suite.step_contenders import StepContender, step_contenders
+from normuon_lab.bench.suite.step_contenders import step_contenders
 from normuon_lab.errors import InputError
 
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ def test_a_contender_that_fails_is_recorded_and_the_others_run(
         return kind(params, lr=0.1)  # type: ignore[call-arg]
 
     others = [
-        StepContender(name=name, build=lambda params, kind=kind: build(kind, params), ns_dtype=None)
+        Contender(name=name, build=lambda params, kind=kind: build(kind, params), ns_dtype=None)
         for name, kind in (("broken", Broken), ("poison", Poisonous), ("sound", torch.optim.SGD))
     ]
     monkeypatch.setattr(step_table, "step_contenders", lambda *a, **k: (first, *others))

@@ -13,12 +13,11 @@ from normuon_lab.bench.suite.options import (
     MODEL_SHAPES,
     SuiteOptions,
 )
-from normuon_lab.bench.suite.page import render_page
+from normuon_lab.bench.suite.page import render_page, verdict
 from normuon_lab.bench.suite.record import (
     new_record,
     page_path,
 )
-from normuon_lab.bench.suite.verdict import verdict
 from tests.browser import CHROMIUM, needs_browser
 
 

@@ -23,6 +23,7 @@ from normuon_lab.bench.suite.options import (
     PARTS,
     SuiteOptions,
 )
+from normuon_lab.bench.suite.page import verdict
 from normuon_lab.bench.suite.part import PartContext, run_part
 from normuon_lab.bench.suite.record import (
     json_path,
@@ -32,7 +33,6 @@ from normuon_lab.bench.suite.record import (
     write_record,
 )
 from normuon_lab.bench.suite.run import in_process, run_suite
-from normuon_lab.bench.suite.verdict import verdict
 from normuon_lab.cli import main as normuon_main
 from tests.module_imports import imports_of
 
@@ -223,3 +223,19 @@ def test_without_jinja2_there_is_the_json_alone(
     run_suite(SuiteOptions(out=tmp_path, device="cpu"), start=start)
     assert not page_path(tmp_path).exists()
     assert "jinja2 is not installed" in capsys.readouterr().out
+
+
+def test_the_page_needs_no_plotly(dry: tuple[dict[str, Any], Path]) -> None:
+    """torch brings jinja2 and nothing else of what other pages need."""
+    code = (
+        "import sys\n"
+        "for name in ('tyro', 'rich', 'matplotlib', 'transformers', 'plotly'):\n"
+        "    sys.modules[name] = None\n"
+        "from pathlib import Path\n"
+        "from normuon_lab.bench.suite import record\n"
+        "out = Path(sys.argv[1])\n"
+        "record.page_path(out).unlink()\n"
+        "record.write_record(record.read_record(record.json_path(out)), out)\n"
+        "assert '</html>' in record.page_path(out).read_text()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(dry[1])], check=True, timeout=120)

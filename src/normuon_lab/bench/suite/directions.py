@@ -1,6 +1,6 @@
 """How far one step's direction is from the polar factor, by dtype and backend.
 
-The first update from zero weights is compared, without neuron scaling: see `normuon_lab.bench`.
+The first update from zero weights is compared, without neuron scaling.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 
-from normuon_lab.bench.contender import Contender
-from normuon_lab.bench.own import own_contenders
-from normuon_lab.bench.peers import PeerPaths, peer_contenders
+from normuon_lab.bench.contender import Contender, own_contenders
+from normuon_lab.bench.peers import torch_muon
 from normuon_lab.bench.polar import polar_errors, polar_factor
+from normuon_lab.bench.suite.options import NO_TIME
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.bench.suite.record import in_words
-from normuon_lab.bench.suite.states import NO_TIME
+from normuon_lab.errors import in_words
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -61,15 +60,9 @@ def contenders(device: torch.device) -> list[Contender]:
         for one in own_contenders(dtypes=(dtype,), coefficients=("jordan",), device=device)
         if one.method == "auto"
     ]
-    peers = peer_contenders(ns_dtype=DTYPES[0], device=device, paths=PeerPaths())
-    torchs = [one for one in peers if one.package == "torch"]
-    quick = [one for one in ours if one.name == _eager_name(one)]
+    quick = [one for one in ours if one.name == f"NorMuon auto {one.ns_dtype}"]
     kernels = [one for one in ours if one not in quick and not one.compiles]
-    return [*quick, *torchs, *kernels, *(one for one in ours if one.compiles)]
-
-
-def _eager_name(contender: Contender) -> str:
-    return f"NorMuon auto {contender.ns_dtype}"
+    return [*quick, torch_muon(), *kernels, *(one for one in ours if one.compiles)]
 
 
 def _seconds_of(contender: Contender, context: PartContext) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import normuon_lab
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.bench.suite.record import MAX_WORDS
+from normuon_lab.errors import MAX_WORDS
 
 FOLDER = Path("tests/gpu")
 MARGIN_SECONDS = 2.0

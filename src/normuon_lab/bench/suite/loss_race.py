@@ -6,9 +6,11 @@ One seed, one learning rate for both and no tuning: it shows that training works
 from __future__ import annotations
 
 import statistics
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from torch.optim import Optimizer
 
 from normuon_lab.bench.measure import synchronize
 from normuon_lab.bench.suite.decoder import Decoder, loss_of, make_decoder, train_step
-from normuon_lab.bench.suite.local_text import LocalText, local_text, windows
 from normuon_lab.bench.suite.options import DecoderSize
 from normuon_lab.bench.suite.overhead import ARMS, make_optimizer
 from normuon_lab.bench.suite.part import PartContext
@@ -27,6 +28,9 @@ SPEED_STEPS = 3
 TIME_SHARE = 0.8
 """Of the time left that the steps are planned to take."""
 WARMUP_SHARE = 0.1
+HELD_OUT_EVERY = 10
+"""Every tenth file is held out."""
+APART = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclass(slots=True)
@@ -182,3 +186,61 @@ def curves(arms: Sequence[Arm]) -> dict[str, Any]:
         ],
         "steps_taken": arms[0].curve[-1]["step"] if arms[0].curve else 0,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class LocalText:
+    """Bytes of whole files.
+
+    Attributes:
+        train: ``[n]`` uint8.
+        held_out: ``[m]`` uint8, of other files.
+        files: how many of each.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    files: tuple[int, int]
+
+
+def local_text(max_bytes: int, folder: Path | None = None) -> LocalText:
+    """Reads .py files in the order of their paths until there are `max_bytes` bytes.
+
+    Args:
+        max_bytes: of both parts together, but for the last file.
+        folder: where; by default the running Python's standard library.
+
+    Raises:
+        RuntimeError: fewer than two files can be read.
+    """
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    total = 0
+    contents = _contents(folder or Path(sysconfig.get_path("stdlib")))
+    for number, content in enumerate(contents):
+        parts[number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1].append(content)
+        total += len(content)
+        if total >= max_bytes and parts[1]:
+            break
+    if not all(parts):
+        raise RuntimeError(f"fewer than {HELD_OUT_EVERY} .py files to read")
+    train, held_out = (
+        torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in parts
+    )
+    return LocalText(train, held_out, (len(parts[0]), len(parts[1])))
+
+
+def windows(text: Tensor, *, count: int, length: int, generator: torch.Generator) -> Tensor:
+    """``[count, length]``: stretches of a text that begin anywhere."""
+    starts = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
+    return text[starts + torch.arange(length)]
+
+
+def _contents(folder: Path) -> Iterator[bytes]:
+    for path in sorted(folder.rglob("*.py")):
+        if APART.isdisjoint(path.relative_to(folder).parts):
+            try:
+                content = path.read_bytes()
+            except OSError:
+                continue
+            if content:
+                yield content

@@ -12,10 +12,20 @@ from normuon_lab.errors import require
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
-DEFAULT_SECONDS = 540.0
-
 PARTS = ("machine", "tests", "step", "accuracy", "training", "comparison")
 """In the order in which they run."""
+
+# The states that a part can be in.
+WAITING = "waiting"
+RUNNING = "running"
+DONE = "done"
+FAILED = "failed"
+CUT = "cut"
+"""It was ended, because it took far longer than its time."""
+NOT_RUN = "not run"
+
+NO_TIME = "no time left"
+"""Why a part, or a contender in one, was not begun."""
 
 MODEL_SHAPES = {
     "gpt2-124m": "12x2304x768,12x768x768,12x3072x768,12x768x3072",
@@ -51,7 +61,7 @@ class SuiteOptions:
     """
 
     out: Path = Path("runs/gpu")
-    seconds: float = DEFAULT_SECONDS
+    seconds: float = 540.0
     device: DeviceChoice = "auto"
     dion: Path | None = None
     only: tuple[str, ...] = ()
@@ -70,11 +80,10 @@ class SuiteOptions:
         require(bool(self.models), "--models: give at least one")
         unknown = sorted(set(self.parts) - set(PARTS))
         require(not unknown, f"--parts {' '.join(unknown)}: known are {', '.join(PARTS)}")
-        require(
-            self.dion is None or (self.dion / "dion" / "__init__.py").is_file(),
-            f"--dion {self.dion}: it has no dion/__init__.py; give a checkout of "
-            "github.com/microsoft/dion",
-        )
+        if self.dion is not None:
+            from normuon_lab.bench.peers import PeerPaths
+
+            PeerPaths(dion=self.dion)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the same options."""

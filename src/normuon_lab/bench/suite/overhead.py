@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 
 from normuon import NorMuon, param_groups
 from normuon.orthogonalize import resolve_backend
-from normuon_lab.bench.measure import timed
+from normuon_lab.bench.measure import quartiles, timed
 from normuon_lab.bench.suite.decoder import make_decoder, train_step
 from normuon_lab.bench.suite.options import DecoderSize
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.bench.suite.step_table import quartiles
 
 LR = 3e-4
 ARMS = ("AdamW", "NorMuon")

@@ -1,8 +1,16 @@
-"""One part of the suite: what it is given, how it runs, and what its failure leaves behind."""
+"""One part of the suite: what it is given, how it runs, and what its failure leaves behind.
+
+As a program, the process of one part, so that a crash or a hang costs no other part: the first line
+on standard input says what to do, and the input's end says that the suite is gone.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -11,14 +19,17 @@ from typing import Any
 
 import torch
 
-from normuon_lab.bench.suite.options import DRY, FULL, Sizes, SuiteOptions
-from normuon_lab.bench.suite.record import (
-    in_words,
-    json_path,
-    read_record,
-    write_record,
+from normuon_lab.bench.suite.options import (
+    DONE,
+    DRY,
+    FAILED,
+    FULL,
+    RUNNING,
+    Sizes,
+    SuiteOptions,
 )
-from normuon_lab.bench.suite.states import DONE, FAILED, RUNNING
+from normuon_lab.bench.suite.record import json_path, read_record, write_record
+from normuon_lab.errors import in_words
 
 MODULES = {
     "machine": "roofs",
@@ -110,7 +121,9 @@ def run_part(
         say=lambda text: print(f"{name}: {text}", flush=True),
     )
     try:
-        entry["values"] = dict((run or part_function(name))(context))
+        if run is None:
+            run = importlib.import_module(f"normuon_lab.bench.suite.{MODULES[name]}").run
+        entry["values"] = dict(run(context))
     except Exception as error:  # The suite goes on, and what the part kept stays.
         traceback.print_exc()
         write(FAILED, in_words(error))
@@ -118,8 +131,20 @@ def run_part(
         write(DONE)
 
 
-def part_function(name: str) -> Run:
-    """What measures a part."""
-    module = importlib.import_module(f"normuon_lab.bench.suite.{MODULES[name]}")
-    run: Run = module.run
-    return run
+def _leave_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    run_part(
+        request["part"],
+        SuiteOptions.from_json(request["options"]),
+        device=torch.device(request["device"]),
+        budget_seconds=request["budget_seconds"],
+    )
+    sys.stdout.flush()
+    # Without waiting for threads of compilers, nor for the input that the parent holds open.
+    os._exit(0)

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json, write_json
-from normuon_lab.bench.suite.options import PARTS, SuiteOptions
-from normuon_lab.bench.suite.states import WAITING
+from normuon_lab.atomic_files import read_json, write_json, write_text
+from normuon_lab.bench.suite.options import PARTS, WAITING, SuiteOptions
+from normuon_lab.errors import in_words
 from normuon_lab.machine import utc_now
 
 KIND = "normuon gpu suite"
 SCHEMA_VERSION = 1
-MAX_WORDS = 300
 
 
 def json_path(out: Path) -> Path:
@@ -72,13 +71,13 @@ def write_record(record: Mapping[str, Any], out: Path) -> None:
     """Writes gpu.json and, where jinja2 is installed, gpu.html."""
     write_json(json_path(out), plain(record))
     try:
-        from normuon_lab.bench.suite.page import write_page
+        from normuon_lab.bench.suite.page import render_page
     except ModuleNotFoundError as error:
         if error.name != "jinja2":
             raise
         return  # `page_note` says so.
     try:
-        write_page(page_path(out), plain(record))
+        write_text(page_path(out), render_page(plain(record)))
     except Exception as error:  # A page that cannot be made must not cost the measurements.
         print(f"the page could not be made: {in_words(error)}", file=sys.stderr)
 
@@ -106,9 +105,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value
-
-
-def in_words(error: BaseException) -> str:
-    """An error's class and the first line of its text."""
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line.strip()}"[:MAX_WORDS].rstrip(": ")

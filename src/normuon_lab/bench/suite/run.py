@@ -18,7 +18,17 @@ import torch
 
 import normuon_lab
 from normuon_lab.atomic_files import prove_folder
-from normuon_lab.bench.suite.options import DRY, FULL, PARTS, SuiteOptions
+from normuon_lab.bench.suite.options import (
+    CUT,
+    DONE,
+    DRY,
+    FAILED,
+    FULL,
+    NO_TIME,
+    NOT_RUN,
+    PARTS,
+    SuiteOptions,
+)
 from normuon_lab.bench.suite.part import run_part
 from normuon_lab.bench.suite.record import (
     json_path,
@@ -28,7 +38,6 @@ from normuon_lab.bench.suite.record import (
     read_record,
     write_record,
 )
-from normuon_lab.bench.suite.states import CUT, DONE, FAILED, NO_TIME, NOT_RUN
 from normuon_lab.errors import require
 from normuon_lab.machine import utc_now
 
@@ -129,7 +138,7 @@ def in_process(
     threads = {"OMP_NUM_THREADS": "1"} if device.type == "cpu" else {}
     source = str(Path(normuon_lab.__file__).parents[1])
     child = subprocess.Popen(
-        [sys.executable, "-m", "normuon_lab.bench.suite.child"],
+        [sys.executable, "-m", "normuon_lab.bench.suite.part"],
         stdin=subprocess.PIPE,
         text=True,
         start_new_session=True,

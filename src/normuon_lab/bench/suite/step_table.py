@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from operator import truediv
 from typing import Any
 
 import torch
 from torch import nn
 
+from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass
-from normuon_lab.bench.measure import Gradients
-from normuon_lab.bench.suite.options import matrices_of
+from normuon_lab.bench.measure import (
+    WEIGHT_SCALE,
+    Gradients,
+    median_ratio,
+    normal_matrices,
+    quartiles,
+)
+from normuon_lab.bench.suite.options import NO_TIME, matrices_of
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.bench.suite.record import in_words
 from normuon_lab.bench.suite.roofs import rate_of
-from normuon_lab.bench.suite.states import NO_TIME
-from normuon_lab.bench.suite.step_contenders import StepContender, step_contenders
+from normuon_lab.bench.suite.step_contenders import step_contenders
 from normuon_lab.bench.suite.step_timing import Runner, UnusableStepError, prepare
+from normuon_lab.bench.traffic import elementwise_bytes
+from normuon_lab.errors import in_words
 
-WEIGHT_SCALE = 0.02
 WARM_ROUNDS = 1
 ROUNDS_SHARE = 0.5
 """Of the time left, for rounds beyond the fewest."""
+
+Keep = Callable[[dict[str, Any]], None]
 
 
 def run(context: PartContext) -> dict[str, Any]:
@@ -33,48 +39,26 @@ def run(context: PartContext) -> dict[str, Any]:
 
     NorMuon takes part in both, and everyone is compared with it in the same race.
     """
-    contenders = step_contenders(
+    first, *others = step_contenders(
         context.device, dion=context.options.dion, only=context.options.only
     )
-    first, others = contenders[0], contenders[1:]
-    quick = (first, *(one for one in others if not one.compiles))
-    slow = tuple(one for one in others if one.compiles)
     values: dict[str, Any] = {"weights_dtype": "float32", "models": []}
-    reckoned: dict[str, float] = {}
     for title in context.options.models:
+        model: dict[str, Any] = {"title": title, "error": None}
         try:
-            matrices = matrices_of(title, tiny=context.is_dry)
+            model.update(model_values(matrices_of(title, tiny=context.is_dry)))
         except Exception as error:  # One model that cannot be had costs no other.
-            values["models"].append({"title": title, "error": in_words(error), "races": []})
-            continue
-        values["models"].append({"title": title, "error": None, **model_values(matrices)})
-    for racers in (quick, slow):
-        if len(racers) + (racers is slow) < 2:
+            model.update(error=in_words(error), races=[])
+        values["models"].append(model)
+    reckoned: dict[str, float] = {}
+    for compiling in (False, True):
+        field = (first, *(one for one in others if one.compiles == compiling))
+        if len(field) < 2:
             continue
         for model in values["models"]:
-            if model["error"] is not None:
-                continue
-            matrices = tuple(MatrixClass(**one) for one in model["matrices"])
-            field = racers if racers is quick else (first, *racers)
-            context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
-            races = model["races"]
-
-            def keep(found: dict[str, Any], races: list[Any] = races) -> None:
-                context.keep({**values, "models": with_race(values["models"], races, found)})
-
-            races.append(race(field, matrices, context, reckoned, keep))
-            context.keep(values)
+            if model["error"] is None:
+                _race_on(model, field, context, reckoned, keep=lambda: context.keep(values))
     return values
-
-
-def with_race(
-    models: Sequence[dict[str, Any]], races: list[Any], found: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The models as they are, but for one more race of that whose races these are."""
-    return [
-        {**model, "races": [*races, found]} if model["races"] is races else model
-        for model in models
-    ]
 
 
 def model_values(matrices: Sequence[MatrixClass]) -> dict[str, Any]:
@@ -86,12 +70,33 @@ def model_values(matrices: Sequence[MatrixClass]) -> dict[str, Any]:
     }
 
 
+def _race_on(
+    model: dict[str, Any],
+    field: Sequence[Contender],
+    context: PartContext,
+    reckoned: dict[str, float],
+    *,
+    keep: Callable[[], None],
+) -> None:
+    """Adds a race to a model's, and to the record whatever is known of it."""
+    matrices = tuple(MatrixClass(**one) for one in model["matrices"])
+    context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
+    races = model["races"]
+    number = len(races)
+
+    def keep_race(found: dict[str, Any]) -> None:
+        races[number:] = [found]
+        keep()
+
+    keep_race(race(field, matrices, context, reckoned, keep_race))
+
+
 def race(
-    contenders: Sequence[StepContender],
+    contenders: Sequence[Contender],
     matrices: Sequence[MatrixClass],
     context: PartContext,
     reckoned: dict[str, float],
-    keep: Callable[[dict[str, Any]], None],
+    keep: Keep,
 ) -> dict[str, Any]:
     """Times all contenders that can be made ready, round by round.
 
@@ -107,33 +112,34 @@ def race(
     Returns:
         Plain values: contenders that ran, and why the others did not, by name.
     """
-    device = context.device
     not_run = {
         one.name: reason
         for one in contenders[1:]
-        if (reason := one.missing or too_long(one, context, reckoned)) is not None
+        if (reason := why_not(one, context, reckoned)) is not None
     }
     if len(not_run) == len(contenders) - 1 > 0:
         return {"rounds": 0, "reference": None, "contenders": [], "not_run": not_run}
-    values = timed_race(contenders, matrices, context, reckoned, not_run, keep)
+    values = _timed_race(contenders, matrices, context, reckoned, not_run, keep)
     # A later model must not fall back to eager steps because torch.compile's limit of variants was
     # reached before it.
     torch.compiler.reset()
-    give_back(device)
+    give_back(context.device)
     return values
 
 
-def timed_race(
-    contenders: Sequence[StepContender],
+def _timed_race(
+    contenders: Sequence[Contender],
     matrices: Sequence[MatrixClass],
     context: PartContext,
     reckoned: dict[str, float],
     not_run: dict[str, str],
-    keep: Callable[[dict[str, Any]], None],
+    keep: Keep,
 ) -> dict[str, Any]:
-    """`race` where more than one may run; ``not_run`` says who does not, and is written to."""
-    device = context.device
-    params, gradients = material(matrices, seed=context.options.seed, device=device)
+    """`race` where more than one may run; what it allocates on the device is free after it."""
+    # One set of weights serves all, because a step's time does not depend on their values and
+    # eight sets of a large model do not fit.
+    weights, grads = normal_matrices(matrices, seed=context.options.seed, device=context.device)
+    params, gradients = [nn.Parameter(weight) for weight in weights], Gradients(grads)
     runners: list[Runner] = []
 
     def timed(most: int) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def timed_race(
 
     fewest, most = context.sizes.rounds
     for number, contender in enumerate(contenders):
-        reason = contender.missing or too_long(contender, context, reckoned)
+        reason = why_not(contender, context, reckoned)
         if reason is None:
             runner, reason = ready(contender, params, gradients, context)
             if runner is not None:
@@ -155,26 +161,12 @@ def timed_race(
                     keep(timed(fewest))
         if reason is not None:
             not_run[contender.name] = reason
-            give_back(device)
+            give_back(context.device)
     return timed(most)
 
 
-def material(
-    matrices: Sequence[MatrixClass], *, seed: int, device: torch.device
-) -> tuple[list[nn.Parameter], Gradients]:
-    """Weights that all contenders step in turn, and the gradients of every step.
-
-    One set of weights serves all, because a step's time does not depend on their values and eight
-    sets of a large model do not fit.
-    """
-    torch.manual_seed(seed)
-    shapes = [one.shape for one in matrices for _ in range(one.count)]
-    params = [nn.Parameter(torch.randn(shape, device=device) * WEIGHT_SCALE) for shape in shapes]
-    return params, Gradients([torch.randn(shape, device=device) for shape in shapes])
-
-
 def ready(
-    contender: StepContender,
+    contender: Contender,
     params: Sequence[nn.Parameter],
     gradients: Gradients,
     context: PartContext,
@@ -192,14 +184,14 @@ def ready(
         return None, in_words(error)
 
 
-def too_long(
-    contender: StepContender, context: PartContext, reckoned: Mapping[str, float]
+def why_not(
+    contender: Contender, context: PartContext, reckoned: Mapping[str, float]
 ) -> str | None:
-    """Why a contender that compiles is not even begun, or None."""
-    if not contender.compiles:
-        return None if context.seconds_left() > 0 else NO_TIME
-    needed = reckoned.get(contender.name, context.sizes.compile_seconds)
-    return None if context.seconds_left() > needed else NO_TIME
+    """Why a contender is not even begun, or None; one that compiles needs time for that."""
+    needed = 0.0
+    if contender.compiles:
+        needed = reckoned.get(contender.name, context.sizes.compile_seconds)
+    return contender.missing or (None if context.seconds_left() > needed else NO_TIME)
 
 
 def take_rounds(
@@ -212,20 +204,16 @@ def take_rounds(
 ) -> int:
     """Times everyone anew and in turn: the fewest rounds in any case, more while there is time."""
     fewest = context.sizes.rounds[0]
-    for runner in runners:
-        runner.step_ms.clear()
-        runner.host_ms.clear()
     until = context.seconds_left() * (1 - ROUNDS_SHARE)
     taken = 0
     for number in range(WARM_ROUNDS + most):
         if number >= WARM_ROUNDS + fewest and context.seconds_left() < until:
             break
         for runner in runners:
+            if number <= WARM_ROUNDS:
+                runner.forget_rounds()
             gradients.hand_out(params)
             runner.take_round(context.device)
-            if number < WARM_ROUNDS:
-                runner.step_ms.clear()
-                runner.host_ms.clear()
         taken = max(0, number + 1 - WARM_ROUNDS)
     return taken if runners else 0
 
@@ -249,7 +237,7 @@ def entry(
         "step_ms": runner.step_ms,
         "median_ms": median,
         "quartiles_ms": quartiles(runner.step_ms),
-        "ratio_to_first": statistics.median(map(truediv, runner.step_ms, first.step_ms)),
+        "ratio_to_first": median_ratio(runner.step_ms, first.step_ms),
         "host_ms": statistics.median(runner.host_ms) if not context.is_dry else None,
         **figures,
         "flops_by_model": modelled,
@@ -259,32 +247,18 @@ def entry(
 
 
 def elementwise(
-    contender: StepContender, matrices: Sequence[MatrixClass], context: PartContext
+    contender: Contender, matrices: Sequence[MatrixClass], context: PartContext
 ) -> dict[str, Any] | None:
     """Bytes that NorMuon's elementwise passes move, and their time at the measured bandwidth."""
     if contender.fused is None:
         return None
-    try:
-        count = importlib.import_module("normuon_lab.bench.traffic").elementwise_bytes
-    except (ModuleNotFoundError, AttributeError):
-        return None
-    per_matrix = [(one.count, count(one.rows, one.cols, fused=contender.fused)) for one in matrices]
-    moved = sum(number * found["moved"] for number, found in per_matrix)
-    least = sum(number * found["least"] for number, found in per_matrix)
+    passes = elementwise_bytes(1, sum(one.numel for one in matrices), fused=contender.fused)
     bandwidth = context.found["machine"].get("copy_bytes_per_second")
     return {
-        "moved_bytes": moved,
-        "least_bytes": least,
-        "ms_at_copy_bandwidth": 1e3 * moved / bandwidth if bandwidth else None,
+        "moved_bytes": passes["moved"],
+        "least_bytes": passes["least"],
+        "ms_at_copy_bandwidth": 1e3 * passes["moved"] / bandwidth if bandwidth else None,
     }
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    """First and third."""
-    if len(values) == 1:
-        return [values[0], values[0]]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [first, third]
 
 
 def give_back(device: torch.device) -> None:

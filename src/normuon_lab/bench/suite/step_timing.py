@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,19 +9,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
-from torch.optim import Optimizer
-from torch.profiler import ProfilerActivity, profile
 
+from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.measure import (
+    Built,
     Gradients,
+    build_and_step,
     counted_flops,
+    profile_step,
     synchronize,
-    tensor_bytes,
     tracked_memory,
 )
-from normuon_lab.bench.suite.record import in_words
-from normuon_lab.bench.suite.step_contenders import StepContender
+from normuon_lab.errors import in_words
 
 TOP_KERNELS = 5
 KERNEL_NAME_LENGTH = 160
@@ -36,15 +34,15 @@ class Runner:
     Attributes:
         contender: who.
         step: takes one step.
-        optimizer: whose step it is, kept alive.
+        built: the optimizer whose step it is, kept alive.
         figures: what was measured besides time, as plain values.
         step_ms: one per round.
         host_ms: until the step returned, one per round; equal to the step's on a CPU.
     """
 
-    contender: StepContender
+    contender: Contender
     step: Callable[[], object]
-    optimizer: Optimizer
+    built: Built
     figures: dict[str, Any]
     step_ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
@@ -54,6 +52,11 @@ class Runner:
         step_ms, host_ms = timed_step(self.step, device)
         self.step_ms.append(step_ms)
         self.host_ms.append(host_ms)
+
+    def forget_rounds(self) -> None:
+        """As if no round had been taken."""
+        self.step_ms.clear()
+        self.host_ms.clear()
 
 
 class UnusableStepError(RuntimeError):
@@ -83,7 +86,7 @@ def timed_step(step: Callable[[], object], device: torch.device) -> tuple[float,
 
 
 def prepare(
-    contender: StepContender,
+    contender: Contender,
     params: Sequence[nn.Parameter],
     gradients: Gradients,
     device: torch.device,
@@ -94,21 +97,21 @@ def prepare(
         UnusableStepError: its first step left weights that are not finite.
     """
     started = time.perf_counter()
-    gradients.hand_out(params)
-    counted: dict[str, Any] = {"flops": None, "flops_note": None}
-    with tracked_memory(device) as kept:
-        optimizer = contender.build(params)
-        step: Callable[[], object] = optimizer.step
+    notes = []
+
+    def count(step: Callable[[], object]) -> int:
         try:
-            counted["flops"] = counted_flops(step)
+            flops = counted_flops(step)
         except Exception as error:  # Kernels of one's own may not bear the counter.
-            counted["flops_note"] = f"not counted: {in_words(error)}"
+            notes.append(f"not counted: {in_words(error)}")
             step()
-        gc.collect()
-    if not counted["flops"]:
-        counted["flops"] = None
-        if contender.ns_dtype is not None and counted["flops_note"] is None:
-            counted["flops_note"] = "the counter sees none of its products"
+            return 0
+        if not flops and contender.ns_dtype is not None:
+            notes.append("the counter sees none of its products")
+        return flops
+
+    built = build_and_step(contender.build, params, gradients, device, count=count)
+    step: Callable[[], object] = built.optimizer.step
     check_finite(params)
     if contender.compiles:
         gradients.hand_out(params)
@@ -119,23 +122,23 @@ def prepare(
     gradients.hand_out(params)
     with tracked_memory(device) as use:
         step()
-    state_bytes = tensor_bytes(list(optimizer.state.values()))
-    scratch = {"kept": max(0, kept.net - state_bytes), "peak": use.peak}
+    scratch_kept, scratch_peak = built.scratch_kept_bytes, use.peak
     if contender.captured:
         with tracked_memory(device) as pool:
             step = captured(step, params, gradients, device)
         # The graph keeps what its step allocates; a replay allocates nothing.
-        scratch = {"kept": scratch["kept"] + pool.peak, "peak": 0}
+        scratch_kept, scratch_peak = scratch_kept + pool.peak, 0
     gradients.hand_out(params)
     figures = {
-        **counted,
+        "flops": built.flops or None,
+        "flops_note": notes[0] if notes else None,
         "first_step_seconds": first_seconds,
-        "state_bytes": state_bytes,
-        "scratch_kept_bytes": scratch["kept"],
-        "scratch_peak_bytes": scratch["peak"],
+        "state_bytes": built.state_bytes,
+        "scratch_kept_bytes": scratch_kept,
+        "scratch_peak_bytes": scratch_peak,
         **profiled(step, device),
     }
-    return Runner(contender, step, optimizer, figures)
+    return Runner(contender, step, built, figures)
 
 
 def captured(
@@ -164,36 +167,16 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
 
     On a CPU operators stand in for kernels, and there are no launches.
     """
+    kernels = profile_step(step, device).kernels
     on_cuda = device.type == "cuda"
-    wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    synchronize(device)
-    with profile(activities=activities) as profiler:
-        step()
-        synchronize(device)
-    kernels = []
-    for event in profiler.key_averages():
-        if event.device_type != wanted or is_annotation(event):
-            continue
-        spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        kernels.append((1e-3 * spent, event.count, event.key))
-    kernels.sort(reverse=True)
     return {
-        "launches": sum(count for _, count, _ in kernels) if on_cuda else None,
-        "device_ms": sum(spent for spent, _, _ in kernels) if on_cuda else None,
+        "launches": sum(one.count for one in kernels) if on_cuda else None,
+        "device_ms": sum(one.ms for one in kernels) if on_cuda else None,
         "top_kernels": [
-            {"name": name[:KERNEL_NAME_LENGTH], "ms": spent, "count": count}
-            for spent, count, name in kernels[:TOP_KERNELS]
+            {"name": one.name[:KERNEL_NAME_LENGTH], "ms": one.ms, "count": one.count}
+            for one in sorted(kernels, reverse=True)[:TOP_KERNELS]
         ],
     }
-
-
-def is_annotation(event: Any) -> bool:
-    """Whether a profiler's event only spans others, such as ``Optimizer.step#NorMuon.step``."""
-    spans = ("#", "Torch-Compiled Region", "ProfilerStep", "CompiledFunction")
-    return bool(getattr(event, "is_user_annotation", False)) or any(
-        span in event.key for span in spans
-    )
 
 
 def check_finite(params: Sequence[nn.Parameter]) -> None:
