@@ -18,7 +18,6 @@ from normuon_lab.study.compare.results import (
     RESULTS_FILE,
     SCHEMA_VERSION,
     Results,
-    missing_runs,
     open_results,
 )
 from normuon_lab.study.compare.summary import print_summary
@@ -72,7 +71,7 @@ def test_missing_runs_go_seed_by_seed() -> None:
     results = make_results()
     results.records.append(record("muon", 0, 2.0))
     expected = [("adamw", 0), ("normuon", 0), ("adamw", 1), ("muon", 1), ("normuon", 1)]
-    assert missing_runs(results) == expected
+    assert results.missing_runs() == expected
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

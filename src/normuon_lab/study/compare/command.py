@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from normuon_lab.errors import require
-from normuon_lab.train.arms.registry import MAIN_ARMS
+from normuon_lab.train.arms.registry import MAIN_ARMS, check_arms
 from normuon_lab.train.runs.config import ExperimentOptions
 
 
@@ -32,22 +32,21 @@ class CompareCommand(ExperimentOptions):
         """Do it and return the exit code."""
         experiment = self.experiment()
         rates = parse_rates(self.lr)
+        check_arms(self.arms)
+        require(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
+        for arm in rates:
+            require(arm in self.arms, f"--lr {arm}=...: {arm} is not among the arms")
         from rich.console import Console
 
-        from normuon_lab.study.compare.comparison import ComparisonRequest, run_comparison
+        from normuon_lab.study.compare.comparison import planned, run_comparison
         from normuon_lab.study.compare.summary import print_summary
+        from normuon_lab.train.runs.tasks import load_task
 
-        console = Console()
-        request = ComparisonRequest(
-            experiment=experiment,
-            arms=self.arms,
-            num_seeds=self.seeds,
-            given_rates=rates,
-            tuned_path=self.tuned,
-            out=self.out,
-            resume=self.resume,
+        console, task = Console(), load_task(experiment)
+        new = planned(experiment, task, self.arms, range(self.seeds), rates, self.tuned)
+        results = run_comparison(
+            new, experiment, task, out=self.out, resume=self.resume, console=console
         )
-        results = run_comparison(request, console)
         print_summary(results, console)
         console.print(f"Report: {self.out / 'report.html'}", highlight=False, soft_wrap=True)
         return 0

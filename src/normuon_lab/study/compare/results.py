@@ -1,12 +1,10 @@
-"""The file a comparison writes, results.json: its schema, and writing it so that it is never torn.
-
-The fields are described in docs/lab/results-schema.md.
-"""
+"""The file a comparison writes, results.json, whose schema is docs/lab/results-schema.md."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from normuon_lab.study.statistics import (
 from normuon_lab.train.runs.config import flag_of
 from normuon_lab.train.runs.records import RunRecord
 
+KIND = "normuon compare"
 SCHEMA_VERSION = 1
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
@@ -63,9 +62,14 @@ class Results:
         return "adamw" if "adamw" in self.arms else self.arms[0]
 
     @property
+    def num_runs(self) -> int:
+        """How many runs the comparison has when it is complete."""
+        return len(self.arms) * len(self.seeds)
+
+    @property
     def is_complete(self) -> bool:
         """Whether every arm has every seed."""
-        return len(self.records) == len(self.arms) * len(self.seeds)
+        return len(self.records) == self.num_runs
 
     def record(self, arm: str, seed: int) -> RunRecord | None:
         """The record of one run, or None while it is missing."""
@@ -78,6 +82,11 @@ class Results:
         """The arm's finished runs that did not diverge, by seed."""
         chosen = [record for record in self.records if record.arm == arm and not record.diverged]
         return sorted(chosen, key=lambda record: record.seed)
+
+    def missing_runs(self) -> list[tuple[str, int]]:
+        """Arm and seed of the runs still to do: all arms of a seed before the next seed."""
+        pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
+        return [(arm, seed) for arm, seed in pairs if self.record(arm, seed) is None]
 
     def comparisons(self) -> list[Comparison]:
         """Every arm against every arm named before it, the reference first of all."""
@@ -108,7 +117,7 @@ class Results:
         """The contents of results.json."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "kind": "normuon compare",
+            "kind": KIND,
             "status": "complete" if self.is_complete else "partial",
             "created": self.created,
             "config": self.config,
@@ -118,8 +127,8 @@ class Results:
             "analysis": {
                 "reference_arm": self.reference_arm,
                 "method": METHOD,
-                "comparisons": [comparison.to_json() for comparison in self.comparisons()],
-                "efficiency_differences": [difference.to_json() for difference in self.points()],
+                "comparisons": [_plain(comparison) for comparison in self.comparisons()],
+                "efficiency_differences": [_plain(difference) for difference in self.points()],
             },
             "runs": [record.to_json() for record in self.records],
         }
@@ -138,12 +147,9 @@ class Results:
 
 
 def open_results(out: Path, new: Results, *, resume: bool) -> Results:
-    """The results to go on with in folder `out`, which is made if it is not there.
+    """The results to go on with in folder `out`: what it holds, or `new`.
 
-    Args:
-        out: the folder.
-        new: empty results of the comparison to be made.
-        resume: go on with what the folder holds; a finished comparison needs no leave.
+    The folder is made if it is not there. A finished comparison needs no `resume`.
 
     Raises:
         InputError: `out` is not a folder, holds files of others, holds results of another
@@ -159,7 +165,7 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
         )
         prove_folder(out, f"--out {out}")
         return new
-    old = Results.from_json(read_json(path, kind="normuon compare", schema_version=SCHEMA_VERSION))
+    old = Results.from_json(read_json(path, kind=KIND, schema_version=SCHEMA_VERSION))
     difference = first_difference(old.config, new.config)
     if difference is not None:
         name, before, after = difference
@@ -174,20 +180,15 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
     )
     require(
         resume or old.is_complete,
-        f"--out {out} holds {len(old.records)} of the {len(old.arms) * len(old.seeds)} runs of "
+        f"--out {out} holds {len(old.records)} of the {old.num_runs} runs of "
         f"this comparison; go on with: {command_with('--resume')}, or give another --out",
     )
     return old
 
 
-def missing_runs(results: Results) -> Sequence[tuple[str, int]]:
-    """Arm and seed of the runs still to do: all arms of a seed before the next seed."""
-    return [
-        (arm, seed)
-        for seed in results.seeds
-        for arm in results.arms
-        if results.record(arm, seed) is None
-    ]
+def _plain(found: Comparison | PointsBetween) -> Any:
+    """As JSON has it: lists for tuples."""
+    return json.loads(json.dumps(asdict(found)))
 
 
 def _shown(name: str, value: Any) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.table import Table
 
@@ -12,45 +10,23 @@ from normuon_lab.study.statistics import Comparison, Estimate, t_interval
 from normuon_lab.train.arms.registry import ARMS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SummaryRow:
-    """One arm's line, as text ready to show."""
-
-    arm: str
-    label: str
-    num_seeds: int
-    learning_rate: str
-    final_loss: str
-    loss_difference: str
-    fewer_steps: str
-
-
-def summary_rows(results: Results) -> list[SummaryRow]:
-    """A row per arm, the reference arm among them without differences."""
-    against_reference = {
-        comparison.arm: comparison
-        for comparison in results.comparisons()
-        if comparison.baseline == results.reference_arm
-    }
-    rows = []
+def summary_rows(results: Results) -> dict[str, tuple[str, ...]]:
+    """By arm, in words: its label, seeds, learning rate and final loss, that loss minus the
+    reference arm's, and the steps saved."""
+    reference = results.reference_arm
+    comparisons = {c.arm: c for c in results.comparisons() if c.baseline == reference}
+    rows: dict[str, tuple[str, ...]] = {}
     for arm in results.arms:
         finals = [r.final_loss for r in results.of_arm(arm) if r.final_loss is not None]
-        comparison = against_reference.get(arm)
-        is_reference = arm == results.reference_arm
-        rows.append(
-            SummaryRow(
-                arm=arm,
-                label=label_of(arm),
-                num_seeds=len(finals),
-                learning_rate=f"{results.learning_rates[arm]['value']:.4g}",
-                final_loss=_final_loss_text(results, arm, finals),
-                loss_difference="baseline"
-                if is_reference or comparison is None
-                else estimate_text(comparison.loss_difference, digits=4, signed=True),
-                fewer_steps="baseline"
-                if is_reference or comparison is None
-                else fewer_steps_text(comparison),
-            )
+        differences = ("baseline", "baseline")
+        if arm in comparisons:
+            differences = (loss_text(comparisons[arm]), fewer_steps_text(comparisons[arm]))
+        rows[arm] = (
+            label_of(arm),
+            str(len(finals)),
+            f"{results.learning_rates[arm]['value']:.4g}",
+            _final_loss_text(results, arm, finals),
+            *differences,
         )
     return rows
 
@@ -86,12 +62,12 @@ def verdict(results: Results) -> str:
         comparison = found.get((arm, other))
         if comparison is None or not comparison.seeds:
             continue
-        difference = comparison.loss_difference
-        text = estimate_text(difference, digits=4, signed=True)
         sign = {"better": "lower", "worse": "higher"}.get(
-            standing(difference, digits=4, less_is_better=True), "too close to call"
+            standing(comparison.loss_difference, digits=4, less_is_better=True), "too close to call"
         )
-        sentence += f"; its final loss against {label_of(other)}'s is {sign}: {text}"
+        sentence += (
+            f"; its final loss against {label_of(other)}'s is {sign}: {loss_text(comparison)}"
+        )
     return sentence + "."
 
 
@@ -130,6 +106,11 @@ def estimate_text(estimate: Estimate, *, digits: int, unit: str = "", signed: bo
     return f"{text} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
 
 
+def loss_text(comparison: Comparison) -> str:
+    """The difference of final losses with its interval."""
+    return estimate_text(comparison.loss_difference, digits=4, signed=True)
+
+
 def fewer_steps_text(comparison: Comparison) -> str:
     """The training efficiency with its interval, or why there is none."""
     if comparison.seeds_not_reached:
@@ -152,25 +133,17 @@ def print_summary(results: Results, console: Console) -> None:
     table.add_column("arm")
     for title in ("seeds", "learning rate", "final loss", f"minus {reference}", "fewer steps"):
         table.add_column(title, justify="right")
-    for row in summary_rows(results):
-        table.add_row(
-            row.label,
-            str(row.num_seeds),
-            row.learning_rate,
-            row.final_loss,
-            row.loss_difference,
-            row.fewer_steps,
-        )
+    for row in summary_rows(results).values():
+        table.add_row(*row)
     console.print(table)
-    losses = {(c.arm, c.baseline): c.loss_difference for c in results.comparisons()}
+    losses = {(c.arm, c.baseline): loss_text(c) for c in results.comparisons()}
     for difference in results.points():
-        loss = losses[difference.arm, difference.baseline]
         points = f"{points_text(difference.points)} of steps saved on {reference}"
         if difference.points.mean is None:
             points = f"steps not compared: a seed did not reach {reference}'s loss"
         console.print(
             f"{label_of(difference.arm)} against {label_of(difference.baseline)}: "
-            f"loss {estimate_text(loss, digits=4, signed=True)}, {points}",
+            f"loss {losses[difference.arm, difference.baseline]}, {points}",
             highlight=False,
             markup=False,
             soft_wrap=True,

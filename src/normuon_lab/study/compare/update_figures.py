@@ -15,34 +15,13 @@ from normuon_lab.study.compare.summary import label_of
 from normuon_lab.web_page import apply_style, stack_when_narrow
 
 
-def singular_value_figure(results: Results) -> go.Figure | None:
-    """Singular values of update matrices, over their root mean square; None where unmeasured."""
-    return _update_figure(
-        results,
-        key="singular_values",
-        y_title="singular value / RMS",
-        x_title="index, largest first",
-        log_y=True,
-        root_mean_square=True,
-    )
+def update_figure(results: Results, key: str) -> go.Figure | None:
+    """A panel per stage (rows) and kind of matrix (columns), with a button per layer.
 
-
-def row_norm_figure(results: Results) -> go.Figure | None:
-    """Row norms of update matrices, over their mean; None where unmeasured."""
-    return _update_figure(
-        results,
-        key="row_norms",
-        y_title="row norm / mean",
-        x_title="neuron, largest first",
-        log_y=False,
-        root_mean_square=False,
-    )
-
-
-def _update_figure(
-    results: Results, *, key: str, y_title: str, x_title: str, log_y: bool, root_mean_square: bool
-) -> go.Figure | None:
-    """A panel per stage (rows) and kind of matrix (columns), with a button per layer."""
+    `key` is `"singular_values"`, drawn over their root mean square, or `"row_norms"`, over their
+    mean. None where nothing was measured.
+    """
+    is_spectrum = key == "singular_values"
     measured = [(record.arm, update) for record in results.records for update in record.updates]
     if not measured:
         return None
@@ -67,7 +46,7 @@ def _update_figure(
     for arm, update in measured:
         values = update[key]
         squares = math.fsum(v * v for v in values) / len(values)
-        scale = math.sqrt(squares) if root_mean_square else math.fsum(values) / len(values)
+        scale = math.sqrt(squares) if is_spectrum else math.fsum(values) / len(values)
         layer = layer_of(update["matrix"])
         figure.add_trace(
             go.Scatter(
@@ -95,8 +74,11 @@ def _update_figure(
     _add_layer_buttons(figure, layers, layer_of_trace)
     figure.update_annotations(font_size=13)
     # Below 1/1000 of the RMS a value is rounding noise of the measurement.
-    figure.update_yaxes(**({"type": "log", "range": [-3, 1]} if log_y else {"rangemode": "tozero"}))
+    shown = {"type": "log", "range": [-3, 1]} if is_spectrum else {"rangemode": "tozero"}
+    figure.update_yaxes(**shown)
+    y_title = "singular value / RMS" if is_spectrum else "row norm / mean"
     figure.update_yaxes(title_text=y_title, col=1)
+    x_title = f"{'index' if is_spectrum else 'neuron'}, largest first"
     figure.update_xaxes(title_text=x_title, row=len(steps))
     return figure
 

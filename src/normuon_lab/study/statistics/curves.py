@@ -1,16 +1,15 @@
 """What the curves of one comparison say: steps to a target loss, and paired differences.
 
 Intervals are Student's t over seeds, on paired values (same seed, same initial weights, same
-batches). Steps saved by complete schedules, the stricter figure, are `schedules.py`'s.
+batches).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from normuon_lab.study.statistics.estimates import Estimate, t_interval
+from normuon_lab.study.statistics.estimates import NO_ESTIMATE, Estimate, t_interval
 
 METHOD = (
     "Training efficiency: the share of steps, in percent, by which an arm reaches the baseline's "
@@ -23,15 +22,7 @@ METHOD = (
 
 
 def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """Where a curve first falls to `target`, by linear interpolation between its points.
-
-    Args:
-        steps: abscissas, ascending.
-        losses: the curve's values there.
-        target: the loss to reach.
-
-    Returns:
-        The first crossing in steps, or None when the curve stays above the target.
+    """Where a curve first falls to `target`, by linear interpolation; None where it never does.
 
     Example:
         >>> steps_to_target([0, 10, 20], [5.0, 3.0, 2.0], 2.5)
@@ -72,17 +63,6 @@ class Comparison:
     fewer_steps_percent: Estimate
     seeds_not_reached: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in results."""
-        return {
-            "arm": self.arm,
-            "baseline": self.baseline,
-            "seeds": list(self.seeds),
-            "loss_difference": self.loss_difference.to_json(),
-            "fewer_steps_percent": self.fewer_steps_percent.to_json(),
-            "seeds_not_reached": list(self.seeds_not_reached),
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointsBetween:
@@ -96,39 +76,24 @@ class PointsBetween:
     reference: str
     points: Estimate
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in results."""
-        return {**asdict(self), "points": self.points.to_json()}
-
 
 def points_between(ours: Comparison, theirs: Comparison) -> PointsBetween:
     """Subtract two efficiencies against one reference, over the seeds where both exist."""
     assert ours.baseline == theirs.baseline
-    by_seed = [
-        dict(
-            zip(
-                [seed for seed in comparison.seeds if seed not in comparison.seeds_not_reached],
-                comparison.fewer_steps_percent.values,
-                strict=True,
-            )
+    points = NO_ESTIMATE
+    if not (ours.seeds_not_reached or theirs.seeds_not_reached):
+        mine, other = (
+            dict(zip(comparison.seeds, comparison.fewer_steps_percent.values, strict=True))
+            for comparison in (ours, theirs)
         )
-        for comparison in (ours, theirs)
-    ]
-    if ours.seeds_not_reached or theirs.seeds_not_reached:
-        points = Estimate(values=(), mean=None, low=None, high=None)
-    else:
-        shared = sorted(set(by_seed[0]) & set(by_seed[1]))
-        points = t_interval([by_seed[0][seed] - by_seed[1][seed] for seed in shared])
+        points = t_interval([mine[seed] - other[seed] for seed in sorted(mine.keys() & other)])
     return PointsBetween(arm=ours.arm, baseline=theirs.arm, reference=ours.baseline, points=points)
 
 
 def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curve]]) -> Comparison:
     """Compare two arms over the seeds that both finished.
 
-    Args:
-        arm: name of the arm.
-        baseline: name of the arm it is held against.
-        curves: finished runs' curves by arm and seed; diverged runs are left out.
+    `curves` are those of finished runs, by arm and seed, without runs that diverged.
     """
     ours, theirs = curves.get(arm, {}), curves.get(baseline, {})
     seeds = tuple(sorted(set(ours) & set(theirs)))
@@ -143,7 +108,7 @@ def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curv
             savings.append(100.0 * (1.0 - needed / theirs[seed].steps[-1]))
     saved = t_interval(savings)
     if not_reached:
-        saved = Estimate(values=tuple(savings), mean=None, low=None, high=None)
+        saved = Estimate(values=tuple(savings))
     return Comparison(
         arm=arm,
         baseline=baseline,

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,17 +34,16 @@ class Estimate:
     """
 
     values: tuple[float, ...]
-    mean: float | None
-    low: float | None
-    high: float | None
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
     confidence: float = CONFIDENCE
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored in results."""
-        return {**asdict(self), "values": list(self.values)}
+
+NO_ESTIMATE = Estimate(values=())
 
 
-def t_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Estimate:
+def t_interval(values: Sequence[float]) -> Estimate:
     """Mean of `values` and Student's t interval: mean ± t(n - 1) s / sqrt(n).
 
     Example:
@@ -55,36 +53,28 @@ def t_interval(values: Sequence[float], *, confidence: float = CONFIDENCE) -> Es
     """
     n = len(values)
     if n == 0:
-        return Estimate(values=(), mean=None, low=None, high=None, confidence=confidence)
+        return NO_ESTIMATE
     mean = math.fsum(values) / n
     low = high = None
     if n >= 2:
         from scipy import stats
 
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-        margin = float(stats.t.ppf(0.5 + confidence / 2, df=n - 1)) * deviation / math.sqrt(n)
+        margin = float(stats.t.ppf(0.5 + CONFIDENCE / 2, df=n - 1)) * deviation / math.sqrt(n)
         low, high = mean - margin, mean + margin
-    return Estimate(values=tuple(values), mean=mean, low=low, high=high, confidence=confidence)
+    return Estimate(values=tuple(values), mean=mean, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A confidence interval and how it was made.
+    """A confidence interval; an end is None where it lies beyond what was run.
 
-    Attributes:
-        low: None where the interval goes on beyond what was run.
-        high: the same.
-        method: `"BCa"`, or `"percentile"` where BCa does not exist.
+    `method` is `"BCa"`, or `"percentile"` where BCa does not exist.
     """
 
     low: float | None
     high: float | None
     method: str
-    confidence: float = CONFIDENCE
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +94,8 @@ class PairedTest:
     sign_flip_p_value: float
     smallest_sign_flip_p_value: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
-
-def bootstrap_interval(
-    statistic: Statistic, num_seeds: int, *, confidence: float = CONFIDENCE
-) -> Interval | None:
+def bootstrap_interval(statistic: Statistic, num_seeds: int) -> Interval | None:
     """Bootstrap interval of a figure made from `num_seeds` seeds; None with fewer than two.
 
     BCa, which corrects the bias and skew of a ratio. It does not exist where resamples without one
@@ -134,15 +118,13 @@ def bootstrap_interval(
                 lambda drawn, axis=-1: statistic(np.moveaxis(drawn, axis, -1)),
                 vectorized=True,
                 n_resamples=NUM_RESAMPLES,
-                confidence_level=confidence,
+                confidence_level=CONFIDENCE,
                 method=method,
                 rng=np.random.default_rng(RANDOM_STATE),
             ).confidence_interval
         if math.isfinite(found.low) and math.isfinite(found.high):
             break
-    return Interval(
-        low=float(found.low), high=float(found.high), method=method, confidence=confidence
-    )
+    return Interval(low=float(found.low), high=float(found.high), method=method)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest | None:

@@ -3,7 +3,6 @@
 The target is the baseline's mean final loss at the full length N. Each arm is trained with complete
 schedules of several lengths, so that its learning rate has decayed wherever its loss is read; n* is
 the length at which its mean final loss meets the target, and it saves 100 (1 - n*/N) percent.
-Which runs there are is `evidence/`'s business.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normuon_lab.study.statistics.estimates import (
+    NO_ESTIMATE,
     Array,
     Estimate,
     Interval,
@@ -26,9 +26,6 @@ from normuon_lab.study.statistics.estimates import (
 
 LossesByLength = Mapping[int, Mapping[int, float | None]]
 """Final losses by schedule length and seed; None where the run diverged."""
-
-
-NO_ESTIMATE = t_interval(())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +125,11 @@ def falling_fit(losses: Array) -> Array:
 def steps_saved_by_schedules(
     arm: LossesByLength, baseline: Mapping[int, float | None], *, full_steps: int
 ) -> StepsSaved:
-    """Steps that an arm saves against a baseline's mean final loss at full length.
+    """Steps that an arm saves against a baseline's mean final loss at the full length.
 
-    Args:
-        arm: the arm's final losses by length and seed.
-        baseline: the baseline's final losses at `full_steps`, by seed.
-        full_steps: N.
-
-    Returns:
-        The figure over the seeds that the baseline has and the arm's most complete length has;
-        lengths that lack some of them are left out and named in the notes.
+    `baseline` has its final losses at `full_steps`, by seed. The figure is over the seeds that the
+    baseline and the arm's most complete length have; lengths that lack some of them are left out
+    and named in the notes.
     """
     seeds, lengths, notes = _shared_runs(arm, baseline, full_steps=full_steps)
     if not seeds:
@@ -187,11 +179,9 @@ def steps_saved_by_schedules(
 
 
 def steps_saved_to_threshold(arm: Mapping[int, float], baseline: Mapping[int, float]) -> StepsSaved:
-    """Steps saved where a run ends by reaching a threshold, by ratio of mean steps.
+    """Steps saved where a run ends by reaching a threshold, from both arms' steps to it, by seed.
 
-    Args:
-        arm: steps at which the arm's runs reach it, by seed.
-        baseline: those of the baseline.
+    The saving is one minus the ratio of mean steps.
     """
     seeds = tuple(sorted(set(arm) & set(baseline)))
     if not seeds:
@@ -242,7 +232,7 @@ def _by_seed(
     if is_met.all():
         return t_interval(values), ""
     unmet = _listed({seed for seed, met in zip(seeds, is_met, strict=True) if not met})
-    return Estimate(values=tuple(values), mean=None, low=None, high=None), unmet
+    return Estimate(values=tuple(values)), unmet
 
 
 def _within(interval: Interval | None, limits: tuple[float, float]) -> Interval | None:
@@ -256,7 +246,6 @@ def _within(interval: Interval | None, limits: tuple[float, float]) -> Interval 
         low=None if np.isclose(low, limits[0], rtol=0, atol=1e-9) else low,
         high=None if np.isclose(high, limits[1], rtol=0, atol=1e-9) else high,
         method=interval.method,
-        confidence=interval.confidence,
     )
 
 
