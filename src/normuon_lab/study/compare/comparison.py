@@ -103,6 +103,9 @@ def run_comparison(
         _do_missing_runs(results, experiment, task, out, console)
     except KeyboardInterrupt:
         kept = len(results.records)
+        if kept:
+            # It may have come before the last record was written.
+            write_json(out / RESULTS_FILE, results.to_json())
         raise InterruptedRunsError(
             f"interrupted: {kept} of {results.num_runs} runs are kept in {out}",
             can_resume=kept > 0,

@@ -13,8 +13,6 @@ from normuon_lab.errors import require
 from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.evidence import table1 as first_table
 from normuon_lab.study.evidence.collected import CellEvidence, collect
-from normuon_lab.study.evidence.eight_bit import PAGE as EIGHT_BIT_PAGE
-from normuon_lab.study.evidence.eight_bit import eight_bit_table, page_with
 from normuon_lab.study.evidence.figures.ablations import ablation_figure
 from normuon_lab.study.evidence.figures.losses import accuracy_figure, loss_figure
 from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
@@ -22,9 +20,15 @@ from normuon_lab.study.evidence.figures.sensitivity import sensitivity_figure
 from normuon_lab.study.evidence.figures.sizes import size_figure
 from normuon_lab.study.evidence.figures.tuning import learning_rate_figure, other_rate_figure
 from normuon_lab.study.evidence.figures.updates import update_figures
-from normuon_lab.study.evidence.page import FIGURES_FOLDER, render_page
+from normuon_lab.study.evidence.page import (
+    EIGHT_BIT_PAGE,
+    FIGURES_FOLDER,
+    eight_bit_table,
+    page_with,
+    render_page,
+)
 from normuon_lab.study.evidence.protocol import CELLS, SENSITIVITY, Cell
-from normuon_lab.study.evidence.recent_table import recent_tables
+from normuon_lab.study.evidence.recent_rivals import recent_tables
 from normuon_lab.study.evidence.table2 import read_table2
 
 PAGE = "results.md"

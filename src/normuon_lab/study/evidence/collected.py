@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
 from normuon_lab.study.search.sweep import read_tuned_arms
@@ -29,11 +30,7 @@ Updates = Mapping[tuple[str, int], Mapping[str, Any]]
 class CellEvidence:
     """What was run of one cell; any part may be missing.
 
-    Attributes:
-        cell: what was to be run.
-        runs: claim runs, on claim seeds alone.
-        sensitivity: runs with one hyperparameter varied.
-        tuning: by arm, what the sweep's export says of it.
+    `runs` are the claim runs; `tuning` is, by arm, what the sweep's export says of it.
     """
 
     cell: Cell
@@ -53,8 +50,8 @@ class CellEvidence:
 
     @property
     def title(self) -> str:
-        """The cell's task and size."""
-        return f"{self.cell.task}, {self.cell.size} parameters"
+        """The cell's task and size, for figures."""
+        return f"{self.cell.title} parameters"
 
     @property
     def target_accuracy(self) -> float | None:
@@ -121,24 +118,39 @@ class CellEvidence:
         return len(self.tuning[arm]["trials"]) if arm in self.tuning else None
 
 
+def shortfalls(what: str, counts: Mapping[str, int], wanted: int) -> list[str]:
+    """A sentence for each count below what is wanted, with the arms that have it.
+
+    Example:
+        >>> shortfalls("Claim runs", {"adamw": 6, "muon": 3, "normuon": 3}, 6)
+        ['Claim runs, 3 of 6: Muon; NorMuon.']
+    """
+    arms: dict[int, list[str]] = {}
+    for arm, count in counts.items():
+        arms.setdefault(count, []).append(label_of(arm))
+    return [
+        f"{what}, {count} of {wanted}: {'; '.join(arms[count])}."
+        for count in sorted(arms)
+        if count < wanted
+    ]
+
+
 def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEvidence]:
     """Read everything there is of the cells, in their order.
-
-    Args:
-        results: the results' folder.
-        cells: those of the protocol.
 
     Raises:
         InputError: a file is not what it should be.
     """
-    return [_collect_cell(results, cell) for cell in cells.values()]
-
-
-def _collect_cell(results: Path, cell: Cell) -> CellEvidence:
-    records = [stored.record for stored in read_runs(results, cell.name)]
-    return CellEvidence(
-        cell=cell,
-        runs=[record for record in records if record.seed in CLAIM_SEEDS],
-        sensitivity=read_runs(results, cell.name, purpose="sensitivity"),
-        tuning=read_tuned_arms(results / cell.name / SWEEP_FILE),
-    )
+    return [
+        CellEvidence(
+            cell=cell,
+            runs=[
+                run.record
+                for run in read_runs(results, cell.name)
+                if run.record.seed in CLAIM_SEEDS
+            ],
+            sensitivity=read_runs(results, cell.name, purpose="sensitivity"),
+            tuning=read_tuned_arms(results / cell.name / SWEEP_FILE),
+        )
+        for cell in cells.values()
+    ]

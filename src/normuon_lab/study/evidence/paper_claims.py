@@ -1,4 +1,4 @@
-"""The paper's claims, one by one, with what our runs say of each; `verdicts.py` has the rule."""
+"""The paper's claims, one by one, with what our runs say of each."""
 
 from __future__ import annotations
 
@@ -39,13 +39,7 @@ class CellVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimResult:
-    """A claim and what came of it.
-
-    Attributes:
-        claim: one sentence, as the paper would put it.
-        paper: its figure there.
-        cells: what each cell says.
-    """
+    """A claim in one sentence, the paper's figure, and what each cell says."""
 
     claim: str
     paper: str
@@ -76,114 +70,132 @@ def paper_claims(
     table2: Mapping[str, Any] | None,
 ) -> list[ClaimResult]:
     """Every claim, in the paper's order."""
-    saved = paper.STEPS_SAVED_1B
-    larger = paper.STEPS_SAVED_5B
+    saved, larger = paper.STEPS_SAVED_1B, paper.STEPS_SAVED_5B
     on_text = [found for found in evidence if found.target_accuracy is None]
     return [
-        _from_findings(
+        _from_rows(
             "NorMuon reaches AdamW's final loss in fewer steps.",
             f"{saved['normuon']}% fewer at 1.1B, {larger['normuon']}% at 5.4B",
-            _saved_findings(table1, "normuon", "adamw"),
+            _pair_rows(table1, "normuon", "adamw"),
             paper_value=saved["normuon"],
         ),
-        _from_findings(
+        _from_rows(
             "Muon reaches AdamW's final loss in fewer steps.",
             f"{saved['muon']}% fewer at 1.1B, {larger['muon']}% at 5.4B",
-            _saved_findings(table1, "muon", "adamw"),
+            _pair_rows(table1, "muon", "adamw"),
             paper_value=saved["muon"],
         ),
-        _from_findings(
+        _from_rows(
             "NorMuon saves steps over Muon too.",
             f"{paper.POINTS_OVER_MUON_1B} points more of AdamW's steps at 1.1B; here, percent of "
             "Muon's own steps",
-            _saved_findings(table1, "normuon", "muon"),
+            _pair_rows(table1, "normuon", "muon"),
             paper_value=paper.POINTS_OVER_MUON_1B,
         ),
-        _from_findings(
+        _from_rows(
             "Muon needs a longer schedule to reach NorMuon's loss.",
             f"{paper.MUON_MORE_STEPS_124M:.0f}% more steps at 124M, "
             f"{paper.MUON_MORE_STEPS_350M:.0f}% at 350M",
-            _rescale_findings(table1),
+            [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS],
             paper_value=paper.MUON_MORE_STEPS_124M,
         ),
-        *_update_claims(on_text),
-        *_ablation_claims(on_text),
-        *_cost_claims(table2),
-        _from_findings(
+        _counted(
+            "Muon's updates have flatter spectra than AdamW's.",
+            "Fig. 1, left: AdamW's and the momentum's are far steeper",
+            on_text,
+            ("adamw", "muon", "singular_values"),
+        ),
+        _counted(
+            "NorMuon's updates keep Muon's flat spectra.",
+            "Fig. 1, left: far flatter than AdamW's",
+            on_text,
+            ("adamw", "normuon", "singular_values"),
+        ),
+        _counted(
+            "NorMuon's rows have more equal norms than Muon's.",
+            "Fig. 1, right",
+            on_text,
+            ("muon", "normuon", "row_norms"),
+        ),
+        *(
+            ClaimResult(claim=claim, paper="Fig. 3 and 7", cells=_order(on_text, *pair, share))
+            for claim, pair, share in ABLATION_CLAIMS
+        ),
+        _state_claim(table2),
+        _not_testable(
+            "On 16 GPUs NorMuon's training step is hardly longer than AdamW's.",
+            f"{paper.STEP_TIME_OVER_ADAMW}% longer",
+            "it needs 16 GPUs; Table 2 has times of one thread on small models",
+        ),
+        _not_testable(
+            "The savings hold at 1.1B and 5.4B parameters.",
+            "Table 1",
+            "such models cannot be trained on two CPU cores",
+        ),
+        _from_rows(
             "The adverse case: NorMuon learns modular addition later than Muon.",
             "not in the paper: reported by a replication",
-            _later_findings(table1, "normuon", "muon"),
+            [_later(row) for row in _pair_rows(table1, "normuon", "muon", of_losses=False)],
             paper_value=0.0,
         ),
     ]
 
 
-def _from_findings(
-    claim: str, stated: str, findings: Sequence[Finding], *, paper_value: float
-) -> ClaimResult:
-    cells = tuple(
-        CellVerdict(
-            where=finding.where,
-            verdict=verdict_in_cell(finding, paper_value=paper_value),
-            short=finding.short,
-            text=finding.text,
-        )
-        for finding in findings
-    )
-    return ClaimResult(claim=claim, paper=stated, cells=cells)
+ABLATION_CLAIMS = (
+    ("Muon + Adam, one scale per entry, ends below Muon.", ("muon-adam", "muon"), 1.0),
+    ("NorMuon ends below Muon + Adam.", ("normuon", "muon-adam"), 1.0),
+    ("Normalising before orthogonalisation ends higher.", ("normuon", "normuon-front"), 1.0),
+    ("Normalising only matrices with m > n ends higher.", ("normuon", "normuon-tall"), 1.0),
+    ("Muon with a fixed norm is ahead of Muon early.", ("muon-frobenius", "muon"), EARLY),
+    ("At the end Muon is ahead of Muon with a fixed norm.", ("muon", "muon-frobenius"), 1.0),
+)
+"""The claim, which arm's loss is lower than which's, and at which share of the steps."""
 
 
-def _saved_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
+def _pair_rows(
+    table1: Mapping[str, Any], arm: str, baseline: str, *, of_losses: bool = True
+) -> list[Mapping[str, Any]]:
     return [
-        table_finding(row, "steps_saved_percent", "steps saved")
+        row
         for row in table1["rows"]
-        if (row["arm"], row["baseline"], row["measure"]) == (arm, baseline, FINAL_LOSS)
+        if (row["arm"], row["baseline"], row["measure"] == FINAL_LOSS) == (arm, baseline, of_losses)
     ]
 
 
-def _rescale_findings(table1: Mapping[str, Any]) -> list[Finding]:
-    rows = [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS]
-    return [table_finding(row, "more_steps_percent", "more steps") for row in rows]
+def _later(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row for the claim that the arm takes more steps."""
+    more, ends = negative(row["steps_saved_percent"]), mirrored_bounds(row["ci95"])
+    return {**row, "more_steps_percent": more, "ci95": ends}
 
 
-def _later_findings(table1: Mapping[str, Any], arm: str, baseline: str) -> list[Finding]:
-    """Where steps to an accuracy are counted: how many percent more of them the arm takes."""
-    mirrored = [
-        {
-            **row,
-            "more_steps_percent": negative(row["steps_saved_percent"]),
-            "ci95": mirrored_bounds(row["ci95"]),
-        }
-        for row in table1["rows"]
-        if (row["arm"], row["baseline"]) == (arm, baseline) and row["measure"] != FINAL_LOSS
-    ]
-    return [table_finding(row, "more_steps_percent", "more steps") for row in mirrored]
-
-
-def table_finding(row: Mapping[str, Any], key: str, what: str) -> Finding:
-    """What a row of Table 1 says; a bound above zero asks for more schedules, and is not run."""
-    estimate, bounds = row[key], row["ci95"]
-    low, high = bounds or (None, None)
-    if estimate is None:
+def _from_rows(
+    claim: str, stated: str, rows: Sequence[Mapping[str, Any]], *, paper_value: float
+) -> ClaimResult:
+    """What rows of table1.json say: of more steps where they have them, or else of steps saved."""
+    cells = []
+    for row in rows:
+        is_more = "more_steps_percent" in row
+        key = "more_steps_percent" if is_more else "steps_saved_percent"
         text, short = row["reason_if_missing"], "none"
-    else:
-        ends = interval_words(bounds)
-        text = f"{what} {estimate:.1f}% (bootstrap {ends}; {p_words(row['p_value'])})"
-        short = f"{estimate:.1f}%"
-    num_seeds = len(row["claim_seeds"])
-    if 0 < num_seeds < len(CLAIM_SEEDS):
-        text += f" ({num_seeds} of {len(CLAIM_SEEDS)} seeds so far)"
-    return Finding(
-        where=f"{row['task']}, {row['size']}",
-        estimate=estimate,
-        low=low,
-        high=high,
-        has_interval=bounds is not None,
-        p_value=row["p_value"],
-        short=short,
-        text=text,
-        was_run=num_seeds == len(CLAIM_SEEDS) and row["at_least_percent"] is None,
-    )
+        if row[key] is not None:
+            what = "more steps" if is_more else "steps saved"
+            ends, p_value = interval_words(row["ci95"]), p_words(row["p_value"])
+            short = f"{row[key]:.1f}%"
+            text = f"{what} {short} (bootstrap {ends}; {p_value})"
+        num_seeds = len(row["claim_seeds"])
+        if 0 < num_seeds < len(CLAIM_SEEDS):
+            text += f" ({num_seeds} of {len(CLAIM_SEEDS)} seeds so far)"
+        verdict = verdict_in_cell(finding_of(row, key), paper_value=paper_value)
+        where = f"{row['task']}, {row['size']}"
+        cells.append(CellVerdict(where=where, verdict=verdict, short=short, text=text))
+    return ClaimResult(claim=claim, paper=stated, cells=tuple(cells))
+
+
+def finding_of(row: Mapping[str, Any], key: str) -> Finding:
+    """What a row says; where only a bound above zero is known, more schedules are to be run."""
+    low, high = row["ci95"] or (None, None)
+    was_run = len(row["claim_seeds"]) == len(CLAIM_SEEDS) and row["at_least_percent"] is None
+    return Finding(estimate=row[key], low=low, high=high, p_value=row["p_value"], was_run=was_run)
 
 
 def interval_words(bounds: Sequence[float | None] | None) -> str:
@@ -213,29 +225,6 @@ def p_words(p_value: float | None) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 
-def _update_claims(evidence: Sequence[CellEvidence]) -> list[ClaimResult]:
-    return [
-        _counted(
-            "Muon's updates have flatter spectra than AdamW's.",
-            "Fig. 1, left: AdamW's and the momentum's are far steeper",
-            evidence,
-            ("adamw", "muon", "singular_values"),
-        ),
-        _counted(
-            "NorMuon's updates keep Muon's flat spectra.",
-            "Fig. 1, left: far flatter than AdamW's",
-            evidence,
-            ("adamw", "normuon", "singular_values"),
-        ),
-        _counted(
-            "NorMuon's rows have more equal norms than Muon's.",
-            "Fig. 1, right",
-            evidence,
-            ("muon", "normuon", "row_norms"),
-        ),
-    ]
-
-
 def _counted(
     claim: str, stated: str, evidence: Sequence[CellEvidence], compared: tuple[str, str, str]
 ) -> ClaimResult:
@@ -253,7 +242,7 @@ def _counted(
         )
         cells.append(
             CellVerdict(
-                where=f"{found.cell.task}, {found.cell.size}",
+                where=found.cell.title,
                 verdict=verdict_by_count(count, len(shared)),
                 short=f"{count} of {len(shared)}",
                 text=f"{count} of {len(shared)} measured matrices and stages of one seed",
@@ -268,68 +257,43 @@ def _variation(values: Sequence[float]) -> float:
     return float(array.std() / array.mean()) if array.any() else 0.0
 
 
-def _ablation_claims(evidence: Sequence[CellEvidence]) -> list[ClaimResult]:
-    order = [
-        ("muon-adam", "muon", None, "Muon + Adam, one scale per entry, ends below Muon."),
-        ("normuon", "muon-adam", None, "NorMuon ends below Muon + Adam."),
-        ("normuon", "normuon-front", None, "Normalising before orthogonalisation ends higher."),
-        ("normuon", "normuon-tall", None, "Normalising only matrices with m > n ends higher."),
-        ("muon-frobenius", "muon", EARLY, "Muon with a fixed norm is ahead of Muon early."),
-        ("muon", "muon-frobenius", None, "At the end Muon is ahead of Muon with a fixed norm."),
-    ]
-    return [
-        _from_findings(
-            claim,
-            "Fig. 3 and 7",
-            _order_findings(evidence, better, worse, share=share),
-            paper_value=0.0,
-        )
-        for better, worse, share, claim in order
-    ]
-
-
-def _order_findings(
-    evidence: Sequence[CellEvidence], better: str, worse: str, *, share: float | None
-) -> list[Finding]:
-    """Cells whose protocol has both arms: by how much the better one's loss is lower, paired."""
-    findings = []
+def _order(
+    evidence: Sequence[CellEvidence], better: str, worse: str, share: float
+) -> tuple[CellVerdict, ...]:
+    """By how much the better arm's loss is lower, paired, in the cells that have both arms."""
+    cells = []
     for found in evidence:
         if not {better, worse} <= set(found.cell.arms):
             continue
-        where = f"{found.cell.task}, {found.cell.size}"
         differences = found.loss_differences(worse, better)
         if differences is None:
             was_run = bool(found.full_runs(better) and found.full_runs(worse))
+            finding, short = Finding(estimate=None, was_run=was_run), "none"
             text = "a run diverged" if was_run else "some runs are missing"
-            findings.append(
-                Finding(where=where, estimate=None, short="none", text=text, was_run=was_run)
-            )
-            continue
-        last = differences.shape[1] - 1
-        place = last if share is None else round(share * last)
-        values = differences[:, place].tolist()
-        estimate, test = t_interval(values), paired_test(values, [0.0] * len(values))
-        ends = None if estimate.low is None else (estimate.low, estimate.high)
-        interval = "no interval" if ends is None else f"t interval {ends[0]:.4f} to {ends[1]:.4f}"
-        p_value = None if test is None else test.p_value
-        findings.append(
-            Finding(
-                where=where,
+        else:
+            values = differences[:, round(share * (differences.shape[1] - 1))].tolist()
+            estimate, test = t_interval(values), paired_test(values, [0.0] * len(values))
+            finding = Finding(
                 estimate=estimate.mean,
                 low=estimate.low,
                 high=estimate.high,
-                has_interval=ends is not None,
-                p_value=p_value,
-                short=f"{estimate.mean:+.4f} nats",
-                text=f"loss of {label_of(worse)} minus that of {label_of(better)}: "
-                f"{estimate.mean:+.4f} nats ({interval}; {p_words(p_value)})",
+                p_value=None if test is None else test.p_value,
                 was_run=len(values) == len(CLAIM_SEEDS),
             )
-        )
-    return findings
+            interval = "no interval"
+            if estimate.low is not None:
+                interval = f"t interval {estimate.low:.4f} to {estimate.high:.4f}"
+            short = f"{estimate.mean:+.4f} nats"
+            text = (
+                f"loss of {label_of(worse)} minus that of {label_of(better)}: "
+                f"{short} ({interval}; {p_words(finding.p_value)})"
+            )
+        verdict = verdict_in_cell(finding, paper_value=0.0)
+        cells.append(CellVerdict(where=found.cell.title, verdict=verdict, short=short, text=text))
+    return tuple(cells)
 
 
-def _cost_claims(table2: Mapping[str, Any] | None) -> list[ClaimResult]:
+def _state_claim(table2: Mapping[str, Any] | None) -> ClaimResult:
     cells = []
     for name, measured in (table2 or {"cells": {}})["cells"].items():
         expected = expected_hidden_state(measured["hidden_matrices"])
@@ -343,23 +307,11 @@ def _cost_claims(table2: Mapping[str, Any] | None) -> list[ClaimResult]:
                 text=f"NorMuon keeps {share} elements, counted",
             )
         )
-    return [
-        ClaimResult(
-            claim="On hidden matrices NorMuon keeps m (n + 1) numbers, Muon m n, AdamW 2 m n.",
-            paper="Table 2",
-            cells=tuple(cells),
-        ),
-        _not_testable(
-            "On 16 GPUs NorMuon's training step is hardly longer than AdamW's.",
-            f"{paper.STEP_TIME_OVER_ADAMW}% longer",
-            "it needs 16 GPUs; Table 2 has times of one thread on small models",
-        ),
-        _not_testable(
-            "The savings hold at 1.1B and 5.4B parameters.",
-            "Table 1",
-            "such models cannot be trained on two CPU cores",
-        ),
-    ]
+    return ClaimResult(
+        claim="On hidden matrices NorMuon keeps m (n + 1) numbers, Muon m n, AdamW 2 m n.",
+        paper="Table 2",
+        cells=tuple(cells),
+    )
 
 
 def _not_testable(claim: str, stated: str, why: str) -> ClaimResult:

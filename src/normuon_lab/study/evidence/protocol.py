@@ -149,6 +149,11 @@ class Cell:
     rate_trials: int = RATE_TUNING_TRIALS
 
     @property
+    def title(self) -> str:
+        """The task and the size, for tables."""
+        return f"{self.task}, {self.size}"
+
+    @property
     def has_ladder(self) -> bool:
         """Whether claims rest on complete schedules of several lengths, not on steps to a goal."""
         return self.experiment.training.stop_at_accuracy is None

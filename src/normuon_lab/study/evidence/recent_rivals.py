@@ -1,4 +1,4 @@
-"""Runs of the rivals of 2026: a small tuning of the learning rate, then seeds paired with Muon's.
+"""The rivals of 2026: a small tuning of the learning rate, seeds paired with Muon's, their tables.
 
 They have a smaller budget than the arms of the protocol's cells, and a folder of their own under
 ``results``, laid out alike: a JSON file for every run, those of the tuning included.
@@ -10,31 +10,34 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from normuon_lab.errors import InterruptedRunsError, require
-from normuon_lab.machine import default_num_workers, describe_machine, utc_now
+from normuon_lab.errors import require
+from normuon_lab.study.evidence.collected import CellEvidence, shortfalls
 from normuon_lab.study.evidence.protocol import (
     MAX_TUNING_TRIALS,
+    RECENT_CELLS,
     RECENT_PARENT,
+    RECENT_RIVALS,
     RECENT_SEEDS,
     RECENT_STARTS,
     RECENT_TRIALS,
     RECENT_TUNING_SEEDS,
     Cell,
 )
-from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs, write_run
-from normuon_lab.study.search.lattice import best_place, next_round
-from normuon_lab.study.search.space import AXES, Place, Setting
-from normuon_lab.study.search.sweep import read_tuned_arms
-from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.study.evidence.running import do_runs, final_losses_alone, tuned_settings
+from normuon_lab.study.evidence.runs_store import read_runs
+from normuon_lab.study.evidence.verdicts import Finding
+from normuon_lab.study.search.lattice import Losses, best_place, is_interior, next_round
+from normuon_lab.study.search.space import AXES, Place
+from normuon_lab.study.statistics import paired_test, t_interval
 from normuon_lab.train.runs.records import RunRecord
-from normuon_lab.train.runs.tasks import load_task
 
 FOLDER = "recent-rivals"
-
 RATES = AXES["learning_rate"]
+BASELINES = (RECENT_PARENT, "normuon")
 
 
 def tune_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
@@ -50,15 +53,15 @@ def tune_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Cons
         )
         if not wanted:
             return
-        specs = [
-            _spec(cell, arm, seed, RATES.value(place[0]), results=results)
+        done = {(run.arm, run.seed, run.learning_rate) for run in _records(results, cell, "tuning")}
+        rates = [
+            (arm, seed, RATES.value(place[0]))
             for seed in RECENT_TUNING_SEEDS
             for arm, places in wanted.items()
             for place in places
         ]
-        done = {(run.arm, run.seed, run.learning_rate) for run in _records(results, cell, "tuning")}
-        missing = [spec for spec in specs if (spec.arm, spec.seed, spec.learning_rate) not in done]
-        _run(cell, missing, "tuning", results=results, console=console)
+        missing = [run for run in rates if run not in done]
+        _do_runs(cell, missing, "tuning", results=results, console=console)
 
 
 def compare_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
@@ -67,13 +70,43 @@ def compare_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: C
     for arm in arms:
         require(bool(known.get(arm)), f"tune {arm} in {cell.name} before its claim runs")
     done = {(run.arm, run.seed) for run in _records(results, cell, "claim")}
-    specs = [
-        _spec(cell, arm, seed, RATES.value(best_place(known[arm])[0]), results=results)
+    missing = [
+        (arm, seed, RATES.value(best_place(known[arm])[0]))
         for seed in RECENT_SEEDS
         for arm in arms
         if (arm, seed) not in done
     ]
-    _run(cell, specs, "claim", results=results, console=console)
+    _do_runs(cell, missing, "claim", results=results, console=console)
+
+
+def _do_runs(
+    cell: Cell,
+    wanted: Sequence[tuple[str, int, float]],
+    purpose: str,
+    *,
+    results: Path,
+    console: Console,
+) -> None:
+    """Do runs, each an arm, a seed and a learning rate."""
+    if not wanted:
+        return
+    settings = tuned_settings(results, cell)
+    first = wanted[0][0]
+    require(RECENT_PARENT in settings, f"tune {RECENT_PARENT} in {cell.name} before {first}")
+    specs = [
+        dataclasses.replace(settings[RECENT_PARENT], learning_rate=rate).spec(
+            arm, seed, steps=cell.experiment.training.steps
+        )
+        for arm, seed, rate in wanted
+    ]
+    do_runs(
+        cell,
+        specs,
+        purpose,
+        experiment=final_losses_alone(cell.experiment),
+        folder=results / FOLDER,
+        console=console,
+    )
 
 
 def tuning_losses(results: Path, cell: Cell) -> dict[str, dict[Place, float]]:
@@ -100,61 +133,107 @@ def _means(arm: str, by_place: Mapping[Place, Mapping[int, float]]) -> dict[Plac
     }
 
 
-def compared_runs(results: Path, cell: Cell) -> dict[str, list[RunRecord]]:
-    """By arm, the runs that are compared, in order of seeds."""
-    found: dict[str, list[RunRecord]] = {}
-    for run in sorted(_records(results, cell, "claim"), key=lambda run: run.seed):
-        found.setdefault(run.arm, []).append(run)
-    return found
-
-
 def _records(results: Path, cell: Cell, purpose: str) -> list[RunRecord]:
     return [run.record for run in read_runs(results / FOLDER, cell.name, purpose=purpose)]
 
 
-def _spec(cell: Cell, arm: str, seed: int, learning_rate: float, *, results: Path) -> RunSpec:
-    tuned = read_tuned_arms(results / cell.name / SWEEP_FILE)
-    require(RECENT_PARENT in tuned, f"tune {RECENT_PARENT} in {cell.name} before {arm}")
-    setting = Setting(**tuned[RECENT_PARENT]["best"])
-    return RunSpec(
-        arm=arm,
-        seed=seed,
-        learning_rate=learning_rate,
-        options=setting.options(),
-        steps=cell.experiment.training.steps,
-    )
+def recent_tables(results: Path, evidence: Sequence[CellEvidence]) -> list[dict[str, Any]]:
+    """The tables of every cell in which a rival was run, and what is missing there.
+
+    `evidence` has the protocol's own runs, which the rivals are paired with.
+    """
+    cells = [found for found in evidence if found.cell.name in RECENT_CELLS]
+    tables = [_tables(results, found) for found in cells]
+    return [table for table in tables if table["tuning"] or table["compared"]]
 
 
-def _run(
-    cell: Cell, specs: Sequence[RunSpec], purpose: str, *, results: Path, console: Console
-) -> None:
-    if not specs:
-        return
-    from normuon_lab.train.runs.execution import execute
-    from normuon_lab.train.runs.workers import Job
-
-    experiment = _evaluated_at_the_end(cell.experiment)
-    task = load_task(experiment)
-    provenance = {
-        "experiment": experiment.to_json(),
-        "corpus": task.to_json(),
-        "machine": describe_machine(num_workers=default_num_workers(len(specs))),
+def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
+    tuned = tuning_losses(results, found.cell)
+    compared: dict[str, list[RunRecord]] = {}
+    for run in sorted(_records(results, found.cell, "claim"), key=lambda run: run.seed):
+        compared.setdefault(run.arm, []).append(run)
+    tried = {arm: len(tuned.get(arm, ())) for arm in RECENT_RIVALS}
+    seeds = {arm: len(compared.get(arm, ())) for arm in RECENT_RIVALS}
+    return {
+        "title": found.cell.title,
+        "tuning": [_tuning_row(arm, tuned[arm], found) for arm in RECENT_RIVALS if arm in tuned],
+        "compared": [
+            _compared_row(arm, compared[arm], baseline, found)
+            for baseline in BASELINES
+            for arm in RECENT_RIVALS
+            if arm in compared
+        ],
+        "missing": [
+            *shortfalls("Rates tried", tried, RECENT_TRIALS),
+            *shortfalls("Compared seeds", seeds, len(RECENT_SEEDS)),
+        ],
+        "processors": _processors(results / FOLDER, found, "tuning", "claim"),
+        "published_processors": _processors(results, found, "claim"),
     }
 
-    def keep(spec: RunSpec, record: RunRecord) -> None:
-        run = StoredRun(cell=cell.name, purpose=purpose, record=record)
-        write_run(results / FOLDER, run, {**provenance, "created": utc_now()})
 
-    jobs = [Job(spec) for spec in specs]
-    try:
-        execute(jobs, experiment, task, console=console, on_finished=keep)
-    except KeyboardInterrupt:
-        raise InterruptedRunsError(
-            f"interrupted: finished runs are kept in {results / FOLDER}", can_resume=False
-        ) from None
+def _processors(folder: Path, found: CellEvidence, *purposes: str) -> list[str]:
+    """The processors that a folder's runs of the rivals or of the baselines were made on."""
+    arms = (*RECENT_RIVALS, *BASELINES)
+    runs = [run for what in purposes for run in read_runs(folder, found.cell.name, purpose=what)]
+    return sorted({run.processor for run in runs if run.record.arm in arms and run.processor})
 
 
-def _evaluated_at_the_end(experiment: Experiment) -> Experiment:
-    """Final losses alone are compared, and evaluations take a seventh of a small run."""
-    training = dataclasses.replace(experiment.training, num_evals=1)
-    return dataclasses.replace(experiment, training=training)
+def _tuning_row(arm: str, losses: Losses, found: CellEvidence) -> dict[str, Any]:
+    best = best_place(losses)
+    tuned = {baseline: _tuned_loss(found, baseline) for baseline in BASELINES}
+    return {
+        "arm": arm,
+        "rates": sorted(RATES.value(place[0]) for place in losses),
+        "best": RATES.value(best[0]),
+        "is_interior": is_interior(losses),
+        "loss": losses[best] if math.isfinite(losses[best]) else None,
+        "minus": {
+            baseline: None if theirs is None else losses[best] - theirs
+            for baseline, theirs in tuned.items()
+        },
+    }
+
+
+def _tuned_loss(found: CellEvidence, arm: str) -> float | None:
+    """An arm's mean loss at its best setting over the seeds that the rivals were tuned on."""
+    tuned = found.tuning.get(arm)
+    if tuned is None:
+        return None
+    best = next(
+        trial
+        for trial in tuned["trials"]
+        if all(trial[name] == value for name, value in tuned["best"].items())
+    )
+    losses = [best["objectives"].get(str(seed)) for seed in RECENT_TUNING_SEEDS]
+    return None if None in losses else math.fsum(losses) / len(losses)
+
+
+def _compared_row(
+    arm: str, runs: Sequence[RunRecord], baseline: str, found: CellEvidence
+) -> dict[str, Any]:
+    ours, theirs = (
+        {run.seed: run.final_loss for run in some if run.final_loss is not None}
+        for some in (runs, found.full_runs(baseline))
+    )
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    difference = t_interval([mine - other for mine, other in pairs])
+    test = paired_test([mine for mine, _ in pairs], [other for _, other in pairs])
+    p_value = None if test is None else test.p_value
+    above = Finding(
+        estimate=difference.mean, low=difference.low, high=difference.high, p_value=p_value
+    )
+    verdict = "not shown to differ"
+    if above.is_shown or above.opposite().is_shown:
+        verdict = "above" if above.is_shown else "below"
+    elif difference.low is None:
+        verdict = "too few seeds"
+    return {
+        "arm": arm,
+        "baseline": baseline,
+        "seeds": [run.seed for run in runs],
+        "diverged": [run.seed for run in runs if run.diverged],
+        "difference": difference,
+        "p_value": p_value,
+        "verdict": verdict,
+    }

@@ -52,18 +52,25 @@ def tune_cell(
     cell: Cell, arms: Sequence[str], *, results: Path, storage: Path, console: Console, command: str
 ) -> None:
     """Tune the arms of a cell, the main ones before those that take over their settings."""
+    experiment = cell.experiment
+    # Where runs stop at an accuracy, the evaluations are what finds it.
+    if cell.has_ladder:
+        experiment = final_losses_alone(experiment)
     main = tuple(arm for arm in arms if arm in MAIN_ARMS)
     others = tuple(arm for arm in arms if arm not in MAIN_ARMS)
     for group, axes in ((main, tuple(AXES)), (others, ("learning_rate",))):
         if not group:
             continue
-        settings = tuned_settings(results, cell) if group is others else {}
-        for arm in group if group is others else ():
-            parent = INHERITED_FROM[arm]
-            require(parent in settings, f"tune {parent} in {cell.name} before {arm}")
+        fixed: dict[str, Mapping[str, float | None]] = {}
+        if group is others:
+            settings = tuned_settings(results, cell)
+            for arm in others:
+                parent = INHERITED_FROM[arm]
+                require(parent in settings, f"tune {parent} in {cell.name} before {arm}")
+                fixed[arm] = settings[parent].to_json()
         request = SweepRequest(
             name=cell.name,
-            experiment=_evaluated_at_the_end(cell.experiment),
+            experiment=experiment,
             arms=group,
             axes=axes,
             seeds=TUNING_SEEDS,
@@ -71,21 +78,14 @@ def tune_cell(
             max_trials=MAX_TUNING_TRIALS,
             storage=storage,
             out=results / cell.name / SWEEP_FILE,
-            fixed={arm: settings[INHERITED_FROM[arm]].to_json() for arm in group}
-            if group is others
-            else {},
+            fixed=fixed,
             starts={arm: tuple(cell.starts[arm][name] for name in axes) for arm in group},
         )
         run_search(request, console, command=command)
 
 
-def _evaluated_at_the_end(experiment: Experiment) -> Experiment:
-    """Tuning looks at final losses alone, and evaluations take a seventh of a small run.
-
-    Where runs stop at an accuracy, the evaluations are what finds it.
-    """
-    if experiment.training.stop_at_accuracy is not None:
-        return experiment
+def final_losses_alone(experiment: Experiment) -> Experiment:
+    """Without evaluations on the way, which take a seventh of a small run and change nothing."""
     training = dataclasses.replace(experiment.training, num_evals=1)
     return dataclasses.replace(experiment, training=training)
 
@@ -107,14 +107,14 @@ def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Conso
         wanted = _missing(_losses_by_rung(records, full), arms, has_ladder=cell.has_ladder)
         if not wanted:
             return
-        specs = [
-            _spec(arm, seed, settings[arm], schedule_steps(full, rung))
-            for arm, rung in wanted
-            for seed in CLAIM_SEEDS
-        ]
         known = {(record.arm, record.steps, record.seed) for record in records}
-        missing = [spec for spec in specs if (spec.arm, spec.steps, spec.seed) not in known]
-        _run(cell, missing, results=results, console=console)
+        specs = [
+            settings[arm].spec(arm, seed, steps=steps)
+            for arm, steps in ((arm, schedule_steps(full, rung)) for arm, rung in wanted)
+            for seed in CLAIM_SEEDS
+            if (arm, steps, seed) not in known
+        ]
+        do_runs(cell, specs, "claim", folder=results, console=console, probed_seed=PROBED_SEED)
 
 
 def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
@@ -125,37 +125,14 @@ def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
         (run.varied, run.record.seed)
         for run in read_runs(results, cell.name, purpose="sensitivity")
     }
-    varied: dict[RunSpec, tuple[str, Any]] = {}
-    for parameter in cell.varied:
-        for value in SENSITIVITY[parameter]:
-            for seed in CLAIM_SEEDS:
-                if ((parameter, value), seed) not in done:
-                    spec = _spec(
-                        "normuon",
-                        seed,
-                        settings["normuon"],
-                        cell.experiment.training.steps,
-                        normuon=((parameter, value),),
-                    )
-                    varied[spec] = (parameter, value)
-    _run(cell, list(varied), results=results, console=console, varied=varied)
-
-
-def _spec(
-    arm: str,
-    seed: int,
-    setting: Setting,
-    steps: int,
-    *,
-    normuon: tuple[tuple[str, Any], ...] = (),
-) -> RunSpec:
-    return RunSpec(
-        arm=arm,
-        seed=seed,
-        learning_rate=setting.learning_rate,
-        options=setting.options(normuon=normuon),
-        steps=steps,
-    )
+    steps = cell.experiment.training.steps
+    varied = {
+        settings["normuon"].spec("normuon", seed, steps=steps, normuon=(change,)): change
+        for change in ((name, value) for name in cell.varied for value in SENSITIVITY[name])
+        for seed in CLAIM_SEEDS
+        if (change, seed) not in done
+    }
+    do_runs(cell, list(varied), "sensitivity", folder=results, console=console, varied=varied)
 
 
 def _missing(
@@ -177,9 +154,7 @@ def _missing(
 def missing_rungs(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
     """Arm and rung of the complete schedules to run next; empty when all targets are bracketed.
 
-    Args:
-        losses: what was run, all claim seeds of a rung or none.
-        arms: the arms of the cell.
+    `losses` has all claim seeds of a rung or none.
 
     Example:
         >>> missing_rungs({}, ["adamw", "normuon"])
@@ -239,43 +214,54 @@ def _losses_by_rung(
     return losses
 
 
-def _run(
+def do_runs(
     cell: Cell,
     specs: Sequence[RunSpec],
+    purpose: str,
     *,
-    results: Path,
+    folder: Path,
     console: Console,
+    experiment: Experiment | None = None,
     varied: Mapping[RunSpec, tuple[str, Any]] | None = None,
+    probed_seed: int | None = None,
 ) -> None:
+    """Do runs and keep each below `folder` as soon as it is finished.
+
+    Args:
+        cell: whose runs these are.
+        specs: the runs.
+        purpose: see `StoredRun`.
+        folder: the results' folder, or one that is laid out alike.
+        console: where to show progress.
+        experiment: the cell's unless given.
+        varied: by run, the hyperparameter that it varies and its value.
+        probed_seed: whose runs of the full length measure their update matrices.
+    """
     if not specs:
         return
     from normuon_lab.train.runs.execution import execute
     from normuon_lab.train.runs.workers import Job
 
-    task = load_task(cell.experiment)
+    experiment = experiment or cell.experiment
+    task = load_task(experiment)
     provenance = {
-        "experiment": cell.experiment.to_json(),
+        "experiment": experiment.to_json(),
         "corpus": task.to_json(),
         "machine": describe_machine(num_workers=default_num_workers(len(specs))),
     }
 
     def keep(spec: RunSpec, record: RunRecord) -> None:
-        run = StoredRun(
-            cell=cell.name,
-            purpose="claim" if varied is None else "sensitivity",
-            record=record,
-            varied=None if varied is None else varied[spec],
-        )
-        write_run(results, run, {**provenance, "created": utc_now()})
+        change = varied[spec] if varied else None
+        run = StoredRun(cell=cell.name, purpose=purpose, record=record, varied=change)
+        write_run(folder, run, {**provenance, "created": utc_now()})
 
     full = cell.experiment.training.steps
     jobs = [
-        Job(spec, probe_updates=not varied and spec.seed == PROBED_SEED and spec.steps == full)
-        for spec in specs
+        Job(spec, probe_updates=spec.seed == probed_seed and spec.steps == full) for spec in specs
     ]
     try:
-        execute(jobs, cell.experiment, task, console=console, on_finished=keep)
+        execute(jobs, experiment, task, console=console, on_finished=keep)
     except KeyboardInterrupt:
         raise InterruptedRunsError(
-            f"interrupted: finished runs are kept in {results / cell.name}", can_resume=False
+            f"interrupted: finished runs are kept in {folder / cell.name}", can_resume=False
         ) from None

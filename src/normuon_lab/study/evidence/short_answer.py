@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normuon_lab.study.evidence.collected import CellEvidence
-from normuon_lab.study.evidence.paper_claims import table_finding
-from normuon_lab.study.evidence.verdicts import Verdict, verdict_in_cell
+from normuon_lab.study.evidence.paper_claims import finding_of
 from normuon_lab.train.arms.registry import MAIN_ARMS
 
 Trial = Mapping[str, Any]
@@ -16,13 +15,9 @@ Trial = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lead:
-    """How often one arm needs fewer steps than another.
+    """In how many cells one arm is shown to need fewer steps than another, and in how many more.
 
-    Attributes:
-        num_shown: cells in which that is shown, by the rule of `verdicts`.
-        num_behind: cells in which the opposite is shown, by the same rule.
-        num_cells: cells in which both were run, all seeds.
-        saved: their figures, in words; empty without any.
+    `num_cells` counts those in which both were run, all seeds; `saved` are their figures, in words.
     """
 
     num_shown: int
@@ -33,21 +28,17 @@ class Lead:
 
 def lead(table1: Mapping[str, Any], arm: str, baseline: str) -> Lead:
     """An arm's lead over a baseline, over all cells of Table 1."""
-    rows = [row for row in table1["rows"] if (row["arm"], row["baseline"]) == (arm, baseline)]
-    findings = [table_finding(row, "steps_saved_percent", "steps saved") for row in rows]
-    verdicts = [verdict_in_cell(finding, paper_value=0.0) for finding in findings]
-    opposites = [verdict_in_cell(finding.opposite(), paper_value=0.0) for finding in findings]
-    was_run = [verdict is not Verdict.NOT_RUN for verdict in verdicts]
-    saved = [
-        row["steps_saved_percent"]
-        for row, counts in zip(rows, was_run, strict=True)
-        if counts and row["steps_saved_percent"] is not None
+    findings = [
+        finding_of(row, "steps_saved_percent")
+        for row in table1["rows"]
+        if (row["arm"], row["baseline"]) == (arm, baseline)
     ]
+    run = [finding for finding in findings if finding.was_run]
     return Lead(
-        num_shown=verdicts.count(Verdict.REPRODUCED),
-        num_behind=opposites.count(Verdict.REPRODUCED),
-        num_cells=sum(was_run),
-        saved=_range_in_words(saved),
+        num_shown=sum(finding.is_shown for finding in run),
+        num_behind=sum(finding.opposite().is_shown for finding in run),
+        num_cells=len(run),
+        saved=_range_in_words([found.estimate for found in run if found.estimate is not None]),
     )
 
 
@@ -64,12 +55,9 @@ def _range_in_words(percents: Sequence[float]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnRate:
-    """What a learning rate of its own was worth to AdamW's half, from the trials of the tuning.
+    """What a separate learning rate for AdamW's half was worth to an arm, from its tuning.
 
-    Attributes:
-        arm: whose.
-        shared: the trial with one rate for both.
-        own: the best trial of the same weight decay.
+    `shared` is the best trial with one rate for both, `own` the best of the same weight decay.
     """
 
     arm: str

@@ -30,34 +30,31 @@ class Finding:
     """What one cell says about a claim; positive is the claimed side.
 
     Attributes:
-        where: the cell, in words.
         estimate: None where there is none.
         low: lower end of its interval; None: open, or no interval.
         high: upper end; None: open, or no interval.
-        has_interval: whether there is an interval at all.
         p_value: of a paired test of no difference; None without one.
-        short: the figure alone, for a table.
-        text: the figure in words, or why there is none.
         was_run: whether all runs are there. A cell that is half done says nothing yet: a verdict
             that comes and goes with the seeds so far is not one.
     """
 
-    where: str
     estimate: float | None
     low: float | None = None
     high: float | None = None
-    has_interval: bool = False
     p_value: float | None = None
-    short: str
-    text: str
     was_run: bool = True
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval lies on the claimed side, and the test agrees."""
+        is_positive = self.low is not None and self.low > 0.0
+        return is_positive and self.p_value is not None and self.p_value < ALPHA
 
     def opposite(self) -> Finding:
         """The same measurement, for the claim that it goes the other way.
 
         Example:
-            >>> ends = {"has_interval": True, "low": -3.0, "high": -2.3}
-            >>> found = Finding(where="", short="", text="", estimate=-2.6, p_value=0.001, **ends)
+            >>> found = Finding(estimate=-2.6, low=-3.0, high=-2.3, p_value=0.001)
             >>> verdict_in_cell(found.opposite(), paper_value=0.0).value
             'reproduced'
         """
@@ -68,33 +65,22 @@ class Finding:
 
 
 def verdict_in_cell(finding: Finding, *, paper_value: float) -> Verdict:
-    """The rule in one cell.
-
-    Args:
-        finding: what the cell says.
-        paper_value: the paper's estimate, in the finding's unit; 0 where only the sign is claimed.
+    """The rule in one cell; the paper's estimate is 0 where only the sign is claimed.
 
     Example:
-        >>> ends = {"has_interval": True, "low": 9.0, "high": 15.0}
-        >>> found = Finding(where="", short="", text="", estimate=12.0, p_value=0.001, **ends)
-        >>> verdict_in_cell(found, paper_value=10.0).value
-        'reproduced'
-        >>> verdict_in_cell(found, paper_value=20.0).value
-        'weaker'
+        >>> found = Finding(estimate=12.0, low=9.0, high=15.0, p_value=0.001)
+        >>> [verdict_in_cell(found, paper_value=value).value for value in (10.0, 20.0)]
+        ['reproduced', 'weaker']
     """
     if not finding.was_run:
         return Verdict.NOT_RUN
-    if finding.estimate is None or not _is_shown(finding):
+    if finding.estimate is None or not finding.is_shown:
         return Verdict.NOT_REPRODUCED
     return Verdict.REPRODUCED if finding.estimate >= paper_value else Verdict.WEAKER
 
 
 def verdict_by_count(count: int, total: int) -> Verdict:
-    """The rule for what was measured on the matrices of one seed, where there is no interval.
-
-    Args:
-        count: of measurements on the claimed side.
-        total: of measurements.
+    """The rule where there is no interval: `count` of `total` measurements on the claimed side.
 
     Example:
         >>> [verdict_by_count(count, 24).value for count in (24, 20, 12)]
@@ -121,13 +107,3 @@ def overall(verdicts: Sequence[Verdict]) -> Verdict:
     if not found:
         return Verdict.NOT_RUN
     return found.pop() if len(found) == 1 else Verdict.WEAKER
-
-
-def _is_shown(finding: Finding) -> bool:
-    return (
-        finding.has_interval
-        and finding.low is not None
-        and finding.low > 0.0
-        and finding.p_value is not None
-        and finding.p_value < ALPHA
-    )

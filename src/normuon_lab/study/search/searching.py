@@ -89,13 +89,7 @@ class SearchRequest(ABC):
 
     def spec(self, arm: str, place: Place, seed: int) -> RunSpec:
         """The run of an arm at a place."""
-        setting = self.setting(arm, place)
-        return RunSpec(
-            arm=arm,
-            seed=seed,
-            learning_rate=setting.learning_rate,
-            options=setting.options(),
-        )
+        return self.setting(arm, place).spec(arm, seed)
 
 
 def do_rounds(

@@ -9,6 +9,7 @@ from typing import Any
 
 from normuon_lab.errors import require
 from normuon_lab.train.arms.options import HIDDEN_WEIGHT_DECAY, ArmOptions
+from normuon_lab.train.runs.config import RunSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +79,19 @@ class Setting:
     adam_lr: float | None = None
     weight_decay: float = HIDDEN_WEIGHT_DECAY
 
-    def options(self, *, normuon: tuple[tuple[str, Any], ...] = ()) -> ArmOptions:
-        """What an arm is told besides the learning rate; `normuon` is `ArmOptions`'."""
-        return ArmOptions(adam_lr=self.adam_lr, weight_decay=self.weight_decay, normuon=normuon)
+    def spec(
+        self,
+        arm: str,
+        seed: int,
+        *,
+        steps: int | None = None,
+        normuon: tuple[tuple[str, Any], ...] = (),
+    ) -> RunSpec:
+        """A run with these hyperparameters; `normuon` is `ArmOptions`'."""
+        options = ArmOptions(adam_lr=self.adam_lr, weight_decay=self.weight_decay, normuon=normuon)
+        return RunSpec(
+            arm=arm, seed=seed, learning_rate=self.learning_rate, options=options, steps=steps
+        )
 
     def to_json(self) -> dict[str, float | None]:
         """Plain values by axis, as stored."""

@@ -8,7 +8,7 @@ import pytest
 
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence.collected import collect
-from normuon_lab.study.evidence.eight_bit import PAGE, eight_bit_table, page_with
+from normuon_lab.study.evidence.page import EIGHT_BIT_PAGE, eight_bit_table, page_with
 from normuon_lab.study.statistics import t_interval
 from tests.lab.study.evidence import synthetic
 
@@ -49,7 +49,7 @@ def test_without_runs_there_is_no_table(tmp_path: Path) -> None:
 
 
 def test_the_page_has_the_table_of_the_published_runs() -> None:
-    page = (ROOT / "docs" / PAGE).read_text()
+    page = (ROOT / "docs" / EIGHT_BIT_PAGE).read_text()
     table = eight_bit_table(collect(ROOT / "results"))
     assert page_with(table, page) == page, "run normuon evidence build"
 

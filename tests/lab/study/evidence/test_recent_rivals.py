@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence import recent_rivals, recent_table
+from normuon_lab.study.evidence import recent_rivals
 from normuon_lab.study.evidence.build import build
 from normuon_lab.study.evidence.collected import collect
 from normuon_lab.study.evidence.protocol import (
@@ -101,7 +101,12 @@ def test_rivals_are_tuned_and_compared_and_nothing_is_run_twice(
     assert len(trained) == before
 
     again = train_run(compared[0], experiment, load_task(experiment))
-    kept = recent_rivals.compared_runs(results, cell)[compared[0].arm][0]
+    stored = read_runs(results / "recent-rivals", "tiny")
+    (kept,) = [
+        run.record
+        for run in stored
+        if (run.record.arm, run.record.seed) == (compared[0].arm, compared[0].seed)
+    ]
     assert kept.final_loss == again.final_loss, "evaluations on the way change nothing"
 
 
@@ -172,18 +177,18 @@ def test_a_loss_of_the_same_seed_is_what_tuning_is_held_against(made: Path) -> N
         is_best = (trial["learning_rate"], trial["weight_decay"]) == (0.004, 0.1)
         trial["objectives"] = {seed: 1.95 if is_best else 1.0, "1001": 7.0}
     path.write_text(json.dumps(values))
-    (table,) = recent_table.recent_tables(made, collect(made, {cell.name: cell}))
+    (table,) = recent_rivals.recent_tables(made, collect(made, {cell.name: cell}))
     (row,) = table["tuning"]
-    assert row["muon"] == "-0.0500"
-    assert row["normuon"] == ""
+    assert row["minus"]["muon"] == pytest.approx(-0.05, abs=1e-12)
+    assert row["minus"]["normuon"] is None
 
 
 def test_without_runs_there_is_no_section(tmp_path: Path) -> None:
     cell = synthetic.cell(other_arms=())
     synthetic.write_cell(tmp_path, cell, arms=["adamw"])
-    assert recent_table.recent_tables(tmp_path, collect(tmp_path, {cell.name: cell})) == []
+    assert recent_rivals.recent_tables(tmp_path, collect(tmp_path, {cell.name: cell})) == []
     other = replace(cell, name="elsewhere")
-    assert recent_table.recent_tables(tmp_path, collect(tmp_path, {other.name: other})) == []
+    assert recent_rivals.recent_tables(tmp_path, collect(tmp_path, {other.name: other})) == []
 
 
 def test_the_protocol_page_gives_their_budget() -> None:

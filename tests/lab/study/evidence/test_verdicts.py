@@ -14,16 +14,7 @@ from normuon_lab.study.evidence.verdicts import (
     verdict_in_cell,
 )
 
-SHOWN = Finding(
-    where="a cell",
-    estimate=12.0,
-    low=9.0,
-    high=15.0,
-    has_interval=True,
-    p_value=0.001,
-    short="12%",
-    text="12%",
-)
+SHOWN = Finding(estimate=12.0, low=9.0, high=15.0, p_value=0.001)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +30,7 @@ SHOWN = Finding(
         # The two tests must agree.
         ({"p_value": 0.05}, 10.0, Verdict.NOT_REPRODUCED),
         ({"p_value": None}, 10.0, Verdict.NOT_REPRODUCED),
-        ({"has_interval": False, "low": None, "high": None}, 10.0, Verdict.NOT_REPRODUCED),
+        ({"low": None, "high": None}, 10.0, Verdict.NOT_REPRODUCED),
         ({"estimate": None}, 0.0, Verdict.NOT_REPRODUCED),
         ({"was_run": False}, 10.0, Verdict.NOT_RUN),
     ],
