@@ -28,7 +28,7 @@ from normuon_lab.bench.measure import (
 )
 from normuon_lab.machine import describe_machine, utc_now
 from normuon_lab.study.evidence.protocol import Cell
-from normuon_lab.train.arms.parameters import split_parameters
+from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.registry import ARMS
 from normuon_lab.train.model import build_model, next_token_loss
 from normuon_lab.train.runs.config import ModelConfig

@@ -21,7 +21,7 @@ from normuon_lab.errors import counted
 from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
 from normuon_lab.plan.mesh import Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
-from normuon_lab.train.arms.parameters import split_parameters
+from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
 from normuon_lab.train.model import (
     build_model,

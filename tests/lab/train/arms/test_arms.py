@@ -11,8 +11,8 @@ import torch
 from normuon import NorMuon, suggest_lr
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence.protocol import MAIN_ARMS, OTHER_ARMS, RECENT_RIVALS
+from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.options import ArmOptions
-from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS, PRETRAINING_ARMS
 from normuon_lab.train.model import build_model
 from normuon_lab.train.runs.config import ModelConfig, RunSpec

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from normuon import MatrixView, NorMuon
-from normuon_lab.train.arms.ablations import (
+from normuon_lab.train.arms.ema_nesterov import END_FACTOR, START_FACTOR, EmaNesterov
+from normuon_lab.train.arms.rivals import (
+    Dion,
     FrobeniusMuon,
+    Hyperball,
     MuonAdam,
+    MuonEqRows,
+    Muown,
     NorMuonFront,
     NorMuonTall,
+    RowMomentum,
 )
-from normuon_lab.train.arms.dion import Dion
-from normuon_lab.train.arms.ema_nesterov import END_FACTOR, START_FACTOR, EmaNesterov
-from normuon_lab.train.arms.muon_eq import MuonEqRows
-from normuon_lab.train.arms.row_momentum import RowMomentum
-from normuon_lab.train.arms.weight_norms import Hyperball, Muown
 from normuon_lab.train.loop import learning_rate_factor
 from tests.reference import orthogonalize_by_svd
 

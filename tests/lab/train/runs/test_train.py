@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.ema_nesterov import EmaNesterov
-from normuon_lab.train.arms.parameters import split_parameters
 from normuon_lab.train.arms.registry import ARMS
 from normuon_lab.train.matrix_figures import describe_matrix, update_of
 from normuon_lab.train.model import build_model
