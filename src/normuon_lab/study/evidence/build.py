@@ -13,12 +13,21 @@ from normuon_lab.errors import require
 from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.evidence import table1 as first_table
 from normuon_lab.study.evidence.collected import CellEvidence, collect
-from normuon_lab.study.evidence.figures.ablations import ablation_figure
-from normuon_lab.study.evidence.figures.losses import accuracy_figure, loss_figure
-from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
-from normuon_lab.study.evidence.figures.sensitivity import sensitivity_figure
-from normuon_lab.study.evidence.figures.sizes import size_figure
-from normuon_lab.study.evidence.figures.tuning import learning_rate_figure, other_rate_figure
+from normuon_lab.study.evidence.figures.hyperparameters import (
+    learning_rate_figure,
+    other_rate_figure,
+    sensitivity_figure,
+)
+from normuon_lab.study.evidence.figures.savings import (
+    schedule_figure,
+    size_figure,
+    steps_saved_figure,
+)
+from normuon_lab.study.evidence.figures.training import (
+    ablation_figure,
+    accuracy_figure,
+    loss_figure,
+)
 from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.page import (
     EIGHT_BIT_PAGE,

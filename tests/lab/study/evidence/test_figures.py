@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from normuon_lab.plot_style import color_of
 from normuon_lab.study.evidence.build import draw_figures
 from normuon_lab.study.evidence.collected import CellEvidence, collect
-from normuon_lab.study.evidence.figures.ablations import ablation_figure
-from normuon_lab.study.evidence.figures.losses import loss_figure
-from normuon_lab.study.evidence.figures.schedules import schedule_figure, steps_saved_figure
-from normuon_lab.study.evidence.figures.sensitivity import DEFAULTS, sensitivity_figure
-from normuon_lab.study.evidence.figures.tuning import (
+from normuon_lab.study.evidence.figures.hyperparameters import (
+    DEFAULTS,
     PANELS,
     learning_rate_figure,
     other_rate_figure,
+    sensitivity_figure,
 )
+from normuon_lab.study.evidence.figures.savings import schedule_figure, steps_saved_figure
+from normuon_lab.study.evidence.figures.training import ablation_figure, loss_figure
 from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.protocol import (
     ARMS_WITH_BOTH_OPTIONS,

@@ -16,7 +16,7 @@ import pytest
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence.build import build
 from normuon_lab.study.evidence.collected import CellEvidence, collect
-from normuon_lab.study.evidence.figures.sensitivity import sensitivity
+from normuon_lab.study.evidence.figures.hyperparameters import sensitivity
 from normuon_lab.study.evidence.page import missing_words
 from normuon_lab.study.evidence.paper_claims import paper_claims
 from normuon_lab.study.evidence.protocol import Cell

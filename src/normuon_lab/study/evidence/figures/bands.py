@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
+from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, style_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics import Estimate, t_interval
@@ -40,18 +43,22 @@ def draw_band(
 ) -> None:
     """An arm's mean as a line and its interval as a band; in the legend by its label or a name."""
     means, lows, highs = band(values_SK)
+    look = line_of(arm)
+    axes.fill_between(x, lows, highs, color=look["color"], alpha=BAND_OPACITY, linewidth=0)
+    look["label"] = name or look["label"]
+    axes.plot(x, means, **(look if with_markers else look | {"marker": None}), linewidth=1.8)
+
+
+def line_of(arm: str) -> dict[str, Any]:
+    """How an arm's line with markers is drawn, and its name in the legend."""
     style = style_of(arm)
-    axes.fill_between(x, lows, highs, color=style.color, alpha=BAND_OPACITY, linewidth=0)
-    axes.plot(
-        x,
-        means,
-        color=style.color,
-        linestyle=style.matplotlib_linestyle,
-        linewidth=1.8,
-        marker=style.matplotlib_marker if with_markers else None,
-        markersize=5.5,
-        label=name or label_of(arm),
-    )
+    return {
+        "color": style.color,
+        "linestyle": style.matplotlib_linestyle,
+        "marker": style.matplotlib_marker,
+        "markersize": 5.5,
+        "label": label_of(arm),
+    }
 
 
 def draw_estimate(axes: Axes, place: int, arm: str, estimate: Estimate) -> None:
@@ -85,12 +92,9 @@ def drawn_ends(bounds: Sequence[float | None], estimate: float) -> tuple[float, 
 
 
 def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
-    """The loss that all arms are to reach: AdamW's mean final loss.
+    """The loss that all arms are to reach, AdamW's mean final one.
 
-    Args:
-        axes: where to.
-        loss: that loss.
-        on_right: whether to name it above the right end, and not below the left one.
+    It is named below the left end, or above the right one.
     """
     color = style_of("adamw").color
     axes.axhline(loss, color=color, linestyle=":", linewidth=1.2)
@@ -136,8 +140,26 @@ def add_panel_legend(axes: Axes) -> None:
     )
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, title: str = "") -> Figure:
     """An empty figure, in inches, that lays itself out."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained")
+    if title:
+        figure.suptitle(title, color=INK)
     return figure
+
+
+def name_axes(axes: Axes, x: str = "", y: str = "", *, grid: Literal["both", "x", "y"]) -> None:
+    """Name the axes and give them the figures' common look."""
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    style_axes(axes, grid_axis=grid)
+
+
+def log_ticks(axes: Axes, ticks: Sequence[float], number: str) -> None:
+    """A logarithmic x axis with these ticks alone, written in the format `number`."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(StrMethodFormatter(number))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())

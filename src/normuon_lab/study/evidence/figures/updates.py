@@ -15,6 +15,11 @@ from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.collected import CellEvidence, Updates
 from normuon_lab.study.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
 
+QUANTITIES = {
+    "singular_values": ("Singular values", "singular value / RMS"),
+    "row_norms": ("Row norms", "row norm / mean"),
+}
+
 LEAST_SHOWN = 1e-3
 """Of singular values over their RMS: below it a value is rounding noise of the measurement."""
 
@@ -33,10 +38,10 @@ def update_figures(found: CellEvidence) -> dict[str, Figure]:
     matrices = list(dict.fromkeys(matrix for matrix, _ in next(iter(updates.values()))))
     layers = layer_numbers(matrices)
     return {
-        f"{name}-layer{layer}": _figure(
+        f"{key.replace('_', '-')}-layer{layer}": _figure(
             found, updates, [m for m in matrices if layer_of(m) == layer], key
         )
-        for name, key in (("singular-values", "singular_values"), ("row-norms", "row_norms"))
+        for key in QUANTITIES
         for layer in layers
     }
 
@@ -46,7 +51,9 @@ def _figure(
 ) -> Figure:
     """A panel per stage (rows) and matrix (columns)."""
     steps = sorted({step for _, step in next(iter(updates.values()))})
-    figure = new_figure(2.6 * len(matrices), 1.75 * len(steps) + 1.1)
+    what, quantity = QUANTITIES[key]
+    title = f"{what} of updates, layer {layer_of(matrices[0])}: {found.title}"
+    figure = new_figure(2.6 * len(matrices), 1.75 * len(steps) + 1.1, title)
     grid = figure.subplots(len(steps), len(matrices), squeeze=False, sharex="col", sharey=True)
     for axes_row, step in zip(grid, steps, strict=True):
         for axes, matrix in zip(axes_row, matrices, strict=True):
@@ -54,7 +61,7 @@ def _figure(
                 if (matrix, step) in measured:
                     _draw(axes, arm, measured[matrix, step][key], key)
             style_axes(axes, grid_axis="both")
-        axes_row[0].set_ylabel(f"step {step}\n{_quantity(key)}", color=INK, fontsize=LABEL_SIZE)
+        axes_row[0].set_ylabel(f"step {step}\n{quantity}", color=INK, fontsize=LABEL_SIZE)
     for axes, matrix in zip(grid[0], matrices, strict=True):
         rows, columns = next(iter(updates.values()))[matrix, steps[0]]["shape"]
         kind = matrix.removesuffix(".weight").rpartition(".")[2]
@@ -67,8 +74,6 @@ def _figure(
     else:
         grid[0, 0].set_ylim(0, GREATEST_SHOWN)
     add_legend(figure, grid[0, 0])
-    what = "Singular values" if key == "singular_values" else "Row norms"
-    figure.suptitle(f"{what} of updates, layer {layer_of(matrices[0])}: {found.title}", color=INK)
     return figure
 
 
@@ -90,7 +95,3 @@ def _over_typical(values: Array, key: str) -> Array:
     """Singular values over their root mean square, row norms over their mean; zero stays zero."""
     scale = np.sqrt((values**2).mean()) if key == "singular_values" else values.mean()
     return values / scale if scale else values
-
-
-def _quantity(key: str) -> str:
-    return "singular value / RMS" if key == "singular_values" else "row norm / mean"

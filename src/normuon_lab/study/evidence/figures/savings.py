@@ -1,4 +1,4 @@
-"""How steps saved are read off: final loss against length of schedule, and what comes of it."""
+"""Steps saved: read off final losses against length of schedule, by arm, and by size of model."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
     add_legend,
     draw_band,
     draw_target,
     drawn_ends,
+    line_of,
+    log_ticks,
+    name_axes,
     name_places,
     new_figure,
 )
-from normuon_lab.study.evidence.paper import STEPS_SAVED_1B
 from normuon_lab.study.evidence.protocol import DRAWN_ARMS
 from normuon_lab.study.evidence.table1 import FINAL_LOSS
 
@@ -36,14 +39,14 @@ PAPER_MARK: dict[str, Any] = {
     "markerfacecolor": "white",
     "linestyle": "",
 }
+SIDESTEP = 0.03
+"""How far apart arms stand at one size of model, in decades, so that their intervals show."""
 
 
 def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Mean final losses of several arms' complete schedules, and where they meet AdamW's.
 
-    Args:
-        found: a cell.
-        rows: Table 1's, of all cells.
+    `rows` are Table 1's, of all cells.
     """
     finals = {arm: _complete(found.final_losses(arm)) for arm in DRAWN_ARMS}
     finals = {arm: by_length for arm, by_length in finals.items() if by_length}
@@ -51,7 +54,7 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
     if baseline is None or len(finals) < 2:
         return None
     target = float(np.mean(baseline))
-    figure = new_figure(8.5, 4.6)
+    figure = new_figure(8.5, 4.6, f"Where each arm meets AdamW's final loss: {found.title}")
     axes = figure.subplots()
     saved = {
         row["arm"]: row["steps_saved_percent"]
@@ -68,16 +71,14 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
     for arm, percent in saved.items():
         _mark_crossing(axes, arm, _crossing(percent, found.full_steps), target)
     lengths = sorted({n for by_length in finals.values() for n in by_length})
-    axes.set_xscale("log")
-    axes.set_xticks(lengths)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("steps of the complete schedule (logarithmic)", color=INK)
-    axes.set_ylabel("final validation loss (nats per token)", color=INK)
-    style_axes(axes, grid_axis="both")
+    log_ticks(axes, lengths, "{x:,.0f}")
+    name_axes(
+        axes,
+        "steps of the complete schedule (logarithmic)",
+        "final validation loss (nats per token)",
+        grid="both",
+    )
     add_legend(figure, axes, columns=2)
-    figure.suptitle(f"Where each arm meets AdamW's final loss: {found.title}", color=INK)
     return figure
 
 
@@ -97,7 +98,7 @@ def steps_saved_figure(
         panels[0].set_title(title, loc="left", fontsize=10, color=INK)
         num_places = max(map(len, shown[name].values()))
         for axes, baseline in zip(panels, BASELINES, strict=True):
-            _draw_panel(axes, shown[name].get(baseline, []), num_places=num_places)
+            _draw_savings(axes, shown[name].get(baseline, []), num_places=num_places)
     for axes, baseline in zip(grid[-1], BASELINES, strict=True):
         axes.set_xlabel(f"steps saved against {label_of(baseline)} (percent)", color=INK)
     handles = [
@@ -157,7 +158,7 @@ def _shown_rows(
     return shown
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], *, num_places: int) -> None:
+def _draw_savings(axes: Axes, rows: Sequence[Mapping[str, Any]], *, num_places: int) -> None:
     for place, row in enumerate(rows):
         _draw_saving(axes, place, row)
     # All panels of a cell are as high, so that arms are as far apart.
@@ -173,6 +174,70 @@ def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
         if bounds is not None:
             axes.plot(drawn_ends(bounds, saved), [place, place], color=style.color, linewidth=width)
     axes.plot([saved], [place], color=style.color, marker=style.matplotlib_marker, markersize=8)
-    paper = STEPS_SAVED_1B.get(row["arm"])
-    if paper is not None and row["baseline"] == "adamw":
-        axes.plot([paper], [place], **PAPER_MARK)
+    papers = paper.STEPS_SAVED_1B.get(row["arm"])
+    if papers is not None and row["baseline"] == "adamw":
+        axes.plot([papers], [place], **PAPER_MARK)
+
+
+def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Steps saved against the number of parameters, ours beside the paper's: a row of panels per
+    task, one for each baseline. `trends` are `size_trends` of table1.json; None without any."""
+    tasks = list(dict.fromkeys(trend["task"] for trend in trends))
+    if not tasks:
+        return None
+    title = f"With the size of the model: {'; '.join(tasks)}"
+    figure = new_figure(10.5, 0.8 + 3.6 * len(tasks), title)
+    grid = figure.subplots(len(tasks), len(BASELINES), squeeze=False, sharex=True)
+    for panels, task in zip(grid, tasks, strict=True):
+        for axes, baseline in zip(panels, BASELINES, strict=True):
+            shown = [t for t in trends if (t["task"], t["baseline"]) == (task, baseline)]
+            _draw_trends(axes, shown, baseline)
+            axes.set_title(f"of {label_of(baseline)}'s steps", fontsize=10, color=INK)
+        panels[0].set_ylabel("steps saved (percent)", color=INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("parameters (logarithmic)", color=INK)
+    add_legend(figure, *grid.flat, columns=4)
+    return figure
+
+
+def _draw_trends(axes: Axes, trends: Sequence[Mapping[str, Any]], baseline: str) -> None:
+    for place, trend in enumerate(trends):
+        _draw_ours(axes, trend, aside=10 ** (SIDESTEP * (place - (len(trends) - 1) / 2)))
+    for arm in ("muon", "normuon") if baseline == "adamw" else ("normuon",):
+        _draw_papers(axes, arm, baseline)
+    axes.axhline(0, color=MUTED, linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _in_words(size)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    style_axes(axes, grid_axis="both")
+
+
+def _draw_ours(axes: Axes, trend: Mapping[str, Any], *, aside: float) -> None:
+    sizes = trend["sizes"]
+    x = [aside * point["num_parameters"] for point in sizes]
+    y = np.array([point["steps_saved_percent"] for point in sizes])
+    ends = [
+        drawn_ends(point["ci95_t"] or (None, None), saved)
+        for point, saved in zip(sizes, y, strict=True)
+    ]
+    axes.errorbar(
+        x,
+        y,
+        yerr=np.abs(np.array(ends).T - y),
+        capsize=3,
+        **line_of(trend["arm"]) | {"markersize": 6},
+    )
+
+
+def _draw_papers(axes: Axes, arm: str, baseline: str) -> None:
+    points = paper.saved_of_adamw(arm) if baseline == "adamw" else paper.saved_of_muon()
+    look = {"linestyle": ":", "markersize": 7, "label": f"{label_of(arm)}, the paper"}
+    axes.plot(list(points), list(points.values()), markerfacecolor="white", **line_of(arm) | look)
+
+
+def _in_words(size: float) -> str:
+    """
+    >>> _in_words(500_000), _in_words(1.1e9)
+    ('0.5M', '1.1B')
+    """
+    return f"{size / 1e9:g}B" if size >= 1e9 else f"{size / 1e6:g}M"

@@ -1,0 +1,166 @@
+"""Along training: losses (the paper's Fig. 2 and 4), ablations (Fig. 3 and 7), or accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from normuon_lab.plot_style import INK, MUTED, style_of
+from normuon_lab.study.compare.summary import label_of
+from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.figures.bands import (
+    LABEL_SIZE,
+    add_legend,
+    band,
+    draw_band,
+    draw_estimate,
+    draw_target,
+    name_axes,
+    name_places,
+    new_figure,
+)
+from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
+from normuon_lab.study.statistics import Estimate, t_interval
+from normuon_lab.train.runs.records import RunRecord
+
+LOSSES_SHOWN_FROM = 0.25
+"""Losses are shown from this share of the steps on: before, all arms fall alike."""
+
+REFERENCE = "muon"
+ALONG_TRAINING = ("normuon", *ABLATIONS)
+AT_THE_END = ("normuon", *ABLATIONS, *VARIANTS, *RIVALS)
+WIDEST_SHOWN = 2.0
+"""Final losses are shown up to this many times the farthest of the arms that are no rivals."""
+DIFFERENCES_SHOWN_FROM = 0.1
+"""The first tenth of training, where differences are ten times the later ones, is left out."""
+
+
+def loss_figure(found: CellEvidence) -> Figure | None:
+    """Several arms' full-length runs; None where no two arms have any."""
+    # Only runs that did not diverge have all evaluations.
+    arms = {arm: [r for r in found.full_runs(arm) if not r.diverged] for arm in DRAWN_ARMS}
+    arms = {arm: runs for arm, runs in arms.items() if runs}
+    if len(arms) < 2:
+        return None
+    figure = new_figure(9.5, 4.0, f"Validation loss along training: {found.title}")
+    by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
+    for arm, runs in arms.items():
+        losses = np.array([run.eval_losses for run in runs])
+        draw_band(by_steps, arm, runs[0].eval_steps, losses, with_markers=False)
+        seconds = np.array([run.eval_seconds for run in runs]).mean(axis=0)
+        draw_band(by_seconds, arm, seconds, losses, with_markers=False)
+    _set_losses_shown(by_steps, list(arms.values()))
+    name_axes(by_steps, "training steps", "validation loss (nats per token)", grid="both")
+    name_axes(by_seconds, "seconds of training, one thread, mean over seeds", grid="both")
+    for axes in (by_steps, by_seconds):
+        axes.set_xlim(left=0)
+        if "adamw" in arms:
+            draw_target(axes, float(np.mean([run.final_loss for run in arms["adamw"]])))
+    add_legend(figure, by_steps, columns=3)
+    return figure
+
+
+def accuracy_figure(found: CellEvidence) -> Figure | None:
+    """Every run of every arm, which stops at the target; None where no run is there."""
+    arms = [arm for arm in found.cell.arms if found.full_runs(arm)]
+    if not arms:
+        return None
+    assert found.target_accuracy is not None
+    figure = new_figure(10.0, 3.8, f"When it is learned: {found.title}")
+    along, reached = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, arm in enumerate(arms):
+        style = style_of(arm)
+        for run in found.full_runs(arm):
+            along.plot(run.eval_steps, run.eval_accuracies, color=style.color, linewidth=1.2)
+        along.plot([], [], color=style.color, linewidth=2, label=label_of(arm))
+        _draw_steps(reached, place, arm, found)
+    along.axhline(found.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
+    along.annotate(
+        f"{found.target_accuracy:.0%}",
+        (0, found.target_accuracy),
+        xytext=(3, -2),
+        textcoords="offset points",
+        va="top",
+        fontsize=LABEL_SIZE,
+        color=MUTED,
+    )
+    name_axes(along, "training steps", "held-out accuracy, every seed", grid="both")
+    along.legend(frameon=False, loc="lower right")
+    name_places(reached, arms)
+    reached.set_xlim(left=0)
+    name_axes(reached, f"steps to {found.target_accuracy:.0%}: seeds and mean", grid="x")
+    return figure
+
+
+def _set_losses_shown(axes: Axes, arms: Sequence[Sequence[RunRecord]]) -> None:
+    means = [band(np.array([run.eval_losses for run in runs]))[0] for runs in arms]
+    first = min(
+        int(np.searchsorted(runs[0].eval_steps, LOSSES_SHOWN_FROM * runs[0].eval_steps[-1]))
+        for runs in arms
+    )
+    lowest, highest = min(m.min() for m in means), max(m[first] for m in means)
+    margin = 0.05 * (highest - lowest)
+    axes.set_ylim(lowest - margin, highest + margin)
+
+
+def _draw_steps(axes: Axes, place: int, arm: str, found: CellEvidence) -> None:
+    style = style_of(arm)
+    steps = list(found.steps_to_accuracy(arm).values())
+    axes.scatter(steps, [place + 0.18] * len(steps), s=16, color=style.color, alpha=0.6)
+    draw_estimate(axes, place, arm, t_interval(steps))
+
+
+def ablation_figure(found: CellEvidence) -> Figure | None:
+    """Paired differences of loss to Muon's; None unless an arm besides NorMuon is there."""
+    differences = {arm: found.loss_differences(arm, REFERENCE) for arm in AT_THE_END}
+    present = {arm: values for arm, values in differences.items() if values is not None}
+    if set(present) <= {"normuon"}:
+        return None
+    steps = np.array(found.full_runs(REFERENCE)[0].eval_steps)
+    shown = steps >= DIFFERENCES_SHOWN_FROM * steps[-1]
+    reference = label_of(REFERENCE)
+    figure = new_figure(10.5, 4.6, f"Against {reference}, seed by seed: {found.title}")
+    along, at_end = figure.subplots(1, 2, width_ratios=(3, 2))
+    for arm, values_SK in present.items():
+        if arm in ALONG_TRAINING:
+            draw_band(along, arm, steps[shown], values_SK[:, shown], with_markers=False)
+    along.axhline(0, color=MUTED, linewidth=1)
+    minus = f"minus {reference}'s\n(nats per token)"
+    name_axes(along, "training steps", f"validation loss {minus}", grid="both")
+    ends = {arm: t_interval(values_SK[:, -1].tolist()) for arm, values_SK in present.items()}
+    limit = _end_shown(ends)
+    for place, (arm, end) in enumerate(ends.items()):
+        _draw_end(at_end, place, arm, end, limit=limit)
+    at_end.axvline(0, color=MUTED, linewidth=1)
+    name_places(at_end, list(present))
+    at_end.set_xlim(right=limit)
+    at_end.xaxis.set_major_locator(MaxNLocator(4))
+    name_axes(at_end, f"final loss {minus}", grid="x")
+    add_legend(figure, along, columns=5)
+    return figure
+
+
+def _end_shown(ends: Mapping[str, Estimate]) -> float:
+    """Where the panel of final losses ends: a rival far behind would hide how the others differ."""
+    compared = [arm for arm in ends if arm not in RIVALS] or list(ends)
+    return WIDEST_SHOWN * max(abs(ends[arm].mean or 0.0) for arm in compared)
+
+
+def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) -> None:
+    assert end.mean is not None
+    if end.mean > limit:
+        axes.annotate(
+            f"{end.mean:+.3f} \N{RIGHTWARDS ARROW}",
+            (1.0, place),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="center",
+            color=INK,
+            fontsize=LABEL_SIZE,
+        )
+        return
+    draw_estimate(axes, place, arm, end)
