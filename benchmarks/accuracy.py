@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def main() -> None:
             for (table, steps), (low, high) in ranges.items()
         ],
         "methods": [
-            {"table": table, "steps": steps, **entry.to_json()}
+            {"table": table, "steps": steps, **asdict(entry)}
             for (table, steps), entries in measured.items()
             for entry in entries
         ],

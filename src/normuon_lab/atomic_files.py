@@ -39,12 +39,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def prove_file(path: Path, what: str) -> None:
     """Makes the file's folder and finds out whether the file could be written, before any work.
 
-    Args:
-        path: of a file that will be written.
-        what: how messages begin, such as ``"--out runs/tuned.json"``.
-
     Raises:
-        InputError: it could not be.
+        InputError: it could not; the message begins with `what`, such as ``"--out tuned.json"``.
     """
     require(not os.path.isdir(path), f"{what} is a folder; give a file")
     prove_folder(path.parent, what)
@@ -53,12 +49,8 @@ def prove_file(path: Path, what: str) -> None:
 def prove_folder(folder: Path, what: str) -> None:
     """Makes a folder and finds out whether files can be written in it, before any work.
 
-    Args:
-        folder: in which files will be written.
-        what: how messages begin, such as ``"--out runs/compare"``.
-
     Raises:
-        InputError: they cannot.
+        InputError: they cannot; the message begins with `what`, such as ``"--out runs/compare"``.
     """
     # Not Path's own questions, which raise for a name that is too long.
     above = (folder, *folder.absolute().parents)

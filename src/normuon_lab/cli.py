@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any, Protocol, Union
 
 import tyro
 
@@ -33,32 +33,29 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
-AnyCommand = (
-    CompareCommand
-    | TuneCommand
-    | SweepCommand
-    | EvidenceCommand
-    | PlanCommand
-    | BenchCommand
-    | Train
-    | DataCommand
-    | ExportCommand
-    | InspectCommand
-    | DoctorCommand
-)
-Command = (
-    Annotated[CompareCommand, tyro.conf.subcommand("compare")]
-    | Annotated[TuneCommand, tyro.conf.subcommand("tune")]
-    | Annotated[SweepCommand, tyro.conf.subcommand("sweep")]
-    | Annotated[EvidenceCommand, tyro.conf.subcommand("evidence")]
-    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
-    | Annotated[BenchCommand, tyro.conf.subcommand("bench")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[DataCommand, tyro.conf.subcommand("data")]
-    | Annotated[ExportCommand, tyro.conf.subcommand("export")]
-    | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
-    | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
-)
+class Runnable(Protocol):
+    """A command line that has been understood."""
+
+    def run(self) -> int:
+        """Do it and return the exit code."""
+
+
+COMMANDS: dict[str, type[Runnable]] = {
+    "compare": CompareCommand,
+    "tune": TuneCommand,
+    "sweep": SweepCommand,
+    "evidence": EvidenceCommand,
+    "plan": PlanCommand,
+    "bench": BenchCommand,
+    "train": Train,
+    "data": DataCommand,
+    "export": ExportCommand,
+    "inspect": InspectCommand,
+    "doctor": DoctorCommand,
+}
+Command: Any = Union[  # noqa: UP007
+    tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("interrupted", EXIT_INTERRUPTED)
 
 
-def parse(words: list[str]) -> AnyCommand:
+def parse(words: list[str]) -> Runnable:
     """The command that the words ask for.
 
     Raises:
@@ -94,7 +91,7 @@ def parse(words: list[str]) -> AnyCommand:
     defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
     try:
         with contextlib.redirect_stderr(shown):
-            command: AnyCommand = tyro.cli(  # type: ignore[call-overload]
+            command: Runnable = tyro.cli(  # type: ignore[call-overload]
                 Command,
                 prog="normuon",
                 description="Train language models with NorMuon, and compare it with others.",

@@ -21,9 +21,7 @@ def recorded_command() -> str:
 def command_with(option: str, words: Sequence[str] | None = None) -> str:
     """The same command with one more option, as it can be typed where the first one was.
 
-    Args:
-        option: the option to add, such as ``"--resume"``.
-        words: what followed ``normuon``; by default the process's own.
+    The words are what followed ``normuon``, by default the process's own.
     """
     words = list(sys.argv[1:] if words is None else words)
     words = [word for word in words if word != option]

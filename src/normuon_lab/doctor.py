@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import platform
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from typing import TYPE_CHECKING, Any
 
-from normuon_lab.machine import processor_name
+from normuon_lab.machine import processor_name, version_of
 
 # The command line is read before torch is imported, which takes seconds.
 if TYPE_CHECKING:
@@ -157,19 +157,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        # Found but not installed by a package manager, as on PYTHONPATH.
-        return "unknown version" if util.find_spec(package.replace("-", "_")) else None
+    # Found but not installed by a package manager, as on PYTHONPATH.
+    is_there = util.find_spec(package.replace("-", "_")) is not None
+    return version_of(package) or ("unknown version" if is_there else None)
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What `examine` found, for people.
-
-    Args:
-        found: from `examine`.
-    """
+    """What `examine` found, for people."""
     lines = [f"Python {found['python']} on {found['system']}"]
     for area, packages in found["packages"].items():
         versions = (f"{name} {version or '-'}" for name, version in packages.items())

@@ -27,7 +27,7 @@ def describe_machine(*, num_workers: int) -> dict[str, Any]:
         "threads_per_worker": 1,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
+        "packages": {name: version_of(name) or "not installed" for name in _RECORDED_PACKAGES},
     }
 
 
@@ -55,11 +55,12 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
+    """Of an installed distribution; None for what no package manager installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def processor_name() -> str:

@@ -15,7 +15,6 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#0
 INK = "#1f2933"
 MUTED = "#616e7c"
 GRID = "#e4e7eb"
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
 _MATPLOTLIB_MARKERS = {

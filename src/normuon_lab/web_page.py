@@ -67,9 +67,7 @@ def render_page(
 def apply_style(figure: go.Figure, *, height: int) -> None:
     """Give a figure the pages' fonts, margins and legend; colours of ink and grid are the page's.
 
-    Args:
-        figure: to change.
-        height: in pixels, where the window is wide.
+    The height is in pixels, where the window is wide.
     """
     figure.update_layout(
         height=height,

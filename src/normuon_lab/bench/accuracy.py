@@ -8,7 +8,7 @@ coefficient table's affair, and its range of output singular values says it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,10 +74,6 @@ class Accuracy:
     relative_error: float
     largest_singular_value: float
 
-    def to_json(self) -> dict[str, object]:
-        """Plain values."""
-        return asdict(self)
-
 
 def accuracy_of_methods(
     coefficients: tuple[Triple, ...],
@@ -116,14 +112,7 @@ def error_of_updates(
     """The whole NorMuon update: its error over the distance moved, by spectrum.
 
     ``steps`` steps of float32 weights on gradients of each spectrum, against the same in float64
-    throughout with the plain iteration.
-
-    Args:
-        dtype: ``ns_dtype`` of the run that is measured.
-        method: its ``orthogonalizer``.
-        m: rows.
-        n: columns.
-        steps: optimizer steps, each with gradients of other singular vectors.
+    throughout with the plain iteration. Each step's gradients have other singular vectors.
     """
     gradients = [hard_spectra(m, n, seed=seed) for seed in range(steps)]
     errors = {}

@@ -84,10 +84,12 @@ class BenchCommand:
         from rich.console import Console
 
         from normuon_lab.atomic_files import prove_folder, write_json
-        from normuon_lab.bench.contents import BenchRequest, run_bench
-        from normuon_lab.bench.figure import write_figure
+        from normuon_lab.bench.contents import run_bench
+        from normuon_lab.bench.figure import bench_figure
         from normuon_lab.bench.peers import PeerPaths
+        from normuon_lab.bench.race import BenchRequest
         from normuon_lab.bench.text import print_bench
+        from normuon_lab.matplotlib_style import save_figure
 
         has_cuda = torch.cuda.is_available()
         require(has_cuda or self.device != "cuda", "--device cuda: torch finds no CUDA device")
@@ -115,7 +117,7 @@ class BenchCommand:
             contents = run_bench(request, say=status.update)
         write_json(out / "bench.json", contents)
         for suffix in ("png", "svg"):
-            write_figure(contents, out / f"bench.{suffix}")
+            save_figure(bench_figure(contents), out / f"bench.{suffix}")
         print_bench(contents, console)
         console.print(f"Written: {out / 'bench.json'}", highlight=False, soft_wrap=True)
         return 0

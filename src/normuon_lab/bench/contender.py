@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,6 +26,7 @@ from normuon.orthogonalize import (
 )
 from normuon.orthogonalize.fused import why_not_symmetric
 from normuon.orthogonalize.kernels import why_unavailable
+from normuon_lab.bench.matrices import MatrixClass
 from normuon_lab.errors import require
 
 Builder = Callable[[Sequence[nn.Parameter]], Optimizer]
@@ -86,17 +87,20 @@ class Contender:
         """Whether it is one of NorMuon's ways, and not a peer."""
         return self.package == OWN
 
+    def flops_by_model(self, matrices: Iterable[MatrixClass]) -> int | None:
+        """FLOPs that its own model counts for one step; None without a model."""
+        model = self.flops_per_matrix
+        if model is None:
+            return None
+        return sum(one.count * model(one.rows, one.cols) for one in matrices)
+
 
 def builder(
     module: str, name: str = "Muon", *, group: dict[str, Any] | None = None, **options: Any
 ) -> Builder:
     """Makes an optimizer of a class whose module is imported when it is built.
 
-    Args:
-        module: of the class.
-        name: of the class.
-        group: options of the one param group; without them the class gets plain parameters.
-        options: arguments besides the parameters.
+    The class gets the options and, with options of a group, one param group; else parameters.
     """
 
     def build(params: Sequence[nn.Parameter]) -> Optimizer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,17 +13,13 @@ from matplotlib.patches import Patch
 
 from normuon_lab.bench.contender import OWN
 from normuon_lab.bench.contents import polar_error
-from normuon_lab.matplotlib_style import save_figure, style_axes
+from normuon_lab.errors import counted
+from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, PALETTE
 
 OWN_COLOR, PEER_COLOR = PALETTE[0], PALETTE[1]
 LONGEST_BAR = 4.0
 """In steps of the reference; a longer bar is cut, so that one slow contender hides no other."""
-
-
-def write_figure(contents: Mapping[str, Any], path: Path) -> None:
-    """Writes the figure; the suffix of `path` decides whether it is .png or .svg."""
-    save_figure(bench_figure(contents), path)
 
 
 def bench_figure(contents: Mapping[str, Any]) -> Figure:
@@ -57,9 +52,8 @@ def machine_words(contents: Mapping[str, Any]) -> str:
     machine = contents["machine"]
     if contents["device"] != "cpu":
         return str(contents["device"])
-    threads = machine["threads_per_worker"]
-    plural = "" if threads == 1 else "s"
-    return f"{machine['processor'].partition(' (')[0]}, {threads} thread{plural}"
+    threads = counted(machine["threads_per_worker"], "thread")
+    return f"{machine['processor'].partition(' (')[0]}, {threads}"
 
 
 def _draw_times(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from normuon_lab.errors import InputError, require
@@ -16,13 +16,7 @@ MAX_SIDE = 65_536
 
 @dataclass(frozen=True, slots=True)
 class MatrixClass:
-    """Equal matrices.
-
-    Attributes:
-        rows: output neurons of each.
-        cols: inputs of each.
-        count: how many there are.
-    """
+    """Equal matrices: `count` of `rows` output neurons and `cols` inputs."""
 
     rows: int
     cols: int
@@ -70,11 +64,9 @@ def parse_shapes(text: str) -> tuple[MatrixClass, ...]:
 
 
 def model_matrices(model: str, *, num_layers: int | None = None) -> tuple[MatrixClass, ...]:
-    """The hidden matrices of a model, as `normuon.param_groups` has them orthogonalised.
+    """The hidden matrices of a model's first layers, as `normuon.param_groups` sees them.
 
-    Args:
-        model: a preset, a transformers config.json, or the folder of one.
-        num_layers: keep the first so many layers; None keeps all.
+    The model is a preset, a transformers config.json, or the folder of one.
 
     Raises:
         InputError: no such model, or one without that many layers.
@@ -99,16 +91,6 @@ def model_matrices(model: str, *, num_layers: int | None = None) -> tuple[Matrix
         f"--layers {num_layers}: {model} has {len(layers)}",
     )
     return _classes(counts)
-
-
-def largest_class_elements(matrices: Iterable[MatrixClass]) -> int:
-    """Elements of the class that has most: what scratch memory is compared with.
-
-    Example:
-        >>> largest_class_elements(parse_shapes("4x8x8,8x16"))
-        256
-    """
-    return max(one.numel for one in matrices)
 
 
 def _classes(counts: Mapping[tuple[int, int], int]) -> tuple[MatrixClass, ...]:

@@ -45,11 +45,7 @@ def normal_matrices(
 
 
 class Gradients:
-    """The same gradients for every step of every contender, some of whom overwrite theirs.
-
-    Args:
-        values: one per parameter.
-    """
+    """The same gradients for every step of every contender, some of whom overwrite theirs."""
 
     def __init__(self, values: Sequence[Tensor]) -> None:
         self._values = list(values)
@@ -90,13 +86,7 @@ def counted_flops(run: Callable[[], object]) -> int:
 
 
 class MatmulPeak:
-    """The rate of one square matrix product, measured whenever it is asked for.
-
-    Args:
-        side: of the matrices; see `peak_side`.
-        dtype: of the matrices.
-        device: where they are.
-    """
+    """The rate of one product of square matrices, measured whenever it is asked for."""
 
     def __init__(self, side: int, dtype: torch.dtype, device: torch.device) -> None:
         self._a, self._b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,7 @@ AUTHORS_URL = "github.com/zichongli5/NorMuon"
 
 @dataclass(frozen=True, slots=True)
 class PeerPaths:
-    """Peers that no registry has, by where the user keeps them.
-
-    Attributes:
-        dion: a checkout of microsoft/dion.
-        authors: the paper's authors' normuon.py.
+    """Peers that no registry has: a checkout of microsoft/dion, and the authors' normuon.py.
 
     Raises:
         InputError: a path that is not what it should be.
@@ -57,10 +53,7 @@ def peer_contenders(
 ) -> tuple[Contender, ...]:
     """Every peer that is known, installed or not.
 
-    Args:
-        ns_dtype: for peers whose Newton-Schulz takes a dtype; the others have their own.
-        device: where the steps run.
-        paths: of peers that no registry has.
+    `ns_dtype` is for peers whose Newton-Schulz takes a dtype; the others have their own.
     """
     return (
         torch_muon(),
@@ -222,7 +215,16 @@ def _authors(path: Path | None) -> Contender:
         return made
 
     def build_unscaled(params: Sequence[nn.Parameter]) -> Optimizer:
-        return DirectionStep(params, _module_from(path).zeropower_via_newtonschulz5)
+        """Plain descent along what their orthogonaliser returns: the file has no Muon."""
+        direction = _module_from(path).zeropower_via_newtonschulz5
+        descent = torch.optim.SGD(params, lr=LR)
+
+        def turn(*_: Any) -> None:
+            for param in params:
+                param.grad = direction(param.grad).to(param.dtype)
+
+        descent.register_step_pre_hook(turn)
+        return descent
 
     return _peer(
         "authors' NorMuon",
@@ -233,28 +235,6 @@ def _authors(path: Path | None) -> Contender:
         note="as released it takes bfloat16 weights only: what its Newton-Schulz returns is cast "
         "to float32",
     )
-
-
-class DirectionStep(Optimizer):
-    """Steps along a function of each gradient: for files that have an orthogonaliser, but no Muon.
-
-    Args:
-        params: matrices.
-        direction: ``[m, n] -> [m, n]``.
-    """
-
-    def __init__(
-        self, params: Sequence[nn.Parameter], direction: Callable[[Tensor], Tensor]
-    ) -> None:
-        super().__init__(params, {"lr": LR})
-        self._direction = direction
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.sub_(self._direction(param.grad), alpha=group["lr"])
 
 
 def _why_not_installed(distribution: str) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normuon_lab.bench.contender import Contender
@@ -26,11 +26,49 @@ from normuon_lab.bench.measure import (
     tensor_elements,
     timed,
 )
+from normuon_lab.bench.peers import PeerPaths
 from normuon_lab.bench.polar import polar_errors, polar_factor
 from normuon_lab.errors import in_words
 
 Shape = tuple[int, int]
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRequest:
+    """What to measure.
+
+    Attributes:
+        matrices: that every step takes; weights are float32.
+        title: what they are, for people.
+        device: where.
+        paths: of peers that no registry has.
+        dtypes: of our Newton-Schulz; peers that take a dtype get the first.
+        coefficients: tables of ours.
+        rounds: timed steps of each contender.
+        threads: of the CPU; None leaves torch's own number.
+        with_peers: whether peers take part.
+        peer_seconds: what a peer may take, compiling apart; one that would take more does not run.
+        only: patterns of contenders' names, as a shell matches them; empty for everyone.
+        with_polar: whether to compare directions with the polar factor.
+        seed: of weights and gradients, both normal.
+        command: what was typed.
+    """
+
+    matrices: tuple[MatrixClass, ...]
+    title: str
+    device: torch.device
+    paths: PeerPaths
+    dtypes: tuple[str, ...] = ("auto",)
+    coefficients: tuple[str, ...] = ("jordan",)
+    rounds: int = 7
+    threads: int | None = None
+    with_peers: bool = True
+    peer_seconds: float = math.inf
+    only: tuple[str, ...] = ()
+    with_polar: bool = True
+    seed: int = 0
+    command: str = ""
 
 
 @dataclass(slots=True)
@@ -44,9 +82,9 @@ class Entry:
         state_bytes: of the same.
         scratch_kept_bytes: what it holds between steps besides parameters, gradients and state.
         scratch_peak_bytes: the most that a step allocates beyond all that is held between steps.
-        polar: errors by shape; empty when they were not asked for.
         profile: of one step.
         take_step: takes one and returns its seconds.
+        polar: errors by shape; empty when they were not asked for.
         step_seconds: one per round.
     """
 
@@ -56,9 +94,9 @@ class Entry:
     state_bytes: int
     scratch_kept_bytes: int
     scratch_peak_bytes: int
-    polar: dict[Shape, dict[str, float]]
     profile: StepProfile
     take_step: Callable[[], float]
+    polar: dict[Shape, dict[str, float]] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
 
     @property
@@ -74,14 +112,12 @@ class Race:
     Attributes:
         entries: contenders that ran, in the order given.
         not_run: why the others did not, by name.
-        matrices: what each of them stepped.
         peak_side: side of the square product that measured the machine.
         peaks: its FLOP/s, one per round, by dtype.
     """
 
     entries: list[Entry]
     not_run: dict[str, str]
-    matrices: tuple[MatrixClass, ...]
     peak_side: int
     peaks: dict[str, list[float]]
 
@@ -124,51 +160,17 @@ class Allowance(TorchDispatchMode):
             raise TooSlowError(f"{rounds} steps would take about {needed:.0f} s more")
 
 
-@dataclass(slots=True)
-class _Track:
-    """What every contender starts from.
-
-    Attributes:
-        weights: copied by each.
-        gradients: the same for each.
-        polar: a gradient of every shape and its polar factor; empty when errors are not asked for.
-        device: where all of them are.
-        rounds: timed steps of each contender.
-    """
-
-    weights: list[Tensor]
-    gradients: Gradients
-    polar: dict[Shape, tuple[Tensor, Tensor]]
-    device: torch.device
-    rounds: int
-
-
 def run_race(
-    contenders: Sequence[Contender],
-    matrices: Sequence[MatrixClass],
-    *,
-    rounds: int,
-    seed: int,
-    device: torch.device,
-    peer_seconds: float = math.inf,
-    with_polar: bool = True,
-    say: Say = lambda text: None,
+    contenders: Sequence[Contender], request: BenchRequest, say: Say = lambda text: None
 ) -> Race:
-    """Measures every contender that can run.
-
-    Args:
-        contenders: who.
-        matrices: what a step takes, all of them in every step; weights are float32.
-        rounds: timed steps of each, one contender after the other, round by round.
-        seed: of weights and gradients, both normal.
-        device: where.
-        peer_seconds: a peer that would take more than that, compiling apart, does not run.
-        with_polar: whether to compare directions with the polar factor.
-        say: told what is being done.
-    """
-    track = _make_track(
-        matrices, seed=seed, device=device, rounds=rounds, with_polar=with_polar, say=say
-    )
+    """Measures every contender that can run, one step of each after the other, round by round."""
+    device = request.device
+    weights, grads = normal_matrices(request.matrices, seed=request.seed, device=device)
+    gradients, polar = Gradients(grads), {}
+    if request.with_polar:
+        say("polar factors")
+        samples = {(one.shape[0], one.shape[1]): one for one in grads}
+        polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
     entries: list[Entry] = []
     not_run: dict[str, str] = {}
     for contender in contenders:
@@ -176,21 +178,29 @@ def run_race(
             not_run[contender.name] = contender.missing
             continue
         say(f"preparing {contender.name}")
-        allowance = Allowance(math.inf if contender.is_own else peer_seconds)
+        allowance = Allowance(math.inf if contender.is_own else request.peer_seconds)
         try:
-            entries.append(_prepared(contender, track, allowance))
+            # Eagerly: compiling a second optimizer for its first step alone takes minutes.
+            with torch.compiler.set_stance("force_eager"), allowance:
+                errors = {shape: polar_errors(contender, *pair) for shape, pair in polar.items()}
+            params = [nn.Parameter(weight.clone()) for weight in weights]
+            entry = _prepared(contender, params, gradients, device, allowance, request.rounds)
         except TooSlowError as reason:
-            not_run[contender.name] = f"slower than --peer-seconds {peer_seconds:g}: {reason}"
+            limit = f"--peer-seconds {request.peer_seconds:g}"
+            not_run[contender.name] = f"slower than {limit}: {reason}"
         except Exception as error:  # A peer's fault is a finding, and the others still run.
             not_run[contender.name] = in_words(error)
-    side = peak_side([one.shape for one in matrices])
+        else:
+            entry.polar = errors
+            entries.append(entry)
+    side = peak_side([one.shape for one in request.matrices])
     machine = {
         dtype: MatmulPeak(side, getattr(torch, dtype), device)
         for dtype in dict.fromkeys(str(entry.contender.ns_dtype) for entry in entries)
     }
-    race = Race(entries, not_run, tuple(matrices), side, {dtype: [] for dtype in machine})
-    for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
+    race = Race(entries, not_run, side, {dtype: [] for dtype in machine})
+    for number in range(request.rounds):
+        say(f"round {number + 1} of {request.rounds}")
         for dtype, peak in machine.items():
             race.peaks[dtype].append(peak.flops_per_second())
         for entry in entries:
@@ -198,51 +208,36 @@ def run_race(
     return race
 
 
-def _make_track(
-    matrices: Sequence[MatrixClass],
-    *,
-    seed: int,
+def _prepared(
+    contender: Contender,
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
     device: torch.device,
+    allowance: Allowance,
     rounds: int,
-    with_polar: bool,
-    say: Say,
-) -> _Track:
-    weights, gradients = normal_matrices(matrices, seed=seed, device=device)
-    polar = {}
-    if with_polar:
-        say("polar factors")
-        samples = {(one.shape[0], one.shape[1]): one for one in gradients}
-        polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
-    return _Track(weights, Gradients(gradients), polar, device, rounds)
-
-
-def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> Entry:
+) -> Entry:
     """Everything but the timed rounds; what is compiled is compiled here.
 
     Raises:
         TooSlowError: the contender would need more than the allowance.
     """
-    # Eagerly, because compiling a second optimizer for its first step alone takes minutes.
-    with torch.compiler.set_stance("force_eager"), allowance:
-        errors = {shape: polar_errors(contender, *pair) for shape, pair in track.polar.items()}
-    params = [nn.Parameter(weight.clone()) for weight in track.weights]
 
     def count(step: Callable[[], object]) -> int:
         with allowance:
             return counted_flops(step)
 
-    built = build_and_step(contender.build, params, track.gradients, track.device, count=count)
+    built = build_and_step(contender.build, params, gradients, device, count=count)
     optimizer = built.optimizer
 
     def take_step() -> float:
-        track.gradients.hand_out(params)
-        return timed(optimizer.step, track.device)
+        gradients.hand_out(params)
+        return timed(optimizer.step, device)
 
     if contender.compiles:
         take_step()
-    track.gradients.hand_out(params)
-    profile = profile_step(optimizer.step, track.device)
-    allowance.check_rounds(track.rounds, 1e-3 * profile.wall_ms)
+    gradients.hand_out(params)
+    profile = profile_step(optimizer.step, device)
+    allowance.check_rounds(rounds, 1e-3 * profile.wall_ms)
     return Entry(
         contender=contender,
         flops=built.flops,
@@ -250,7 +245,6 @@ def _prepared(contender: Contender, track: _Track, allowance: Allowance) -> Entr
         state_bytes=built.state_bytes,
         scratch_kept_bytes=built.scratch_kept_bytes,
         scratch_peak_bytes=profile.memory.peak,
-        polar=errors,
         profile=profile,
         take_step=take_step,
     )

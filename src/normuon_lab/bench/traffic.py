@@ -45,13 +45,7 @@ def elementwise_bytes(rows: int, cols: int, *, fused: bool, ns_bytes: int = 2) -
     """What the passes over one matrix move, and the least.
 
     The least reads the gradient and O, reads and writes the momentum and the weight, and writes
-    Newton-Schulz's input.
-
-    Args:
-        rows: of the matrix.
-        cols: of the matrix.
-        fused: whether by the Triton kernels.
-        ns_bytes: of Newton-Schulz's dtype.
+    Newton-Schulz's input, whose dtype has `ns_bytes`. Fused passes are the Triton kernels.
 
     Example:
         >>> elementwise_bytes(10, 10, fused=True)

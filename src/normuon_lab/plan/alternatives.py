@@ -5,54 +5,14 @@ Counts FLOPs, bytes and memory; nothing here is ever executed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from normuon.distributed.plan import Plan
 from normuon.distributed.task import MatrixTask
 from normuon.distributed.tiling import tiling_of
-from normuon_lab.plan.figures import batch_bytes, pipeline_seconds
+from normuon_lab.plan.figures import Figures, batch_bytes, pipeline_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One way to distribute a step, in numbers.
-
-    Args:
-        name: what it is called.
-        num_orthogonalisations: over all ranks, repeated and dummy ones included.
-        flops_by_rank: what each rank orthogonalises.
-        imbalance: the busiest rank's FLOPs over the makespan bound of computing each matrix once.
-        bytes_sent_total: over all ranks, there and back.
-        scratch_bytes_max: whole matrices and orthogonaliser's scratch held at once on one rank.
-        predicted_step_seconds: one exchange after another, overlapped with compute as a plan's are.
-    """
-
-    name: str
-    num_orthogonalisations: int
-    flops_by_rank: tuple[int, ...]
-    imbalance: float
-    bytes_sent_total: int
-    scratch_bytes_max: int
-    predicted_step_seconds: float
-
-    @property
-    def flops_total(self) -> int:
-        """FLOPs over all ranks."""
-        return sum(self.flops_by_rank)
-
-    @property
-    def flops_busiest(self) -> int:
-        """FLOPs of the busiest rank."""
-        return max(self.flops_by_rank)
-
-
-def compute_everywhere(plan: Plan, once: int) -> Figures:
-    """Every rank gathers every matrix and orthogonalises it itself, one matrix at a time.
-
-    Args:
-        plan: whose matrices to count.
-        once: the makespan bound of computing each matrix once.
-    """
+def compute_everywhere(plan: Plan) -> Figures:
+    """Every rank gathers every matrix and orthogonalises it itself, one matrix at a time."""
     flops = sum(task.flops for task in plan.tasks)
     bytes_sent = 0
     scratch = 0
@@ -67,27 +27,21 @@ def compute_everywhere(plan: Plan, once: int) -> Figures:
         held = 0 if is_everywhere else task.matrix_bytes
         scratch = max(scratch, held + batch_bytes(task, 1))
     return Figures(
-        name="every rank computes everything",
         num_orthogonalisations=plan.world_size * len(plan.tasks),
         flops_by_rank=(flops,) * plan.world_size,
-        imbalance=flops / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
         predicted_step_seconds=pipeline_seconds(plan.cost_model, stages),
     )
 
 
-def pad_to_world_size(plan: Plan, once: int) -> Figures:
+def pad_to_world_size(plan: Plan) -> Figures:
     """Same-shape matrices in groups of one per rank, the last group filled up with dummies.
 
     Every rank sends a shard of every member of a group to its owner, dummies included, and gets one
     back; shards are padded to the largest. Replicas each work for themselves when the parameter is
     sharded too; matrices that ranks store whole are computed there, or, when all ranks do, spread
     and sent to all.
-
-    Args:
-        plan: whose matrices to count.
-        once: the makespan bound of computing each matrix once.
     """
     groups: dict[object, list[int]] = {}
     for index, task in enumerate(plan.tasks):
@@ -122,26 +76,20 @@ def pad_to_world_size(plan: Plan, once: int) -> Figures:
             held = task.matrix_bytes if plan.world_size > 1 else 0
         scratch = max(scratch, held + batch_bytes(task, 1))
     return Figures(
-        name="same-shape groups padded to the world size",
         num_orthogonalisations=count,
         flops_by_rank=tuple(loads),
-        imbalance=max(loads) / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
         predicted_step_seconds=pipeline_seconds(plan.cost_model, stages),
     )
 
 
-def reduce_over_shards(plan: Plan, once: int) -> Figures:
+def reduce_over_shards(plan: Plan) -> Figures:
     """Plain Newton-Schulz on every rank's own shard, one all-reduce of a Gram matrix per step.
 
     Nothing is gathered: a rank multiplies its shard by polynomials of the Gram matrix over the side
     that is not cut, which every rank repeats. Where both sides are cut, the shorter one is taken.
-    Matrices that ranks store whole they compute alone.
-
-    Args:
-        plan: whose matrices to count; one without teams.
-        once: the makespan bound of computing each matrix once.
+    Matrices that ranks store whole they compute alone. The plan must be one without teams.
     """
     model = plan.cost_model
     loads = [0] * plan.world_size
@@ -168,10 +116,8 @@ def reduce_over_shards(plan: Plan, once: int) -> Figures:
         seconds += num_steps * (model.compute_seconds(flops) + model.send_seconds(reduced))
         scratch = max(scratch, 2 * (3 * largest + 3 * side**2))
     return Figures(
-        name="one all-reduce per step over shards",
         num_orthogonalisations=len(plan.tasks),
         flops_by_rank=tuple(loads),
-        imbalance=max(loads) / once if once else 1.0,
         bytes_sent_total=bytes_sent,
         scratch_bytes_max=scratch,
         predicted_step_seconds=seconds,

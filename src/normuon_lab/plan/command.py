@@ -1,11 +1,8 @@
-"""`normuon plan`: its options, what it checks, and where its answer goes.
-
-The figures are `contents.py`'s; the terminal's text is `text.py`'s, the page
-`page.py`'s.
-"""
+"""`normuon plan`: its options, what it checks, and where its answer goes."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,16 +83,16 @@ class PlanCommand:
         )
         contents = plan_contents(plan_model(shapes, request))
         if self.html is not None:
-            from normuon_lab.plan.page import write_page
+            from normuon_lab.atomic_files import write_text
+            from normuon_lab.plan.page import render_page
 
+            page = render_page(contents, command=recorded_command())
             try:
-                write_page(self.html, contents, command=recorded_command())
+                write_text(self.html, page)
             except OSError as error:
                 raise InputError(f"cannot write --html {self.html}: {error.strerror}") from None
         if self.json:
-            from json import dumps
-
-            print(dumps(contents))
+            print(json.dumps(contents))
             return 0
         from rich.console import Console
 

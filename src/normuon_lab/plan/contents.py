@@ -1,15 +1,13 @@
-"""Everything that `normuon plan` says, as plain values: the plan, its rivals, traffic and memory.
-
-The plan itself is the library's; the page and the text are `page.py`'s and `text.py`'s.
-"""
+"""Everything that `normuon plan` says, as plain values: the plan, its rivals, traffic, memory."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +22,12 @@ from normuon.distributed.plan import Plan, make_plan
 from normuon.distributed.teams import Teams
 from normuon_lab.errors import InputError
 from normuon_lab.plan.alternatives import (
-    Figures,
     compute_everywhere,
     pad_to_world_size,
     reduce_over_shards,
 )
 from normuon_lab.plan.bounds import packing_bound
-from normuon_lab.plan.figures import PlanFigures, figures_of, is_first, owners_in_words
+from normuon_lab.plan.figures import Figures, figures_of, is_first, owners_in_words
 from normuon_lab.plan.mesh import Mesh, placements_in_words
 from normuon_lab.plan.model_matrices import ModelParam, ModelShapes
 
@@ -41,16 +38,7 @@ FLOAT32_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
-    """What to plan for.
-
-    Attributes:
-        mesh: its sizes.
-        balance: "flops" or the "paper"'s round-robin.
-        bucket_bytes: bound on what a rank packs for one exchange.
-        wire_dtype: dtype of matrices on the wire.
-        cost_model: rates.
-        teams: whether several ranks may divide a matrix.
-    """
+    """What to plan for, in the words of `normuon.plan_for`."""
 
     mesh: Mesh
     balance: Balance
@@ -61,23 +49,31 @@ class PlanRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """A plan, what it adds up to, and the seconds that it took to draw up."""
+
+    plan: Plan
+    figures: Figures
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedModel:
-    """A model with its plan and the paper's, and what both add up to.
+    """A model with its plan and others from the same matrices.
 
     Attributes:
+        model: its parameters.
+        request: what was asked.
+        asked: the plan that was asked for.
         owners: the plan without teams, whose tasks are whole matrices.
+        round_robin: the paper's plan, from the tasks of `owners`.
     """
 
     model: ModelShapes
     request: PlanRequest
-    plan: Plan
-    figures: PlanFigures
-    plan_seconds: float
-    owners: Plan
-    owners_seconds: float
-    round_robin: Plan
-    round_robin_figures: PlanFigures
-    round_robin_seconds: float
+    asked: Drawn
+    owners: Drawn
+    round_robin: Drawn
 
 
 def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
@@ -92,43 +88,30 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
             f"--mesh: transformers has no tensor-parallel plan for {model.model_type}; leave tp out"
         )
 
-    def planned(teams: Teams) -> tuple[Plan, float]:
+    def drawn(make: Callable[..., Plan], *given: Any, **options: Any) -> Drawn:
         started = time.perf_counter()
-        plan = plan_for(
-            model.groups,
-            mesh_shape=mesh.shape,
-            placements=placements_of(model, mesh),
+        plan = make(
+            *given,
             cost_model=request.cost_model,
-            balance=request.balance,
             bucket_bytes=request.bucket_bytes,
-            teams=teams,
-            wire_dtype=getattr(torch, request.wire_dtype),
+            **options,
         )
-        return plan, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        return Drawn(plan, figures_of(plan), seconds)
 
-    plan, seconds = planned(request.teams)
-    owners, owners_seconds = (plan, seconds) if request.teams == "off" else planned("off")
-    started = time.perf_counter()
-    round_robin = make_plan(
-        owners.tasks,
-        world_size=plan.world_size,
-        cost_model=plan.cost_model,
-        balance="paper",
-        bucket_bytes=plan.bucket_bytes,
+    by_library = partial(
+        drawn,
+        plan_for,
+        model.groups,
+        mesh_shape=mesh.shape,
+        placements=placements_of(model, mesh),
+        balance=request.balance,
+        wire_dtype=getattr(torch, request.wire_dtype),
     )
-    round_robin_seconds = time.perf_counter() - started
-    return PlannedModel(
-        model,
-        request,
-        plan,
-        figures_of(plan),
-        seconds,
-        owners,
-        owners_seconds,
-        round_robin,
-        figures_of(round_robin),
-        round_robin_seconds,
-    )
+    asked = by_library(teams=request.teams)
+    owners = asked if request.teams == "off" else by_library(teams="off")
+    round_robin = drawn(make_plan, owners.plan.tasks, world_size=mesh.world_size, balance="paper")
+    return PlannedModel(model, request, asked, owners, round_robin)
 
 
 def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tuple[Placement, ...]]:
@@ -139,10 +122,12 @@ def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tup
 
 def plan_contents(planned: PlannedModel) -> dict[str, Any]:
     """What `--json` prints; docs/lab/plan-schema.md says what each value is."""
-    model, plan, request = planned.model, planned.plan, planned.request
-    figures, costs = planned.figures, planned.owners.flops_by_matrix
-    once = makespan_bound(costs, world_size=plan.world_size)
+    model, request = planned.model, planned.request
+    plan, figures = planned.asked.plan, planned.asked.figures
+    costs = planned.owners.plan.flops_by_matrix
+    bound = makespan_bound(costs, world_size=plan.world_size)
     packing = packing_bound(costs, world_size=plan.world_size)
+    scheme = partial(_scheme, bound=bound, packing=packing, least=figures.bytes_least_total)
     return {
         "kind": "normuon plan",
         "schema_version": SCHEMA_VERSION,
@@ -151,7 +136,7 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             "model_type": model.model_type,
             "num_parameters": model.num_parameters,
             "num_hidden_parameters": model.num_hidden_parameters,
-            "num_matrices": len(planned.owners.tasks),
+            "num_matrices": len(planned.owners.plan.tasks),
             "split_heads": model.split_heads,
         },
         "mesh": dict(
@@ -172,11 +157,11 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             "ranks_per_node": plan.cost_model.ranks_per_node,
         },
         "digest": plan.digest(),
-        "makespan_bound": once,
+        "makespan_bound": bound,
         "packing_bound": packing,
         "mean_flops": plan.mean_flops,
-        **_scheme(plan, figures, once, packing, planned.plan_seconds),
-        "alternatives": _alternatives(planned, once, packing),
+        **scheme(planned.asked),
+        "alternatives": _alternatives(planned, scheme),
         "traffic": traffic(model, request.mesh, plan, figures),
         "memory": memory(model, request.mesh, figures),
         "kinds": _kinds(planned),
@@ -205,76 +190,55 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
 
 
 def _scheme(
-    plan: Plan, figures: PlanFigures, once: int, packing: int, plan_seconds: float
+    drawn: Drawn, *, bound: int, packing: int, least: int, description: str | None = None
 ) -> dict[str, Any]:
-    """The values that every way of distributing has, of one that is a plan."""
-    busiest = max(plan.flops_by_rank)
-    return {
-        "num_orthogonalisations": sum(
-            len(owners)
-            for task, owners in zip(plan.tasks, plan.owners, strict=True)
-            if is_first(task)
-        ),
-        "flops_by_rank": plan.flops_by_rank,
+    """The values that every way of distributing has; `least` is one yardstick for all."""
+    figures, plan = drawn.figures, drawn.plan
+    busiest = max(figures.flops_by_rank)
+    by_rank = figures.bytes_sent_by_rank
+    evenly = -(-figures.bytes_sent_total // plan.world_size)
+    values = {
+        "num_orthogonalisations": figures.num_orthogonalisations,
+        "flops_by_rank": figures.flops_by_rank,
         "flops_by_matrix": plan.flops_by_matrix,
-        "imbalance": busiest / once,
+        "imbalance": busiest / bound,
         "packing_imbalance": busiest / packing,
         "busiest_over_mean": busiest / plan.mean_flops,
         "bytes_sent_total": figures.bytes_sent_total,
-        "bytes_least_total": figures.bytes_least_total,
-        "bytes_sent_by_rank": figures.bytes_sent_by_rank,
-        "bytes_sent_busiest": max(figures.bytes_sent_by_rank),
+        "bytes_least_total": least,
+        "bytes_sent_by_rank": by_rank,
+        "bytes_sent_busiest": evenly if by_rank is None else max(by_rank),
         "scratch_bytes_max": figures.scratch_bytes_max,
-        "num_buckets": len(plan.buckets),
+        "num_buckets": None if by_rank is None else len(plan.buckets),
         "predicted_step_seconds": figures.predicted_step_seconds,
-        "plan_seconds": plan_seconds,
+        "plan_seconds": drawn.seconds,
+        "description": description,
     }
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _alternatives(planned: PlannedModel, once: int, packing: int) -> dict[str, dict[str, Any]]:
-    least = planned.figures.bytes_least_total
+def _alternatives(
+    planned: PlannedModel, scheme: Callable[..., dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     found = {
-        "round_robin": _scheme(
+        "round_robin": scheme(
             planned.round_robin,
-            planned.round_robin_figures,
-            once,
-            packing,
-            planned.round_robin_seconds,
+            description="sorted by element count, dealt round-robin (the paper)",
         )
     }
-    found["round_robin"]["description"] = "sorted by element count, dealt round-robin (the paper)"
-    # One yardstick for all: what the plan's owners must send.
-    found["round_robin"]["bytes_least_total"] = least
     if planned.request.teams != "off":
-        owners = planned.owners
-        found["owners"] = {
-            **_scheme(owners, figures_of(owners), once, packing, planned.owners_seconds),
-            "description": "one owner for each matrix",
-            "bytes_least_total": least,
-        }
-    counts: tuple[tuple[str, str, Callable[[Plan, int], Figures]], ...] = (
-        ("replicate", "every rank gathers and computes every matrix", compute_everywhere),
-        ("padding", "same-shape groups padded to the number of ranks", pad_to_world_size),
-        ("all_reduce", "shards stay, one all-reduce of a Gram matrix a step", reduce_over_shards),
-    )
-    for name, description, count in counts:
+        found["owners"] = scheme(planned.owners, description="one owner for each matrix")
+    plan = planned.owners.plan
+    counts: dict[str, tuple[str, Callable[[Plan], Figures]]] = {
+        "replicate": ("every rank gathers and computes every matrix", compute_everywhere),
+        "padding": ("same-shape groups padded to the number of ranks", pad_to_world_size),
+        "all_reduce": ("shards stay, one all-reduce of a Gram matrix a step", reduce_over_shards),
+    }
+    for name, (description, count) in counts.items():
         started = time.perf_counter()
-        figures = count(planned.owners, once)
-        found[name] = {
-            "num_orthogonalisations": figures.num_orthogonalisations,
-            "flops_by_rank": figures.flops_by_rank,
-            "flops_by_matrix": planned.owners.flops_by_matrix,
-            "imbalance": figures.imbalance,
-            "packing_imbalance": figures.flops_busiest / packing,
-            "busiest_over_mean": figures.flops_busiest / planned.plan.mean_flops,
-            "bytes_sent_total": figures.bytes_sent_total,
-            "bytes_least_total": least,
-            "bytes_sent_busiest": -(-figures.bytes_sent_total // planned.plan.world_size),
-            "scratch_bytes_max": figures.scratch_bytes_max,
-            "predicted_step_seconds": figures.predicted_step_seconds,
-            "plan_seconds": time.perf_counter() - started,
-            "description": description,
-        }
+        figures = count(plan)
+        drawn = Drawn(plan, figures, time.perf_counter() - started)
+        found[name] = scheme(drawn, description=description)
     return found
 
 
@@ -282,7 +246,7 @@ def _exchange_seconds(plan: Plan, num_bytes: int) -> float:
     return plan.cost_model.send_seconds(num_bytes) if num_bytes else 0.0
 
 
-def traffic(model: ModelShapes, mesh: Mesh, plan: Plan, figures: PlanFigures) -> dict[str, Any]:
+def traffic(model: ModelShapes, mesh: Mesh, plan: Plan, figures: Figures) -> dict[str, Any]:
     """A step's bytes beside those of data-parallel training with AdamW, counted in two ways.
 
     On the wire: float32 weights gathered for forward and for backward and float32 gradients
@@ -320,7 +284,7 @@ def traffic(model: ModelShapes, mesh: Mesh, plan: Plan, figures: PlanFigures) ->
     }
 
 
-def memory(model: ModelShapes, mesh: Mesh, figures: PlanFigures) -> dict[str, Any]:
+def memory(model: ModelShapes, mesh: Mesh, figures: Figures) -> dict[str, Any]:
     """Optimizer state of the fullest rank in float32, beside AdamW's, and scratch of a step.
 
     Hidden matrices keep the momentum and one number per neuron (m n + m), the rest AdamW's two
@@ -332,8 +296,9 @@ def memory(model: ModelShapes, mesh: Mesh, figures: PlanFigures) -> dict[str, An
     state, adamw = [0] * mesh.world_size, [0] * mesh.world_size
     for (layout, dims), count in kinds.items():
         for rank in range(mesh.world_size):
-            numel = math.prod(layout.local_shape(rank))
-            own = 2 * numel if dims is None else numel + _num_neurons(layout, rank, dims)
+            shape = layout.local_shape(rank)
+            numel = math.prod(shape)
+            own = 2 * numel if dims is None else numel + math.prod(shape[dim] for dim in dims)
             state[rank] += FLOAT32_BYTES * count * own
             adamw[rank] += FLOAT32_BYTES * count * 2 * numel
     return {
@@ -357,14 +322,9 @@ def _neuron_dims(view: MatrixView | None, shape: tuple[int, ...]) -> tuple[int, 
     return None if view is None else view.vector_dims(shape, lambda m, n: -2)
 
 
-def _num_neurons(layout: ShardLayout, rank: int, dims: Iterable[int]) -> int:
-    shape = layout.local_shape(rank)
-    return math.prod(shape[dim] for dim in dims)
-
-
 def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
     """Matrices of one shape, placement and reason together."""
-    plan, mesh = planned.plan, planned.request.mesh
+    plan, mesh = planned.asked.plan, planned.request.mesh
     params: Mapping[str, ModelParam] = {param.name: param for param in planned.model.params}
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, task in enumerate(plan.tasks):

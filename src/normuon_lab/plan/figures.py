@@ -19,36 +19,6 @@ EVERYWHERE = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes on the wire by rank; local copies are not counted.
-
-    Attributes:
-        gather_sent: by the ranks that store, to owners.
-        gather_received: by owners.
-        return_sent: by owners.
-        return_received: by the ranks that store.
-        least: what any scheme with these owners must send: every stored region that is not on its
-            owner, there and back, without vectors.
-    """
-
-    gather_sent: list[int]
-    gather_received: list[int]
-    return_sent: list[int]
-    return_received: list[int]
-    least: int
-
-    @property
-    def gather_busiest(self) -> int:
-        """What the busiest rank sends or receives on the way to owners."""
-        return max(*self.gather_sent, *self.gather_received)
-
-    @property
-    def return_busiest(self) -> int:
-        """What the busiest rank sends or receives on the way back."""
-        return max(*self.return_sent, *self.return_received)
-
-
-@dataclass(frozen=True, slots=True)
 class BucketFigures:
     """One exchange and what is computed with it.
 
@@ -69,72 +39,80 @@ class BucketFigures:
     scratch_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PlanFigures:
-    """A plan's sums.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """One way to distribute a step, in numbers.
 
     Attributes:
-        bytes_sent_by_rank: on the wire, there and back.
-        bytes_received_by_rank: on the wire, there and back.
-        bytes_least_total: see `Traffic`.
-        buckets: in their order; first, without any exchange, the matrices that need none.
-        cost_model: rates.
+        num_orthogonalisations: over all ranks, repeated and dummy ones included.
+        flops_by_rank: what each rank orthogonalises.
+        bytes_sent_total: over all ranks, there and back.
+        scratch_bytes_max: whole matrices and orthogonaliser's scratch held at once on one rank.
+        predicted_step_seconds: exchanges overlapped with their neighbours' compute.
+        bytes_sent_by_rank: of a plan, there and back; None for a way that is only counted.
+        bytes_received_by_rank: the same.
+        bytes_least_total: of a plan; see `Traffic`.
+        buckets: of a plan, in their order; first, without any exchange, the matrices that need
+            none.
     """
 
-    bytes_sent_by_rank: tuple[int, ...]
-    bytes_received_by_rank: tuple[int, ...]
-    bytes_least_total: int
-    buckets: tuple[BucketFigures, ...]
-    cost_model: CostModel
-
-    @property
-    def bytes_sent_total(self) -> int:
-        """Bytes that all ranks together send in one step."""
-        return sum(self.bytes_sent_by_rank)
-
-    @property
-    def scratch_bytes_max(self) -> int:
-        """`owner_bytes` of the bucket that takes most."""
-        return max((bucket.scratch_bytes for bucket in self.buckets), default=0)
-
-    @property
-    def predicted_step_seconds(self) -> float:
-        """Seconds of one step, gathers and returns overlapped with the neighbours' compute."""
-        model = self.cost_model
-        stages = [
-            (b.gather_bytes, model.compute_seconds(b.flops) + b.team_seconds, b.return_bytes)
-            for b in self.buckets
-        ]
-        return pipeline_seconds(self.cost_model, stages)
+    num_orthogonalisations: int
+    flops_by_rank: tuple[int, ...]
+    bytes_sent_total: int
+    scratch_bytes_max: int
+    predicted_step_seconds: float
+    bytes_sent_by_rank: tuple[int, ...] | None = None
+    bytes_received_by_rank: tuple[int, ...] | None = None
+    bytes_least_total: int = 0
+    buckets: tuple[BucketFigures, ...] = ()
 
 
-def figures_of(plan: Plan) -> PlanFigures:
+def figures_of(plan: Plan) -> Figures:
     """Sums up a plan."""
     sent, received, least = [0] * plan.world_size, [0] * plan.world_size, 0
     buckets = []
     for indices in filter(None, (plan.alone, *plan.buckets)):
-        traffic = count_traffic(plan, indices)
+        traffic = Traffic(plan, indices)
         swapped = swapped_bytes(plan, indices)
         for rank, num_bytes in swapped.items():
             sent[rank] += num_bytes
             received[rank] += num_bytes
-        for sums, parts in (
-            (sent, (traffic.gather_sent, traffic.return_sent)),
-            (received, (traffic.gather_received, traffic.return_received)),
-        ):
-            sums[:] = map(sum, zip(sums, *parts, strict=True))
+        for rank in range(plan.world_size):
+            sent[rank] += traffic.gather_sent[rank] + traffic.return_sent[rank]
+            received[rank] += traffic.gather_received[rank] + traffic.return_received[rank]
         least += traffic.least
         buckets.append(
             BucketFigures(
                 num_matrices=sum(is_first(plan.tasks[index]) for index in indices),
                 flops=busiest_flops(plan, indices),
-                gather_bytes=traffic.gather_busiest,
-                return_bytes=traffic.return_busiest,
+                gather_bytes=max(*traffic.gather_sent, *traffic.gather_received),
+                return_bytes=max(*traffic.return_sent, *traffic.return_received),
                 team_seconds=team_seconds(plan, indices, max(swapped.values(), default=0)),
                 scratch_bytes=owner_bytes(plan.tasks, plan.owners, indices),
             )
         )
-    return PlanFigures(tuple(sent), tuple(received), least, tuple(buckets), plan.cost_model)
+    compute_seconds = plan.cost_model.compute_seconds
+    return Figures(
+        num_orthogonalisations=sum(
+            len(owners)
+            for task, owners in zip(plan.tasks, plan.owners, strict=True)
+            if is_first(task)
+        ),
+        flops_by_rank=plan.flops_by_rank,
+        bytes_sent_total=sum(sent),
+        scratch_bytes_max=max((bucket.scratch_bytes for bucket in buckets), default=0),
+        predicted_step_seconds=pipeline_seconds(
+            plan.cost_model,
+            [
+                (b.gather_bytes, compute_seconds(b.flops) + b.team_seconds, b.return_bytes)
+                for b in buckets
+            ],
+        ),
+        bytes_sent_by_rank=tuple(sent),
+        bytes_received_by_rank=tuple(received),
+        bytes_least_total=least,
+        buckets=tuple(buckets),
+    )
 
 
 def is_first(task: MatrixTask) -> bool:
@@ -142,16 +120,16 @@ def is_first(task: MatrixTask) -> bool:
     return task.slab is None or task.slab.number == 0
 
 
-def swapped_bytes(plan: Plan, indices: Iterable[int]) -> dict[int, int]:
+def swapped_bytes(plan: Plan, indices: Iterable[int]) -> Counter[int]:
     """Bytes that members of teams send each other, by rank; each receives as many.
 
     Strips differ in size by a few rows, and statistics are left out.
     """
-    found: dict[int, int] = {}
+    found: Counter[int] = Counter()
     for index in indices:
         task = plan.tasks[index]
         if task.slab is not None:
-            found[task.slab.rank] = found.get(task.slab.rank, 0) + task.swapped_bytes
+            found[task.slab.rank] += task.swapped_bytes
     return found
 
 
@@ -192,15 +170,12 @@ def pipeline_seconds(model: CostModel, stages: Sequence[tuple[int, float, int]])
 
 def busiest_flops(plan: Plan, indices: Iterable[int]) -> int:
     """FLOPs of the busiest rank for some matrices."""
-    everywhere = 0
-    loads: dict[int, int] = {}
+    loads: Counter[int] = Counter()
     for index in indices:
-        if len(plan.owners[index]) == plan.world_size:
-            everywhere += plan.tasks[index].flops
-            continue
-        for owner in plan.owners[index]:
-            loads[owner] = loads.get(owner, 0) + plan.tasks[index].flops
-    return everywhere + max(loads.values(), default=0)
+        owners = plan.owners[index]
+        for owner in owners if len(owners) < plan.world_size else (EVERYWHERE,):
+            loads[owner] += plan.tasks[index].flops
+    return loads.pop(EVERYWHERE, 0) + max(loads.values(), default=0)
 
 
 def owner_bytes(
@@ -209,12 +184,8 @@ def owner_bytes(
     """Bytes on the fullest owner: its whole matrices, and scratch for the batch that needs most.
 
     Batches run one after another. A matrix that needs no message is taken from where it is stored,
-    so it adds to a batch only.
-
-    Args:
-        tasks: the plan's matrices.
-        owners: for each, its owners.
-        indices: which of them are held at once: those of a bucket, or those that need no message.
+    so it adds to a batch only. The indices are of matrices that are held at once: those of a
+    bucket, or those that need no message.
     """
     whole: Counter[int] = Counter()
     numbers: Counter[tuple[int, object]] = Counter()
@@ -260,85 +231,78 @@ def batch_bytes(task: MatrixTask, number: int) -> int:
     return min(limit, number) * scratch_bytes(task.rows, task.cols, **dtypes)
 
 
-def count_traffic(plan: Plan, indices: Iterable[int]) -> Traffic:
-    """The traffic of some of a plan's matrices, counted without listing routes.
+class Traffic:
+    """Bytes on the wire by rank for some of a plan's matrices; local copies are not counted.
 
-    Matrices that a layout cuts alike move the same bytes but for what their owners store
-    themselves, so the work is per tiling and per owner, never per matrix and rank.
+    Counted without listing routes. Matrices that a layout cuts alike move the same bytes but for
+    what their owners store themselves, so the work is per tiling and per owner, never per matrix
+    and rank: whole vectors of bytes by rank are added once at the end, corrections as they come.
+
+    Attributes:
+        gather_sent: by the ranks that store, to owners.
+        gather_received: by owners.
+        return_sent: by owners.
+        return_received: by the ranks that store.
+        least: what any scheme with these owners must send: every stored region that is not on its
+            owner, there and back, without vectors.
     """
-    counter = _Counter(plan.world_size)
-    for index in indices:
-        task, owners = plan.tasks[index], plan.owners[index]
-        if tiling_of(task).needs_no_message(owners):
-            continue
-        for owner in owners:
-            counter.add_gather(task, owner)
-        counter.add_return(task, owners)
-    return counter.finish()
 
-
-class _Counter:
-    """Sums vectors of bytes by rank: whole vectors once at the end, corrections as they come."""
-
-    def __init__(self, world_size: int) -> None:
-        self.gather_sent = [0] * world_size
-        self.gather_received = [0] * world_size
-        self.return_sent = [0] * world_size
-        self.return_received = [0] * world_size
+    def __init__(self, plan: Plan, indices: Iterable[int]) -> None:
+        self.gather_sent, self.gather_received, self.return_sent, self.return_received = (
+            [0] * plan.world_size for _ in range(4)
+        )
         self.least = 0
-        self.gather_tables: dict[int, tuple[PeerBytes, int]] = {}
-        self.return_tables: dict[int, tuple[PeerBytes, int]] = {}
+        # Tables by their identity: they hold dicts, and tilings share them.
+        gathers: dict[int, tuple[PeerBytes, int]] = {}
+        returns: dict[int, tuple[PeerBytes, int]] = {}
+        for index in indices:
+            task, owners = plan.tasks[index], plan.owners[index]
+            if tiling_of(task).needs_no_message(owners):
+                continue
+            for owner in owners:
+                _add(gathers, self._gather(task, owner))
+            if len(owners) == 1:
+                _add(returns, self._return_from_one(task, owners[0]))
+            else:
+                self._return_from_many(task, owners)
+            numel = tiling_of(task).numel_by_rank
+            at_owners = sum(numel.get(owner, 0) for owner in owners)
+            self.least += (sum(numel.values()) - at_owners) * task.wire_bytes
+        for sums, tables in ((self.gather_sent, gathers), (self.return_received, returns)):
+            for table, count in tables.values():
+                for rank, num_bytes in table.by_rank.items():
+                    sums[rank] += count * num_bytes
 
-    def add_gather(self, task: MatrixTask, owner: int) -> None:
-        """Counts what travels to one owner."""
+    def _gather(self, task: MatrixTask, owner: int) -> PeerBytes:
+        """What travels to one owner; its own pieces are taken off at once."""
         tiling = tiling_of(task)
         table = tiling.gather_bytes(task, tiling.layout.replicas[owner])
-        count = self.gather_tables.get(id(table), (table, 0))[1]
-        self.gather_tables[id(table)] = (table, count + 1)
         received = table.total
         for rank, correction in tiling.gather_corrections(task, owner).items():
             self.gather_sent[rank] += correction
             received += correction
         self.gather_received[owner] += received
         self.least += (task.numel - tiling.numel_by_rank.get(owner, 0)) * task.wire_bytes
+        return table
 
-    def add_return(self, task: MatrixTask, owners: tuple[int, ...]) -> None:
-        """Counts what comes back from the owners of a matrix."""
+    def _return_from_one(self, task: MatrixTask, owner: int) -> PeerBytes:
+        table = tiling_of(task).return_bytes(task)
+        own = table.by_rank.get(owner, 0)
+        self.return_received[owner] -= own
+        self.return_sent[owner] += table.total - own
+        return table
+
+    def _return_from_many(self, task: MatrixTask, owners: tuple[int, ...]) -> None:
         tiling = tiling_of(task)
-        table = tiling.return_bytes(task)
-        if len(owners) == 1:
-            owner = owners[0]
-            own = table.by_rank.get(owner, 0)
-            count = self.return_tables.get(id(table), (table, 0))[1]
-            self.return_tables[id(table)] = (table, count + 1)
-            self.return_received[owner] -= own
-            self.return_sent[owner] += table.total - own
-        else:
-            for rank, num_bytes in table.by_rank.items():
-                owner = tiling.owner_for(owners, rank)
-                if owner != rank:
-                    self.return_sent[owner] += num_bytes
-                    self.return_received[rank] += num_bytes
-        stored = sum(tiling.numel_by_rank.values())
-        at_owners = sum(tiling.numel_by_rank.get(owner, 0) for owner in owners)
-        self.least += (stored - at_owners) * task.wire_bytes
+        for rank, num_bytes in tiling.return_bytes(task).by_rank.items():
+            owner = tiling.owner_for(owners, rank)
+            if owner != rank:
+                self.return_sent[owner] += num_bytes
+                self.return_received[rank] += num_bytes
 
-    def finish(self) -> Traffic:
-        """The sums."""
-        for sums, tables in (
-            (self.gather_sent, self.gather_tables),
-            (self.return_received, self.return_tables),
-        ):
-            for table, count in tables.values():
-                for rank, num_bytes in table.by_rank.items():
-                    sums[rank] += count * num_bytes
-        return Traffic(
-            self.gather_sent,
-            self.gather_received,
-            self.return_sent,
-            self.return_received,
-            self.least,
-        )
+
+def _add(tables: dict[int, tuple[PeerBytes, int]], table: PeerBytes) -> None:
+    tables[id(table)] = (table, tables.get(id(table), (table, 0))[1] + 1)
 
 
 def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:

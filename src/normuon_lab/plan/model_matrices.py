@@ -1,12 +1,12 @@
 """A model's parameters by shape alone: built on the meta device, no weight is ever allocated.
 
-Which parameters are hidden matrices is `normuon.param_groups`' verdict; where they lie on a mesh is
-`mesh.py`'s.
+Which parameters are hidden matrices is `normuon.param_groups`' verdict.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class ModelParam:
 
     Attributes:
         name: its qualified name.
-        shape: its whole shape.
+        shape: whole, not a shard's.
         view: how a hidden matrix is seen as matrices; None for what AdamW takes.
         reason: why it is what it is.
         tp_style: what the model's tensor-parallel plan says of it; None when nothing.
@@ -52,17 +52,9 @@ class ModelParam:
     tp_style: str | None
 
     @property
-    def is_hidden(self) -> bool:
-        """Whether it is a hidden matrix, for NorMuon."""
-        return self.view is not None
-
-    @property
     def numel(self) -> int:
         """Its number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +85,11 @@ class ModelShapes:
     @property
     def num_hidden_parameters(self) -> int:
         """Elements of the hidden matrices."""
-        return sum(param.numel for param in self.params if param.is_hidden)
+        return sum(param.numel for param in self.params if param.view is not None)
 
 
 def model_shapes(model: str, *, split_heads: bool = False) -> ModelShapes:
-    """The shapes of a named model or of a transformers configuration.
-
-    Args:
-        model: a preset, a config.json, or the folder of one.
-        split_heads: of `normuon.param_groups`.
+    """The shapes of a preset, or of a transformers config.json or the folder of one.
 
     Raises:
         InputError: no such preset or file, no configuration, a model without hidden matrices, or
@@ -113,11 +101,6 @@ def model_shapes(model: str, *, split_heads: bool = False) -> ModelShapes:
 
 def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> ModelShapes:
     """The shapes of a transformers model, which may be on the meta device.
-
-    Args:
-        model: the model.
-        name: what to call it.
-        split_heads: of `normuon.param_groups`.
 
     Raises:
         InputError: parameters that nothing but their shape could place.

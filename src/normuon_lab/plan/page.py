@@ -1,13 +1,9 @@
-"""A plan's contents as one self-contained HTML page: no file beside it, no network.
-
-The sentences and the layout are in templates/plan.html.j2, the numbers `contents.py`'s.
-"""
+"""A plan's contents as one self-contained HTML page: no file beside it, no network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,7 +11,6 @@ from plotly.subplots import make_subplots
 
 from normuon.distributed.cost import format_bytes
 from normuon_lab import web_page
-from normuon_lab.atomic_files import write_text
 from normuon_lab.plan import text as plan_text
 from normuon_lab.web_page import WARNING, apply_style, stack_when_narrow
 
@@ -32,19 +27,8 @@ _MAX_BARS = 64
 """Ranks up to which each gets a bar; more become a line."""
 
 
-def write_page(path: Path, contents: Mapping[str, Any], *, command: str) -> None:
-    """Write the page to `path`.
-
-    Args:
-        path: the file.
-        contents: from `plan_contents`.
-        command: what to call to get the page again.
-    """
-    write_text(path, render_page(contents, command=command))
-
-
 def render_page(contents: Mapping[str, Any], *, command: str) -> str:
-    """The page as text."""
+    """The page of `plan_contents` as text; `command` makes it again."""
     plots = {
         "work": work_figure(contents),
         "sent": sent_figure(contents),
@@ -81,10 +65,10 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
 def work_figure(contents: Mapping[str, Any]) -> go.Figure:
     """FLOPs of every rank under the plan, round-robin and padding, with the bound."""
     figure = go.Figure()
-    names = [
-        name for name in ("owners", "round_robin", "padding") if name in contents["alternatives"]
-    ]
-    schemes = {name: contents["alternatives"][name] for name in names}
+    others = contents["alternatives"]
+    schemes = {
+        name: others[name] for name in ("owners", "round_robin", "padding") if name in others
+    }
     shown = [*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"]]
     unit, size = ("TFLOP", 1e12) if max(shown) >= 1e12 else ("GFLOP", 1e9)
     for name, scheme in ({"plan": contents} | schemes).items():
@@ -145,10 +129,10 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     )
     stack_when_narrow(figure, list(panels), height=210)
     for column, value_of in enumerate(panels.values(), start=1):
-        values = []
-        for name in labels:
-            scheme = contents if name == "plan" else contents["alternatives"][name]
-            values.append(value_of(scheme))
+        values = [
+            value_of(contents if name == "plan" else contents["alternatives"][name])
+            for name in labels
+        ]
         figure.add_trace(
             go.Bar(
                 y=[_wrapped(label) for label in labels.values()],

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from normuon_lab.bench.suite.options import (
-    SuiteOptions,
-)
-from normuon_lab.bench.suite.run import run_suite, within
+from normuon_lab.bench.suite.options import SuiteOptions
+from normuon_lab.bench.suite.part import run_part
+from normuon_lab.bench.suite.run import run_suite
+
+
+def in_this_process(
+    part: str, options: SuiteOptions, device: torch.device, budget: float, limit: float
+) -> None:
+    run_part(part, options, device=device, budget_seconds=budget)
 
 
 @pytest.fixture(scope="session")
@@ -18,4 +24,4 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     """What a dry run in this process found, but for the tests, and its folder."""
     out = tmp_path_factory.mktemp("suite")
     options = SuiteOptions(out=out, seconds=240, device="cpu", tests=False, command="normuon bench")
-    return run_suite(options, start=within), out
+    return run_suite(options, start=in_this_process), out

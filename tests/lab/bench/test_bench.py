@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from normuon_lab.bench import contents as bench_contents_module
 from normuon_lab.bench.contender import Contender, own_contenders
-from normuon_lab.bench.contents import BenchRequest, bench_contents, read_bench, run_bench
+from normuon_lab.bench.contents import bench_contents, read_bench, run_bench
 from normuon_lab.bench.figure import bench_figure
 from normuon_lab.bench.matrices import MatrixClass, model_matrices, parse_shapes
 from normuon_lab.bench.measure import Gradients, counted_flops, tracked_memory
@@ -29,7 +29,7 @@ from normuon_lab.bench.polar import (
     polar_factor,
     polar_factor_by_gram,
 )
-from normuon_lab.bench.race import Allowance, Race, TooSlowError, run_race
+from normuon_lab.bench.race import Allowance, BenchRequest, Race, TooSlowError, run_race
 from normuon_lab.bench.text import print_bench
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
@@ -81,7 +81,7 @@ def own(**options: tuple[str, ...]) -> tuple[Contender, ...]:
 
 
 def race_of(*contenders: Contender, rounds: int = 1, with_polar: bool = False) -> Race:
-    return run_race(contenders, SMALL, rounds=rounds, seed=0, device=CPU, with_polar=with_polar)
+    return run_race(contenders, request_for(rounds=rounds, with_polar=with_polar))
 
 
 def request_for(**options: object) -> BenchRequest:
@@ -104,8 +104,8 @@ def test_every_eager_way_takes_the_flops_its_model_says():
     ours = [one for one in own(dtypes=("float32", "bfloat16")) if one.flops_per_matrix]
     assert len(ours) == 4
     for contender in ours:
-        race = run_race([contender], matrices, rounds=1, seed=0, device=CPU, with_polar=False)
-        values = bench_contents(request_for(matrices=matrices), race)["contenders"][0]
+        request = request_for(matrices=matrices, rounds=1, with_polar=False)
+        values = bench_contents(request, run_race([contender], request))["contenders"][0]
         assert values["flops"] == values["flops_by_model"] > 0, contender.name
 
 
@@ -186,22 +186,15 @@ def test_a_slow_peer_is_left_out_and_its_reason_names_the_option(monkeypatch):
         while True:
             grad = grad + 1.0
 
-    race = run_race(
-        [scripted("endless", endless), scripted("good")],
-        SMALL,
-        rounds=1,
-        seed=0,
-        device=CPU,
-        peer_seconds=5.0,
-        with_polar=False,
-    )
+    request = request_for(rounds=1, peer_seconds=5.0, with_polar=False)
+    race = run_race([scripted("endless", endless), scripted("good")], request)
     assert [entry.contender.name for entry in race.entries] == ["good"]
     assert race.not_run == {"endless": "slower than --peer-seconds 5: its first steps took longer"}
 
 
 def test_our_own_contenders_have_no_limit():
     ours = replace(scripted("ours"), package="normuon")
-    race = run_race([ours, scripted()], SMALL, rounds=1, seed=0, device=CPU, peer_seconds=1e-9)
+    race = run_race([ours, scripted()], request_for(rounds=1, peer_seconds=1e-9))
     assert [entry.contender.name for entry in race.entries] == ["ours"]
     assert "scripted" in race.not_run
 

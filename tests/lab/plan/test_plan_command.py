@@ -266,7 +266,7 @@ def test_every_preset_is_balanced_and_sends_little_more_than_it_must(preset: str
 
 def test_a_plan_for_llama_3_70b_on_1024_ranks_is_quick_and_small() -> None:
     model = model_shapes("llama3-70b")
-    seconds = plan_model(model, request_for(Mesh(dp_shard=128, tp=8))).plan_seconds
+    seconds = plan_model(model, request_for(Mesh(dp_shard=128, tp=8))).asked.seconds
     tracemalloc.start()
     plan_model(model, request_for(Mesh(dp_replicate=2, dp_shard=512)))
     peak = tracemalloc.get_traced_memory()[1]
@@ -408,7 +408,7 @@ def test_newton_schulz_over_shards_is_counted() -> None:
     """5 steps on 4 ranks of an 8 x 4 matrix: shards of 2 x 4, Gram matrices of 4 x 4."""
     groups = [{"params": [torch.empty(8, 4, device="meta")]}]
     plan = normuon.plan_for(groups, mesh_shape=(4,), placements=[("shard", 0)])
-    figures = reduce_over_shards(plan, 1)
+    figures = reduce_over_shards(plan)
     assert figures.flops_by_rank == (5 * (2 * 2 * 4 * 8 + 2 * 4**3),) * 4
     # A ring sends 2 x 3 / 4 of 16 elements of 2 bytes.
     assert figures.bytes_sent_total == 5 * 4 * 48

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normuon_lab.plan.page import buckets_figure, render_page, write_page
+from normuon_lab.plan.page import buckets_figure, render_page
 from tests.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.plan.planned_models import contents_of
 
@@ -43,7 +43,7 @@ def opened(
     from playwright.sync_api import sync_playwright
 
     path = tmp_path_factory.mktemp("page") / "plan.html"
-    write_page(path, contents, command="normuon plan llama-1.1b")
+    path.write_text(render_page(contents, command="normuon plan llama-1.1b"), encoding="utf-8")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -78,9 +78,7 @@ def make_decoder(size: DecoderSize, *, seed: int, device: torch.device) -> Decod
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross entropy of the next token, in nats, under bfloat16 autocast.
 
-    Args:
-        model: tokens to logits.
-        batch: ``[B, T + 1]`` tokens of any integer dtype.
+    A batch is ``[B, T + 1]`` tokens of any integer dtype.
     """
     tokens = batch.long()
     with torch.autocast(batch.device.type, dtype=torch.bfloat16):
@@ -95,16 +93,9 @@ def train_step(
     *,
     before: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """One step on the mean gradient of all batches.
+    """One step on the mean gradient of all batches; returns their mean loss, on the device.
 
-    Args:
-        model: what is trained.
-        optimizer: of its parameters.
-        batches: micro-batches.
-        before: called between the gradients and the step.
-
-    Returns:
-        The mean loss, on the device.
+    `before` is called between the gradients and the step.
     """
     total = torch.zeros((), device=batches[0].device)
     for batch in batches:

@@ -190,13 +190,7 @@ def curves(arms: Sequence[Arm]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class LocalText:
-    """Bytes of whole files.
-
-    Attributes:
-        train: ``[n]`` uint8.
-        held_out: ``[m]`` uint8, of other files.
-        files: how many of each.
-    """
+    """Bytes of whole files as uint8: ``[n]`` to train on, ``[m]`` held out, and how many files."""
 
     train: Tensor
     held_out: Tensor
@@ -206,9 +200,7 @@ class LocalText:
 def local_text(max_bytes: int, folder: Path | None = None) -> LocalText:
     """Reads .py files in the order of their paths until there are `max_bytes` bytes.
 
-    Args:
-        max_bytes: of both parts together, but for the last file.
-        folder: where; by default the running Python's standard library.
+    Without a folder, those of the running Python's standard library: there may be no network.
 
     Raises:
         RuntimeError: fewer than two files can be read.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from normuon_lab.bench.matrices import MatrixClass, parse_shapes
 from normuon_lab.errors import require
-
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 PARTS = ("machine", "tests", "step", "accuracy", "training", "comparison")
 """In the order in which they run."""
@@ -40,21 +38,10 @@ TINY_DIVISOR, TINY_COUNT = 64, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteOptions:
-    """What to measure.
+    """What to measure: the flags of `normuon bench --suite gpu`, and the command that was typed.
 
-    Attributes:
-        out: folder for gpu.json and gpu.html.
-        seconds: for everything.
-        device: "auto" is a CUDA device where there is one.
-        dion: a checkout of microsoft/dion.
-        only: patterns of contenders' names in the step table; empty for everyone.
-        parts: which to run; empty for all.
-        models: of the step table, names of `MODEL_SHAPES` or of presets.
-        tests: whether the part "tests" runs.
-        tokens_per_step: of the part "training"; a dry run takes its own.
-        lr: of both optimizers in the part "comparison".
-        seed: of weights, gradients and data.
-        command: what was typed.
+    Models of the step table are names of `MODEL_SHAPES` or of presets. Without names in `only` and
+    `parts` all of them run. A dry run takes its own number of tokens.
 
     Raises:
         InputError: a value that cannot be used.
@@ -62,7 +49,7 @@ class SuiteOptions:
 
     out: Path = Path("runs/gpu")
     seconds: float = 540.0
-    device: DeviceChoice = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dion: Path | None = None
     only: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
@@ -113,16 +100,7 @@ class SuiteOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderSize:
-    """A GPT-2-shaped decoder and its batches.
-
-    Attributes:
-        layers: blocks.
-        width: of the residual stream; the MLP is four times as wide.
-        heads: of attention.
-        vocabulary: tokens that are known.
-        sequence_length: tokens of one sequence.
-        micro_batch: sequences in one forward pass.
-    """
+    """A GPT-2-shaped decoder, whose MLP is four times as wide as the rest, and its batches."""
 
     layers: int
     width: int
@@ -137,8 +115,8 @@ class Sizes:
     """How large everything is.
 
     Attributes:
-        shares: of the time, by part; what a part leaves over goes to those after it.
-        least_seconds: what a part needs at least; with less it is not started.
+        budgets: by part, its share of the time, and the seconds without which it is not started;
+            what a part leaves over goes to those after it.
         overtime_seconds: beyond all time given, in which parts are still begun.
         copy_bytes: of the buffer that measures memory bandwidth.
         matmul_sides: of the square products that measure the device.
@@ -155,8 +133,7 @@ class Sizes:
         eval_batches: held-out micro-batches of one evaluation.
     """
 
-    shares: Mapping[str, float]
-    least_seconds: Mapping[str, float]
+    budgets: Mapping[str, tuple[float, float]]
     overtime_seconds: float
     copy_bytes: int
     matmul_sides: tuple[int, ...]
@@ -174,21 +151,13 @@ class Sizes:
 
 
 FULL = Sizes(
-    shares={
-        "machine": 0.03,
-        "tests": 0.17,
-        "step": 0.42,
-        "accuracy": 0.06,
-        "training": 0.14,
-        "comparison": 0.18,
-    },
-    least_seconds={
-        "machine": 1.0,
-        "tests": 10.0,
-        "step": 20.0,
-        "accuracy": 5.0,
-        "training": 15.0,
-        "comparison": 20.0,
+    budgets={
+        "machine": (0.03, 1.0),
+        "tests": (0.17, 10.0),
+        "step": (0.42, 20.0),
+        "accuracy": (0.06, 5.0),
+        "training": (0.14, 15.0),
+        "comparison": (0.18, 20.0),
     },
     overtime_seconds=0.0,
     copy_bytes=2**30,
@@ -216,21 +185,13 @@ _TINY_DECODER = DecoderSize(
 )
 DRY = Sizes(
     # Mostly the time that Python and torch take to start.
-    shares={
-        "machine": 0.06,
-        "tests": 0.36,
-        "step": 0.26,
-        "accuracy": 0.09,
-        "training": 0.09,
-        "comparison": 0.14,
-    },
-    least_seconds={
-        "machine": 2.0,
-        "tests": 8.0,
-        "step": 8.0,
-        "accuracy": 6.0,
-        "training": 6.0,
-        "comparison": 6.0,
+    budgets={
+        "machine": (0.06, 2.0),
+        "tests": (0.36, 8.0),
+        "step": (0.26, 8.0),
+        "accuracy": (0.09, 6.0),
+        "training": (0.09, 6.0),
+        "comparison": (0.14, 6.0),
     },
     overtime_seconds=30.0,
     copy_bytes=2**22,
@@ -251,24 +212,22 @@ DRY = Sizes(
 
 
 def matrices_of(model: str, *, tiny: bool) -> tuple[MatrixClass, ...]:
-    """The matrices that a step of `model` takes.
+    """The matrices of a name of `MODEL_SHAPES`, or of what `model_matrices` takes.
 
-    Args:
-        model: a name of `MODEL_SHAPES`, or what `model_matrices` takes.
-        tiny: sides divided by 64 and two matrices of a shape at most, for a dry run.
+    Tiny ones, of a dry run, have sides divided by 64, and there are two of a shape at most.
 
     Example:
         >>> [str(one) for one in matrices_of("gpt2-124m", tiny=True)]
         ['2x36x12', '2x12x12', '2x48x12', '2x12x48']
     """
     if model in MODEL_SHAPES:
-        classes: Iterable[MatrixClass] = parse_shapes(MODEL_SHAPES[model])
+        classes = parse_shapes(MODEL_SHAPES[model])
     else:
         from normuon_lab.bench.matrices import model_matrices
 
         classes = model_matrices(model)
     if not tiny:
-        return tuple(classes)
+        return classes
     return tuple(
         MatrixClass(
             max(1, one.rows // TINY_DIVISOR),

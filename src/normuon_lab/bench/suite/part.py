@@ -87,12 +87,7 @@ def run_part(
 ) -> None:
     """Runs a part and writes its findings into gpu.json; a failure is a finding too.
 
-    Args:
-        name: of the part.
-        options: of the run, whose folder has a gpu.json.
-        device: where.
-        budget_seconds: for this part.
-        run: what to call in place of the part's own module.
+    `run` is called in place of the part's own module.
     """
     started = time.monotonic()
     record = read_record(json_path(options.out))

@@ -9,14 +9,13 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
 
 from normuon_lab.bench.measure import MatmulPeak, timed
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.machine import processor_name
+from normuon_lab.machine import processor_name, version_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 REPEATS = 5
@@ -48,12 +47,7 @@ def run(context: PartContext) -> dict[str, Any]:
 
 
 def rate_of(values: Mapping[str, Any], dtype: str | None) -> float | None:
-    """The highest measured FLOP/s of products in a dtype; None where none was measured.
-
-    Args:
-        values: of the part "machine".
-        dtype: as torch names it without its prefix.
-    """
+    """The highest FLOP/s of products in a dtype that the part "machine" measured, or None."""
     rates = [one for one in values.get("matmul", ()) if one["dtype"] == dtype]
     return max((float(one["flops_per_second"]) for one in rates), default=None)
 
@@ -99,11 +93,7 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
     }
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
+    found.update({package: version_of(package) for package in PACKAGES})
     found["torch"] = torch.__version__
     if found["triton"] is None and importlib.util.find_spec("triton") is not None:
         found["triton"] = "of unknown version"

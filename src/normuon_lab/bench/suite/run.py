@@ -29,7 +29,6 @@ from normuon_lab.bench.suite.options import (
     PARTS,
     SuiteOptions,
 )
-from normuon_lab.bench.suite.part import run_part
 from normuon_lab.bench.suite.record import (
     json_path,
     new_record,
@@ -52,11 +51,7 @@ Start = Callable[[str, SuiteOptions, torch.device, float, float], None]
 
 
 def run_suite(options: SuiteOptions, *, start: Start | None = None) -> dict[str, Any]:
-    """Runs every part and returns what gpu.json holds in the end.
-
-    Args:
-        options: what to measure.
-        start: runs one part; by default in a process of its own.
+    """Runs every part, by default in a process each; returns what gpu.json holds in the end.
 
     Raises:
         InputError: there is no such device, or the folder cannot be made.
@@ -104,9 +99,10 @@ def _one_part(
 ) -> None:
     sizes = DRY if device.type != "cuda" else FULL
     reason = options.left_out(part)
-    budget, least = 0.0, sizes.least_seconds[part]
+    share, least = sizes.budgets[part]
+    budget = 0.0
     if reason is None:
-        budget = left * sizes.shares[part] / sum(sizes.shares[one] for one in asked)
+        budget = left * share / sum(sizes.budgets[one][0] for one in asked)
         # A short run's first parts may take more than their share, if the rest can bear it.
         budget = min(left + sizes.overtime_seconds, max(budget, least))
         reason = NO_TIME if budget < least else None
@@ -168,13 +164,6 @@ def in_process(
             _mark(options, part, FAILED, f"its process ended with exit code {code}")
     finally:
         _end(child)
-
-
-def within(
-    part: str, options: SuiteOptions, device: torch.device, budget: float, limit: float
-) -> None:
-    """Runs a part in this process, where nothing ends it."""
-    run_part(part, options, device=device, budget_seconds=budget)
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -37,12 +37,7 @@ SLOW_HERE = "it compiles, which a dry run leaves out unless --only names it"
 def step_contenders(
     device: torch.device, *, dion: Path | None, only: Sequence[str] = ()
 ) -> tuple[Contender, ...]:
-    """All of them, those that compile last.
-
-    Args:
-        device: where they run.
-        dion: a checkout of microsoft/dion, or None.
-        only: patterns of names; empty for everyone. NorMuon stays, since all are compared with it.
+    """All of them, or those that `only` names and NorMuon; those that compile come last.
 
     Raises:
         InputError: no name matches.

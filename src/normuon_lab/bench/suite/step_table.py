@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -46,10 +47,13 @@ def run(context: PartContext) -> dict[str, Any]:
     for title in context.options.models:
         model: dict[str, Any] = {"title": title, "error": None}
         try:
-            model.update(model_values(matrices_of(title, tiny=context.is_dry)))
+            matrices = matrices_of(title, tiny=context.is_dry)
         except Exception as error:  # One model that cannot be had costs no other.
-            model.update(error=in_words(error), races=[])
-        values["models"].append(model)
+            model["error"] = in_words(error)
+        else:
+            model["matrices"] = [asdict(one) for one in matrices]
+            model["elements"] = sum(one.numel for one in matrices)
+        values["models"].append({**model, "races": []})
     reckoned: dict[str, float] = {}
     for compiling in (False, True):
         field = (first, *(one for one in others if one.compiles == compiling))
@@ -59,15 +63,6 @@ def run(context: PartContext) -> dict[str, Any]:
             if model["error"] is None:
                 _race_on(model, field, context, reckoned, keep=lambda: context.keep(values))
     return values
-
-
-def model_values(matrices: Sequence[MatrixClass]) -> dict[str, Any]:
-    """A model's matrices as plain values, with an empty list of races."""
-    return {
-        "matrices": [{"rows": m.rows, "cols": m.cols, "count": m.count} for m in matrices],
-        "elements": sum(one.numel for one in matrices),
-        "races": [],
-    }
 
 
 def _race_on(
@@ -101,16 +96,14 @@ def race(
     """Times all contenders that can be made ready, round by round.
 
     Whoever compiles may take all the time that is left, so that those before it are timed first.
+    The others are compared with the first that runs.
 
     Args:
-        contenders: the others are compared with the first of them that runs.
+        contenders: who.
         matrices: what each steps.
         context: of the part.
         reckoned: seconds that each took to be made ready; written to.
         keep: given what is known so far.
-
-    Returns:
-        Plain values: contenders that ran, and why the others did not, by name.
     """
     not_run = {
         one.name: reason
@@ -224,8 +217,7 @@ def entry(
     """One contender's figures as plain values."""
     contender = runner.contender
     median = statistics.median(runner.step_ms)
-    model = contender.flops_per_matrix
-    modelled = sum(m.count * model(m.rows, m.cols) for m in matrices) if model else None
+    modelled = contender.flops_by_model(matrices)
     # A counter sees only some of the products where others are in kernels of one's own.
     figures = {**runner.figures, **({"flops": None} if contender.hides_products else {})}
     flops = figures["flops"] or modelled

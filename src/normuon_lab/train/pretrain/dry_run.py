@@ -74,7 +74,7 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
     )
     planned = plan_model(shapes, request)
     plan = plan_contents(planned)
-    state = memory(shapes, mesh, planned.figures)
+    state = memory(shapes, mesh, planned.asked.figures)
     elements = state_elements(model, config)
     return {
         "kind": "normuon train dry run",
