@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from normuon_lab.train.arms import builders
 from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.ema_nesterov import EmaNesterov
 from normuon_lab.train.arms.registry import ARMS
@@ -222,8 +223,7 @@ def test_the_learning_rate_of_every_group_follows_the_schedule(
         parameters = list(model.parameters())
         return [Recorder([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=lr)]
 
-    arm = dataclasses.replace(ARMS["adamw"], builder=build)
-    monkeypatch.setitem(train_module.ARMS, "adamw", arm)
+    monkeypatch.setattr(builders, "build_adamw", build)
     ten = dataclasses.replace(
         experiment,
         training=TrainConfig(steps=4, warmup_fraction=0.5, batch_size=4, eval_tokens=256),
