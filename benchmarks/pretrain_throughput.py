@@ -24,9 +24,10 @@ from torch.nn import functional
 from normuon_lab.atomic_files import write_json
 from normuon_lab.data.loading import open_data
 from normuon_lab.machine import describe_machine, utc_now
+from normuon_lab.train.display import RunDisplay
 from normuon_lab.train.model import build_named_model
 from normuon_lab.train.pretrain.config import EvaluationConfig, PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay
+from normuon_lab.train.pretrain.metrics import MetricsLog
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined
 from normuon_lab.train.pretrain.settings import pretrain_preset
 from normuon_lab.train.pretrain.trainer import Trainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import chain, count, islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +66,18 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def example_order(num_examples: int, *, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """The numbers of each step's examples: a fresh permutation of all examples per epoch.
+
+    None comes twice within an epoch. A batch may straddle two epochs. The order depends on the seed
+    alone, so every optimizer of a comparison sees the same batches.
+    """
+    epochs = (np.random.default_rng((seed, epoch)).permutation(num_examples) for epoch in count())
+    numbers = chain.from_iterable(epoch.tolist() for epoch in epochs)
+    while True:
+        yield list(islice(numbers, batch_size))
 
 
 def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:

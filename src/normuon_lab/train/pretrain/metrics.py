@@ -1,26 +1,16 @@
-"""Where the numbers of a run go: metrics.jsonl, trackers by name, and the terminal. Rank 0 only."""
+"""Where the numbers of a run go, metrics.jsonl and trackers by name; and what the device says."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from normuon_lab.atomic_files import write_text
 from normuon_lab.errors import RunsFailedError, require
@@ -38,16 +28,6 @@ _PEAK_TFLOPS = {
     "A100": 312.0,
     "L40S": 362.0,
 }
-
-
-class Tracker(Protocol):
-    """Where numbers can be sent."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Send the numbers of a step."""
-
-    def close(self) -> None:
-        """Nothing more will be sent."""
 
 
 class MetricsLog:
@@ -164,69 +144,6 @@ class _Trackio:
 
 
 _TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-
-
-# In a log file: often enough to see that a run lives.
-_SECONDS_BETWEEN_LINES = 30.0
-
-
-class RunDisplay:
-    """A progress bar on a terminal; elsewhere a line now and then. Silent on ranks but the first.
-
-    Args:
-        console: where to show it.
-        step: the step to begin from.
-        steps: those of the whole run.
-        enabled: False for ranks that have nothing to say.
-    """
-
-    def __init__(self, console: Console, *, step: int, steps: int, enabled: bool) -> None:
-        self._console = console
-        self._steps = steps
-        self._enabled = enabled
-        self._last_line = 0.0
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not (enabled and console.is_terminal),
-        )
-        self._task = self._progress.add_task("", total=steps, completed=step, note="")
-
-    def __enter__(self) -> RunDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def advance(self, step: int, values: Mapping[str, float]) -> None:
-        """A row of metrics was taken after `step` steps."""
-        note = (
-            f"loss {values['train_loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s"
-        )
-        self._progress.update(self._task, completed=step, note=note)
-        now = time.monotonic()
-        is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._steps
-        if not self._console.is_terminal and is_due:
-            self._last_line = now
-            self.say(f"step {step}/{self._steps}  {note}")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._enabled:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:

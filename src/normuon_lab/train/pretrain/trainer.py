@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from normuon_lab.data.batches import TrainBatches
 from normuon_lab.data.sequences import inputs_and_targets
 from normuon_lab.errors import RunsFailedError
+from normuon_lab.train.display import RunDisplay
 from normuon_lab.train.loop import (
     Batch,
     FinishedStep,
@@ -31,7 +32,7 @@ from normuon_lab.train.model import next_token_loss
 from normuon_lab.train.pretrain.checkpoint_tensors import tensors_to_save
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter, RunPosition
 from normuon_lab.train.pretrain.config import PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, memory_bytes
+from normuon_lab.train.pretrain.metrics import MetricsLog, memory_bytes
 from normuon_lab.train.pretrain.parallel import autocast, reduce_only_after_last_
 from normuon_lab.train.ranks import Ranks
 

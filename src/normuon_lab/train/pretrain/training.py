@@ -22,6 +22,7 @@ from normuon_lab.errors import counted, require
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
+from normuon_lab.train.display import RunDisplay
 from normuon_lab.train.model import (
     build_named_model,
     config_of,
@@ -39,7 +40,7 @@ from normuon_lab.train.pretrain.checkpoint import (
 from normuon_lab.train.pretrain.checkpoint_tensors import restore_
 from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
 from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, RunDisplay, check_trackers, peak_flops
+from normuon_lab.train.pretrain.metrics import MetricsLog, check_trackers, peak_flops
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined, spread
 from normuon_lab.train.pretrain.trainer import INTERRUPT, StopRequest, Trainer, Training
 from normuon_lab.train.ranks import Ranks

@@ -12,7 +12,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from normuon_lab.errors import counted, require
 from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
@@ -60,13 +62,19 @@ def flag_of(field: str) -> str:
 class ModelConfig:
     """The shape of the language model; random initialisation, untied embeddings."""
 
-    family: str = "llama"
-    num_layers: int = 4
+    family: Annotated[str, tyro.conf.arg(name="model")] = "llama"
+    """Architecture: llama or gpt2."""
+    num_layers: Annotated[int, tyro.conf.arg(name="layers")] = 4
+    """Transformer layers."""
     width: int = 96
-    num_heads: int = 3
+    """Width of the residual stream."""
+    num_heads: Annotated[int, tyro.conf.arg(name="heads")] = 3
+    """Attention heads."""
     mlp_width: int = 256
+    """Width of the MLP."""
     sequence_length: int = 128
-    vocab_size: int = 256
+    """Tokens per sequence."""
+    vocab_size: Annotated[int, tyro.conf.Suppress] = 256
 
     def __post_init__(self) -> None:
         require(
@@ -117,20 +125,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The budget of one run: the same for every arm.
-
-    Attributes:
-        schedule: what follows the warmup: linear falls to zero, constant stays.
-        stop_at_accuracy: held-out accuracy at which a run ends, before its steps are done.
-    """
+    """The budget of one run: the same for every arm."""
 
     steps: int = 500
+    """Optimizer steps of each run."""
     batch_size: int = 8
+    """Sequences per step."""
     warmup_fraction: float = 0.05
-    num_evals: int = 20
+    """Share of the steps over which the learning rate rises; it falls linearly to 0 after."""
+    num_evals: Annotated[int, tyro.conf.arg(name="evals")] = 20
+    """Evaluations per run, evenly spread, besides the one before the first step."""
     eval_tokens: int = 16384
-    schedule: str = "linear"
-    stop_at_accuracy: float | None = None
+    """Held-out tokens that each evaluation reads, the same in every run."""
+    schedule: Annotated[str, tyro.conf.Suppress] = "linear"
+    """What follows the warmup: linear falls to zero, constant stays."""
+    stop_at_accuracy: Annotated[float | None, tyro.conf.Suppress] = None
+    """Held-out accuracy at which a run ends, before its steps are done."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
@@ -320,8 +330,6 @@ def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
         )
 
 
-_MODEL = ModelConfig()
-_TRAINING = TrainConfig()
 _BPE_VOCAB_SIZE = 1024
 
 
@@ -335,28 +343,8 @@ class ExperimentOptions:
     """Tokens: bytes, or bpe, made from the training part of the text."""
     vocab_size: int | None = None
     """Tokens of the BPE; 1024 unless given."""
-    steps: int = _TRAINING.steps
-    """Optimizer steps of each run."""
-    batch_size: int = _TRAINING.batch_size
-    """Sequences per step."""
-    warmup_fraction: float = _TRAINING.warmup_fraction
-    """Share of the steps over which the learning rate rises; it falls linearly to 0 after."""
-    evals: int = _TRAINING.num_evals
-    """Evaluations per run, evenly spread, besides the one before the first step."""
-    eval_tokens: int = _TRAINING.eval_tokens
-    """Held-out tokens that each evaluation reads, the same in every run."""
-    model: str = _MODEL.family
-    """Architecture: llama or gpt2."""
-    layers: int = _MODEL.num_layers
-    """Transformer layers."""
-    width: int = _MODEL.width
-    """Width of the residual stream."""
-    heads: int = _MODEL.num_heads
-    """Attention heads."""
-    mlp_width: int = _MODEL.mlp_width
-    """Width of the MLP."""
-    sequence_length: int = _MODEL.sequence_length
-    """Tokens per sequence."""
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = ModelConfig()
     weights: str = "float32"
     """Dtype in which the model is stored and computed: float32 or bfloat16."""
     compile: bool = False
@@ -369,30 +357,14 @@ class ExperimentOptions:
             not self.compile or any(shutil.which(compiler) for compiler in compilers),
             "--compile needs a C++ compiler, and none was found: install g++ or leave it out",
         )
+        vocab_size = self.vocab_size
+        if vocab_size is None:
+            vocab_size = _BPE_VOCAB_SIZE if self.tokenizer == "bpe" else NUM_BYTES
         return Experiment(
-            model=ModelConfig(
-                family=self.model,
-                num_layers=self.layers,
-                width=self.width,
-                num_heads=self.heads,
-                mlp_width=self.mlp_width,
-                sequence_length=self.sequence_length,
-                vocab_size=self._vocab_size(),
-            ),
-            training=TrainConfig(
-                steps=self.steps,
-                batch_size=self.batch_size,
-                warmup_fraction=self.warmup_fraction,
-                num_evals=self.evals,
-                eval_tokens=self.eval_tokens,
-            ),
+            model=dataclasses.replace(self.model, vocab_size=vocab_size),
+            training=self.training,
             data=self.data,
             tokenizer=self.tokenizer,
             weights=self.weights,
             compile=self.compile,
         )
-
-    def _vocab_size(self) -> int:
-        if self.vocab_size is not None:
-            return self.vocab_size
-        return _BPE_VOCAB_SIZE if self.tokenizer == "bpe" else _MODEL.vocab_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ import numpy.typing as npt
 from normuon_lab.data.sources import shakespeare_documents, stdlib_documents
 from normuon_lab.data.tokenizer import train_bpe
 from normuon_lab.errors import InputError, counted, require
-from normuon_lab.train.runs.batches import TextBatches
 from normuon_lab.train.runs.config import NUM_BYTES, Experiment, check_tokenizer
 
 # The text is read and checked before anything slow starts, and importing torch takes seconds.
@@ -60,13 +59,18 @@ class Corpus:
     train_bytes_per_token: float = 1.0
     validation_bytes_per_token: float = 1.0
 
-    def train_batches(self, experiment: Experiment, *, seed: int) -> TextBatches:
-        """The sequences that each step of a run trains on."""
+    def train_batches(
+        self, experiment: Experiment, *, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Task`: sequences of the training text."""
+        from normuon_lab.data.sequences import example_order, inputs_and_targets
+
         reader = self._reader(self.train, experiment)
-        return TextBatches(reader, batch_size=experiment.training.batch_size, seed=seed)
+        order = example_order(len(reader), batch_size=experiment.training.batch_size, seed=seed)
+        return (inputs_and_targets(reader.read(chosen)) for chosen in order)
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """The sequences that every evaluation reads, the same for every seed."""
+        """See `Task`: sequences of the held-out text, the same for every seed."""
         from normuon_lab.data.sequences import ValidationBatches, inputs_and_targets
 
         batches = ValidationBatches(
@@ -101,21 +105,6 @@ class Corpus:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SplitText:
-    """A text in two parts, not tokens yet: lists of documents, each to be followed by `end`."""
-
-    name: str
-    train: list[bytes]
-    validation: list[bytes]
-    end: bytes
-    digest: str
-
-    def with_ends(self, documents: list[bytes]) -> list[bytes]:
-        """The documents, each with its end."""
-        return [document + self.end for document in documents]
-
-
 def load_corpus(
     sources: Sequence[str], *, tokenizer: str = "bytes", vocab_size: int = NUM_BYTES
 ) -> Corpus:
@@ -140,40 +129,55 @@ def load_corpus(
         True
     """
     check_tokenizer(tokenizer, vocab_size=vocab_size)
-    text = _read(sources)
-    tokens = _byte_tokens if tokenizer == "bytes" else _train_bpe(text, vocab_size)
-    train_bytes, validation_bytes = text.with_ends(text.train), text.with_ends(text.validation)
-    train, validation = tokens(train_bytes), tokens(validation_bytes)
+    name, documents = _read(sources)
+    train, validation, end = _split(documents)
+    with_ends = [[text + end for text in part] for part in (train, validation)]
+    if tokenizer == "bytes":
+        arrays = [np.frombuffer(b"".join(part), dtype=np.uint8) for part in with_ends]
+    else:
+        bpe = train_bpe(_decoded(train, name), vocab_size=vocab_size)
+        arrays = [
+            np.concatenate(bpe.encode(_decoded(part, name))).astype(np.uint16) for part in with_ends
+        ]
+    # The held-out end of a very short text is empty; `check_lengths` refuses it.
+    bytes_per_token = [
+        sum(map(len, part)) / max(tokens.size, 1)
+        for part, tokens in zip(with_ends, arrays, strict=True)
+    ]
     return Corpus(
-        name=text.name,
-        train=train,
-        validation=validation,
-        digest=text.digest,
-        num_train_documents=len(text.train),
-        num_validation_documents=len(text.validation),
+        name=name,
+        train=arrays[0],
+        validation=arrays[1],
+        digest=_digest(documents),
+        num_train_documents=len(train),
+        num_validation_documents=len(validation),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        train_bytes_per_token=_bytes_per_token(train_bytes, train),
-        validation_bytes_per_token=_bytes_per_token(validation_bytes, validation),
+        train_bytes_per_token=bytes_per_token[0],
+        validation_bytes_per_token=bytes_per_token[1],
     )
 
 
-def _read(sources: Sequence[str]) -> _SplitText:
+def _read(sources: Sequence[str]) -> tuple[str, list[tuple[str, bytes]]]:
+    """What to call the text, and its documents with their names, in the order of these."""
     require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
-    if tuple(sources) == ("stdlib",):
-        return _from_documents("Python standard library", list(stdlib_documents()))
-    if tuple(sources) == ("shakespeare",):
-        return _from_documents("Shakespeare", list(shakespeare_documents()))
+    packaged = {
+        ("stdlib",): ("Python standard library", stdlib_documents),
+        ("shakespeare",): ("Shakespeare", shakespeare_documents),
+    }
+    if tuple(sources) in packaged:
+        shown, read = packaged[tuple(sources)]
+        documents = list(read())
+        require(bool(documents), f"no text was found for {shown}")
+        return shown, sorted(documents)
     texts = [_read_text_file(source) for source in sources]
-    if len(texts) == 1:
-        return _from_single_document(sources[0], texts[0])
     paths = [Path(source).resolve() for source in sources]
     require(len(set(paths)) == len(paths), "--data names the same file twice")
     # Relative to their common folder, so that the split and the digest are the same elsewhere.
     folder = os.path.commonpath([path.parent for path in paths])
     names = [path.relative_to(folder).as_posix() for path in paths]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return _from_documents(shown, list(zip(names, texts, strict=True)))
+    return shown, sorted(zip(names, texts, strict=True))
 
 
 def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
@@ -195,32 +199,24 @@ def check_lengths(corpus: Corpus, experiment: Experiment) -> None:
     )
 
 
-def _from_documents(name: str, documents: list[tuple[str, bytes]]) -> _SplitText:
-    require(bool(documents), f"no text was found for {name}")
-    documents = sorted(documents)
-    held_out = _held_out_names([document for document, _ in documents])
-    return _SplitText(
-        name=name,
-        train=[text for document, text in documents if document not in held_out],
-        validation=[text for document, text in documents if document in held_out],
-        end=END_OF_DOCUMENT,
-        digest=_digest(documents),
-    )
+def _split(documents: list[tuple[str, bytes]]) -> tuple[list[bytes], list[bytes], bytes]:
+    """The texts to train on, those held out, and what ends each of them.
 
-
-def _from_single_document(path: str, text: bytes) -> _SplitText:
+    Several documents are split by document, a single one at a line near its end.
+    """
+    if len(documents) > 1:
+        held_out = _held_out_names([name for name, _ in documents])
+        return (
+            [text for name, text in documents if name not in held_out],
+            [text for name, text in documents if name in held_out],
+            END_OF_DOCUMENT,
+        )
+    ((_, text),) = documents
     cut = len(text) - len(text) // VALIDATION_SHARE
     line_end = text.find(b"\n", cut)
     # A text without line breaks is cut where the share falls.
     cut = line_end + 1 if 0 <= line_end < len(text) - 1 else cut
-    name = Path(path).name
-    return _SplitText(
-        name=name,
-        train=[text[:cut]],
-        validation=[text[cut:]],
-        end=b"",
-        digest=_digest([(name, text)]),
-    )
+    return [text[:cut]], [text[cut:]], b""
 
 
 def _held_out_names(names: Sequence[str]) -> set[str]:
@@ -233,25 +229,6 @@ def _held_out_names(names: Sequence[str]) -> set[str]:
     if not held_out or len(held_out) == len(names):
         held_out = {min(names, key=rank)}
     return held_out
-
-
-def _byte_tokens(documents: Sequence[bytes]) -> Tokens:
-    return np.frombuffer(b"".join(documents), dtype=np.uint8)
-
-
-def _train_bpe(text: _SplitText, vocab_size: int) -> Callable[[Sequence[bytes]], Tokens]:
-    """The tokens of a BPE that has seen the training documents alone."""
-    bpe = train_bpe(_decoded(text.train, text.name), vocab_size=vocab_size)
-
-    def tokens(documents: Sequence[bytes]) -> Tokens:
-        return np.concatenate(bpe.encode(_decoded(documents, text.name))).astype(np.uint16)
-
-    return tokens
-
-
-def _bytes_per_token(documents: Sequence[bytes], tokens: Tokens) -> float:
-    # The end of a very short text is empty; `check_lengths` refuses it.
-    return sum(map(len, documents)) / max(tokens.size, 1)
 
 
 def _decoded(documents: Sequence[bytes], name: str) -> list[str]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from normuon_lab.train.runs.batches import ExampleOrder
 from normuon_lab.train.runs.config import Experiment, ModularAddition
 from normuon_lab.train.runs.corpus import check_lengths, load_corpus
 
@@ -54,13 +54,18 @@ class ModularTable:
         num_train = self.config.num_train_pairs
         return pairs[:num_train], pairs[num_train:]
 
-    def train_batches(self, experiment: Experiment, *, seed: int) -> PairBatches:
-        """The pairs that each step of a run trains on."""
+    def train_batches(
+        self, experiment: Experiment, *, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Task`: training pairs."""
+        from normuon_lab.data.sequences import example_order
+
         pairs, _ = self.split(seed)
-        return PairBatches(self.config, pairs, experiment.training.batch_size, seed)
+        order = example_order(len(pairs), batch_size=experiment.training.batch_size, seed=seed)
+        return (_sequences(self.config, pairs[chosen]) for chosen in order)
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """As many held-out pairs as `eval_tokens` has room for."""
+        """See `Task`: as many held-out pairs as `eval_tokens` has room for."""
         _, pairs = self.split(seed)
         pairs = pairs[: experiment.training.eval_tokens // self.config.sequence_length]
         return [
@@ -81,19 +86,6 @@ class ModularTable:
         }
 
 
-class PairBatches:
-    """Each step's sequences, in the order of `ExampleOrder`."""
-
-    def __init__(self, config: ModularAddition, pairs: Pairs, batch_size: int, seed: int) -> None:
-        self._config = config
-        self._pairs = pairs
-        self._order = ExampleOrder(len(pairs), batch_size=batch_size, seed=seed)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch `step`, both int64 `[batch, 3]`."""
-        return _sequences(self._config, self._pairs[self._order.examples(step)])
-
-
 def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """``a b =`` and, under the last sign, the answer."""
     import torch
@@ -107,13 +99,6 @@ def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-class TrainBatches(Protocol):
-    """What the steps of a run train on."""
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of batch `step`, counted from 0; both int64 `[batch, sequence]`."""
-
-
 class Task(Protocol):
     """What a run learns and is tested on; a worker process gets it pickled."""
 
@@ -121,8 +106,13 @@ class Task(Protocol):
     def digest(self) -> str:
         """SHA-256 of the data."""
 
-    def train_batches(self, experiment: Experiment, *, seed: int) -> TrainBatches:
-        """What a run trains on; it depends on the seed alone, so that arms see the same."""
+    def train_batches(
+        self, experiment: Experiment, *, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and targets of each step, both int64 `[batch, sequence]`, without end.
+
+        They depend on the seed alone, so that all arms see the same.
+        """
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
         """The batches that every evaluation of a run reads, as many targets in every row."""

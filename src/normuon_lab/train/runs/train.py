@@ -6,7 +6,6 @@ bit for bit, but for its times.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,7 @@ class _Run:
         self._loop = TrainingLoop(
             self._model,
             optimizers,
-            batches=map(task.train_batches(experiment, seed=spec.seed).batch, itertools.count()),
+            batches=task.train_batches(experiment, seed=spec.seed),
             loss=self._loss,
             factor=partial(
                 learning_rate_factor,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
+from normuon_lab.data.sequences import example_order
 from normuon_lab.errors import InputError
 from normuon_lab.train.loop import learning_rate_factor
-from normuon_lab.train.runs.batches import TextBatches
 from normuon_lab.train.runs.config import Experiment, ModelConfig, TrainConfig
 from normuon_lab.train.runs.corpus import Corpus, check_lengths
 
@@ -19,28 +20,27 @@ EXPERIMENT = Experiment(
 )
 
 
-@pytest.fixture
-def sampler(make_corpus: Callable[..., Corpus]) -> Callable[..., TextBatches]:
-    """Batches of four of the ten windows of a text that counts up."""
-    return lambda seed=0: make_corpus(101).train_batches(EXPERIMENT, seed=seed)
+def drawn(num_steps: int, *, seed: int = 0) -> list[list[int]]:
+    """Batches of four of ten examples."""
+    return list(islice(example_order(10, batch_size=4, seed=seed), num_steps))
 
 
-def test_an_epoch_covers_every_window_exactly_once(sampler: Callable[..., TextBatches]) -> None:
-    drawn = [window for step in range(5) for window in sampler().order.examples(step)]
-    assert sorted(drawn[:10]) == list(range(10))
-    assert sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:]
+def test_an_epoch_covers_every_window_exactly_once() -> None:
+    windows = [window for batch in drawn(5) for window in batch]
+    assert sorted(windows[:10]) == list(range(10))
+    assert sorted(windows[10:]) == list(range(10))
+    assert windows[:10] != windows[10:]
 
 
-def test_a_batch_depends_on_seed_and_step_alone(sampler: Callable[..., TextBatches]) -> None:
-    steps = [sampler(seed=3).order.examples(step) for step in range(6)]
-    reused = sampler(seed=3)
-    assert [reused.order.examples(step) for step in reversed(range(6))] == steps[::-1]
-    assert [sampler(seed=4).order.examples(step) for step in range(6)] != steps
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    steps = drawn(6, seed=3)
+    assert drawn(6, seed=3) == steps
+    assert drawn(6, seed=4) != steps
 
 
-def test_targets_are_the_next_tokens(sampler: Callable[..., TextBatches]) -> None:
-    inputs, targets = sampler().batch(0)
+def test_targets_are_the_next_tokens(make_corpus: Callable[..., Corpus]) -> None:
+    """Of a text that counts up, of which ten windows fit."""
+    inputs, targets = next(make_corpus(101).train_batches(EXPERIMENT, seed=0))
     assert inputs.shape == targets.shape == (4, 10)
     assert inputs.dtype == torch.int64
     # The text counts up, so that the next token is one more.

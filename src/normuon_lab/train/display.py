@@ -1,0 +1,141 @@
+"""What the terminal shows of training: progress bars, and lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+# In a log file: often enough to see that a run lives.
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class _Display:
+    """Bars with a note, an elapsed time and a time left; shown on a terminal, while it is open."""
+
+    def __init__(self, console: Console, *, enabled: bool = True) -> None:
+        self._console = console
+        self._enabled = enabled
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._enabled:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class RunDisplay(_Display):
+    """One run: a bar on a terminal, elsewhere a line now and then; silent on ranks but the first.
+
+    Args:
+        console: where to show it.
+        step: the step to begin from.
+        steps: those of the whole run.
+        enabled: False for ranks that have nothing to say.
+    """
+
+    def __init__(self, console: Console, *, step: int, steps: int, enabled: bool) -> None:
+        super().__init__(console, enabled=enabled)
+        self._steps = steps
+        self._last_line = 0.0
+        self._task = self._progress.add_task("training", total=steps, completed=step, note="")
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        """A row of metrics was taken after `step` steps."""
+        note = (
+            f"loss {values['train_loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s"
+        )
+        self._progress.update(self._task, completed=step, note=note)
+        now = time.monotonic()
+        is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or step == self._steps
+        if not self._console.is_terminal and is_due:
+            self._last_line = now
+            self.say(f"step {step}/{self._steps}  {note}")
+
+
+class RunsDisplay(_Display):
+    """Many runs: a bar for each that is going on and one for all, and a line for each that ends.
+
+    Args:
+        console: where to show it.
+        num_runs: those of the whole experiment.
+        num_done: those that were done before.
+        steps: of all runs; their sum is the total, so that its time left means something before a
+            run is finished.
+        steps_done: those of the runs that were done before.
+    """
+
+    def __init__(
+        self, console: Console, *, num_runs: int, num_done: int, steps: int, steps_done: int
+    ) -> None:
+        super().__init__(console)
+        self._num_runs = num_runs
+        self._num_done = num_done
+        self._steps_done = steps_done
+        self._running: dict[Hashable, tuple[TaskID, str, int]] = {}
+        self._total = self._progress.add_task(
+            "all runs", total=steps, completed=steps_done, note=""
+        )
+
+    def __exit__(self, *error: object) -> None:
+        for task, _, _ in self._running.values():
+            self._progress.remove_task(task)
+        self._progress.stop()
+
+    def start(self, run: Hashable, title: str, *, steps: int) -> None:
+        """A run of `steps` steps begins."""
+        task = self._progress.add_task(title, total=steps, note="starting")
+        self._running[run] = task, title, steps
+
+    def advance(self, run: Hashable, step: int, loss: float) -> None:
+        """A run has done `step` steps."""
+        task, _, _ = self._running[run]
+        self._progress.update(task, completed=step, note=f"train loss {loss:.3f}")
+        self._show_total()
+
+    def end(self, run: Hashable, outcome: str) -> None:
+        """A run ended, with or without a result."""
+        task, title, steps = self._running.pop(run)
+        self._num_done += 1
+        self._steps_done += steps
+        self._progress.remove_task(task)
+        self._show_total()
+        self.say(f"[{self._num_done}/{self._num_runs}] {title}: {outcome}")
+
+    def _show_total(self) -> None:
+        running = {task for task, _, _ in self._running.values()}
+        steps = sum(task.completed for task in self._progress.tasks if task.id in running)
+        self._progress.update(self._total, completed=self._steps_done + steps)
