@@ -30,8 +30,7 @@ from normuon_lab.train.pretrain.config import EvaluationConfig, PretrainConfig
 from normuon_lab.train.pretrain.metrics import MetricsLog
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined
 from normuon_lab.train.pretrain.settings import pretrain_preset
-from normuon_lab.train.pretrain.trainer import Trainer
-from normuon_lab.train.pretrain.training import TrainRequest, assemble, build_optimizers
+from normuon_lab.train.pretrain.trainer import Trainer, build_optimizers
 
 
 class BareLoop:
@@ -91,12 +90,11 @@ def measure(config: PretrainConfig, *, pairs: int, steps: int) -> dict[str, obje
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )
         out = Path(folder)
-        request = TrainRequest(config=config, out=out, resume="never")
-        training = assemble(request, ranks, model, data)
         display = RunDisplay(Console(quiet=True), step=0, steps=config.batch.steps, enabled=True)
         trackers = config.metrics.trackers
         with MetricsLog(out, step=0, trackers=trackers, config=config.to_values()) as metrics:
-            trainer = Trainer(training, metrics=metrics, display=display)
+            trainer = Trainer(config, out, ranks, model, data, display)
+            trainer.metrics = metrics
             for loop in (bare, trainer):
                 seconds_of(loop, steps=1, device=ranks.device)
             found: dict[str, list[tuple[float, float]]] = {"bare": [], "normuon train": []}
@@ -105,7 +103,7 @@ def measure(config: PretrainConfig, *, pairs: int, steps: int) -> dict[str, obje
                 order = [("bare", bare), ("normuon train", trainer)]
                 for name, loop in order if number % 2 == 0 else reversed(order):
                     found[name].append(seconds_of(loop, steps=steps, device=ranks.device))
-        training.batches.close()
+        trainer.batches.close()
     tokens = steps * config.batch.tokens_per_step
     return {
         kind: {

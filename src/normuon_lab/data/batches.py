@@ -13,16 +13,20 @@ import signal
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from normuon_lab.data.config import DataConfig
+from normuon_lab.data.sequences import SequenceReader, TokenArray, ValidationBatches
 from normuon_lab.errors import InputError, counted, require
 
 # macOS does not say who sent a signal, and has no schedulers that preempt.
@@ -124,7 +128,7 @@ class LoadedBatch:
     source_state: Any = None
 
 
-class TrainBatches(ABC):
+class TrainBatches:
     """Micro batches of token numbers ``[micro_batch, sequence + 1]``, int64, without end.
 
     Input and target of a sequence are its first and its last ``sequence`` tokens. The sequences of
@@ -132,14 +136,35 @@ class TrainBatches(ABC):
     rank r takes the r-th of `world_size` equal, contiguous shares. Processes load ahead; the
     position is what has been taken, not what has been loaded.
 
+    With several ranks `state_dict` of a stream is a collective of the default process group: each
+    rank knows its own lanes.
+
     Args:
         share: how a step's sequences are divided.
         identity: what must be equal in a saved position, in plain values.
+        micro_batches: this rank's, from a step's first sequence in the global order on, and from
+            what the last micro batch before it said of the source; None at the start.
+        workers: loading processes; 0 loads in this one.
+        prefetch: batches that each process has ready.
+        start_method: of the processes; None is the platform's.
     """
 
-    def __init__(self, share: BatchShare, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        share: BatchShare,
+        identity: dict[str, Any],
+        micro_batches: Callable[[int, Any], IterableDataset[LoadedBatch]],
+        *,
+        workers: int,
+        prefetch: int,
+        start_method: str | None = None,
+    ) -> None:
         self.share = share
         self._identity = identity
+        self._micro_batches = micro_batches
+        self._workers = workers
+        self._prefetch = prefetch
+        self._start_method = start_method
         self._sequences = 0
         self._source_state: Any = None
         self._taken_in_step = 0
@@ -155,7 +180,7 @@ class TrainBatches(ABC):
             InputError: the data cannot be read any more.
         """
         if self._loaded is None:
-            loader = self._make_loader(self._sequences, self._source_state)
+            loader = self._make_loader()
             with starting_processes():
                 self._loaded = iter(loader)
         batch = next(self._loaded)
@@ -167,11 +192,6 @@ class TrainBatches(ABC):
             self._sequences += self.share.global_batch_size
             self._source_state = batch.source_state
         return batch.tokens
-
-    @property
-    def sequences(self) -> int:
-        """Sequences taken by all ranks, whole steps only."""
-        return self._sequences
 
     def state_dict(self) -> dict[str, Any]:
         """The position, in plain values, for any number of ranks.
@@ -185,11 +205,16 @@ class TrainBatches(ABC):
                 f"{self._taken_in_step} of "
                 f"{self.share.micro_batches_per_step} micro batches of this one were taken"
             )
+        source_state = self._source_state
+        if self.share.world_size > 1 and source_state is not None:
+            by_rank: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(by_rank, source_state)
+            source_state = {lane: one for lanes in by_rank for lane, one in lanes.items()}
         return {
             "version": STATE_VERSION,
             **self._identity,
             "sequences": self._sequences,
-            "source": self._source_state,
+            "source": source_state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,44 +238,25 @@ class TrainBatches(ABC):
         """End the loading processes. The next batch starts them again."""
         self._loaded = None
 
-    @abstractmethod
-    def _make_loader(self, first_sequence: int, source_state: Any) -> StatefulDataLoader[Any]:
-        """A loader of `LoadedBatch`, from a step's first sequence on.
-
-        Args:
-            first_sequence: its number in the global order.
-            source_state: what the last micro batch before it said of the source; None at the start.
-        """
-
-
-def make_loader(
-    dataset: Any, *, workers: int, prefetch: int, start_method: str | None = None, **options: Any
-) -> StatefulDataLoader[Any]:
-    """torchdata's loader with the settings that all our data share.
-
-    Args:
-        dataset: gives `LoadedBatch`.
-        workers: loading processes; 0 loads in this one.
-        prefetch: batches that each process has ready.
-        start_method: of the processes; None is the platform's.
-        **options: passed on.
-    """
-    if workers:
-        options |= {
-            "prefetch_factor": prefetch,
-            "worker_init_fn": obey_parent_only,
-            "multiprocessing_context": start_method,
-        }
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls what torch 2.13 deprecates; nothing that we could call otherwise.
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        return StatefulDataLoader(
-            dataset,
-            num_workers=workers,
-            # Its own: the loader would draw from the global one, whose state a run restores.
-            generator=torch.Generator().manual_seed(0),
-            **options,
-        )
+    def _make_loader(self) -> StatefulDataLoader[Any]:
+        options: dict[str, Any] = {}
+        if self._workers:
+            options = {
+                "prefetch_factor": self._prefetch,
+                "worker_init_fn": obey_parent_only,
+                "multiprocessing_context": self._start_method,
+            }
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls what torch 2.13 deprecates; nothing that we could call otherwise.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            return StatefulDataLoader(
+                self._micro_batches(self._sequences, self._source_state),
+                batch_size=None,
+                num_workers=self._workers,
+                # Its own: the loader would draw from the global one, whose state a run restores.
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            )
 
 
 class PretrainData(ABC):
@@ -258,31 +264,69 @@ class PretrainData(ABC):
 
     Attributes:
         vocab_size: token numbers are below it.
+        fingerprint: of the training data, whatever is read of it.
     """
 
     vocab_size: int
+    fingerprint: str
+
+    def __init__(self, config: DataConfig, *, sequence_length: int, seed: int) -> None:
+        self._config = config
+        self._sequence_length = sequence_length
+        self._seed = seed
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a run records of its data, in plain values."""
 
     @abstractmethod
+    def _batches(self, share: BatchShare) -> TrainBatches:
+        """The training batches of a share."""
+
+    @abstractmethod
+    def _validation_tokens(self, num_tokens: int) -> TokenArray:
+        """Validation data, of which so many tokens or more are read."""
+
+    def _described(self, kind: str, tokenizer: str | None) -> dict[str, Any]:
+        return {
+            "source": list(self._config.source),
+            "kind": kind,
+            "tokenizer": tokenizer,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+            "sequence_length": self._sequence_length,
+        }
+
+    def _identity(self, kind: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "fingerprint": self.fingerprint,
+            "sequence_length": self._sequence_length,
+            "seed": self._seed,
+        }
+
+    def _reader(self, tokens: TokenArray) -> SequenceReader:
+        return SequenceReader(
+            tokens, sequence_length=self._sequence_length, vocab_size=self.vocab_size
+        )
+
     def train_batches(
         self, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
     ) -> TrainBatches:
-        """This rank's share of the training batches, from the first.
-
-        Args:
-            global_batch_size: sequences of an optimizer step, on all ranks together.
-            micro_batch_size: sequences of one tensor.
-            rank: among the data-parallel ranks.
-            world_size: number of data-parallel ranks.
+        """This rank's share of the training batches, from the first; see `BatchShare`.
 
         Raises:
             InputError: the sizes do not divide, or the data is too short for one batch.
         """
+        return self._batches(
+            BatchShare(
+                global_batch_size=global_batch_size,
+                micro_batch_size=micro_batch_size,
+                rank=rank,
+                world_size=world_size,
+            )
+        )
 
-    @abstractmethod
     def validation_batches(
         self, *, tokens: int, batch_size: int, rank: int, world_size: int
     ) -> Iterable[Tensor]:
@@ -291,12 +335,14 @@ class PretrainData(ABC):
         The ranks' shares together are the same sequences on any number of ranks; a rank may have
         one sequence less than another, or none.
 
-        Args:
-            tokens: how many targets to read, in whole sequences, spread evenly over the data.
-            batch_size: sequences of one tensor.
-            rank: among the data-parallel ranks.
-            world_size: number of data-parallel ranks.
-
         Raises:
             InputError: the validation data is shorter.
         """
+        num_sequences = tokens // self._sequence_length
+        return ValidationBatches(
+            self._reader(self._validation_tokens(num_sequences * self._sequence_length + 1)),
+            num_sequences=num_sequences,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )

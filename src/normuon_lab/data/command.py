@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,22 +82,12 @@ class Prepare:
     def request(self) -> PrepareRequest:
         """The validated request."""
         from normuon_lab.data.prepare import PrepareRequest
-        from normuon_lab.machine import default_num_workers
 
+        shared = [field.name for field in fields(DataConfig) if hasattr(self, field.name)]
         return PrepareRequest(
-            config=DataConfig(
-                source=self.source,
-                validation=self.validation,
-                validation_fraction=self.validation_fraction,
-                tokenizer=self.tokenizer,
-                separator=self.separator,
-                text_field=self.text_field,
-                split=self.split,
-                seed=self.seed,
-            ),
+            config=DataConfig(**{name: getattr(self, name) for name in shared}),
             out=self.out,
             shard_tokens=self.shard_tokens,
-            processes=default_num_workers(64) if self.processes is None else self.processes,
         )
 
 

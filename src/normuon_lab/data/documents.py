@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.sources import Stream, TextFiles, builder_of
+from normuon_lab.data.sources import Stream, TextFiles, builder_of, resolve_source
 from normuon_lab.errors import InputError, counted, first_line, require
 
 # Importing `datasets` takes seconds.
@@ -29,25 +29,6 @@ of the only one."""
 
 
 @dataclass(frozen=True, slots=True)
-class DocumentGroup:
-    """Rows that one builder of `datasets` reads.
-
-    Attributes:
-        builder: text, json, parquet, or the name of a data set on the Hub.
-        config: the Hub data set's configuration, or None.
-        paths: local files; empty for the Hub.
-        split: split of a Hub data set.
-        hold_out: which of them are for validation.
-    """
-
-    builder: str
-    config: str | None
-    paths: tuple[Path, ...]
-    split: str
-    hold_out: HoldOut
-
-
-@dataclass(frozen=True, slots=True)
 class Document:
     """A text and the part of the data it belongs to."""
 
@@ -55,47 +36,137 @@ class Document:
     part: Part
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentGroup:
+    """Rows that one builder of `datasets` reads.
+
+    Attributes:
+        source: the builder, and where its rows are.
+        config: how rows become documents, and how many are held out.
+        hold_out: which of them are for validation.
+    """
+
+    source: Stream
+    config: DataConfig
+    hold_out: HoldOut
+
+    def open(self) -> IterableDataset:
+        """The rows as a streaming data set.
+
+        Raises:
+            InputError: all its files are empty.
+        """
+        import datasets
+
+        datasets.disable_progress_bars()
+        builder, paths = self.source.builder, self.source.paths
+        options: dict[str, Any] = {"split": self.config.split}
+        if paths:
+            # An empty file among others ends the reading of those after it.
+            filled = [str(path.resolve()) for path in paths if path.stat().st_size]
+            require(bool(filled), f"no text was found in {', '.join(map(str, paths))}")
+            options = {"data_files": filled, "split": "train"}
+        if builder == "text":
+            options["sample_by"] = "document"
+        try:
+            rows = datasets.load_dataset(builder, self.source.config, streaming=True, **options)
+        except StopIteration:  # What its reader of JSON makes of compressed files without a row.
+            files = ", ".join(map(str, paths))
+            raise InputError(f"no text was found in {files}, or not in the first of them") from None
+        assert isinstance(rows, datasets.IterableDataset)
+        return rows
+
+    def documents(self, row: dict[str, Any]) -> list[Document]:
+        """A row's text, if it has one, in the part of the data it belongs to; or in both.
+
+        Raises:
+            InputError: the row lacks the field.
+        """
+        field = "text" if self.source.builder == "text" else self.config.text_field
+        text = row.get(field)
+        if not isinstance(text, str):
+            raise InputError(
+                f"rows of {self._label()} have no text in the field {field!r}: they have "
+                f"{', '.join(row)}; name another text_field"
+            )
+        if not text.strip():
+            return []
+        fraction = self.config.validation_fraction
+        if self.hold_out == "tail":
+            cut = _tail_start(text, fraction)
+            return [Document(text[:cut], "train"), Document(text[cut:], "validation")]
+        if self.hold_out == "by_hash":
+            held_out = is_held_out(text, fraction=fraction, seed=self.config.seed)
+        else:
+            held_out = self.hold_out == "all"
+        return [Document(text, "validation" if held_out else "train")]
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """Turn what `datasets` raises into one line that names the data."""
+        try:
+            yield
+        except InputError:
+            raise
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self._undecodable()} is not text in UTF-8 ({error.reason})"
+            ) from error
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"cannot read {self._label()}: {first_line(error)}") from error
+
+    def _label(self) -> str:
+        builder, config, paths = self.source.builder, self.source.config, self.source.paths
+        if not paths:
+            return f"hub:{builder}" + (f":{config}" if config else "")
+        num_more = len(paths) - 1
+        more = f" or one of the {counted(num_more, 'file')} after it" if num_more > 1 else ""
+        if num_more == 1:
+            more = " or the file after it"
+        return f"{paths[0]}{more}"
+
+    def _undecodable(self) -> str:
+        for path in self.source.paths:
+            try:
+                path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                return str(path)
+        return self._label()
+
+
 def document_groups(config: DataConfig, source: TextFiles | Stream) -> list[DocumentGroup]:
     """The groups of a source, and of the validation source where there is one."""
     if config.validation:
-        from normuon_lab.data.sources import resolve_source
-
         validation = resolve_source(config.validation)
-        require(
-            isinstance(validation, (TextFiles, Stream)),
-            "the validation data is .bin shards, but the training data is text: prepare both",
-        )
-        assert isinstance(validation, (TextFiles, Stream))
-        return [
-            *groups_of(source, config.split, "none"),
-            *groups_of(validation, config.split, "all"),
-        ]
-    texts_only = isinstance(source, TextFiles) and all(
-        builder_of(path) == "text" for path in source.paths
-    )
-    if not texts_only:
-        return groups_of(source, config.split, "by_hash")
-    assert isinstance(source, TextFiles)
+        if not isinstance(validation, (TextFiles, Stream)):
+            raise InputError(
+                "the validation data is .bin shards, but the training data is text: prepare both"
+            )
+        return [*groups_of(config, source, "none"), *groups_of(config, validation, "all")]
+    if isinstance(source, Stream) or any(builder_of(path) != "text" for path in source.paths):
+        return groups_of(config, source, "by_hash")
     if len(source.paths) == 1:
-        return groups_of(source, config.split, "tail")
+        return groups_of(config, source, "tail")
     held_out = _held_out_files(source.paths, config.validation_fraction, config.seed)
     kept = tuple(path for path in source.paths if path not in held_out)
     others = tuple(path for path in source.paths if path in held_out)
     return [
-        *groups_of(TextFiles(kept), config.split, "none"),
-        *groups_of(TextFiles(others), config.split, "all"),
+        *groups_of(config, TextFiles(kept), "none"),
+        *groups_of(config, TextFiles(others), "all"),
     ]
 
 
-def groups_of(source: TextFiles | Stream, split: str, hold_out: HoldOut) -> list[DocumentGroup]:
+def groups_of(
+    config: DataConfig, source: TextFiles | Stream, hold_out: HoldOut
+) -> list[DocumentGroup]:
     """A source's groups, one for each kind of file, all of whose documents are held out alike."""
     if isinstance(source, Stream):
-        return [DocumentGroup(source.builder, source.config, source.paths, split, hold_out)]
+        return [DocumentGroup(source, config, hold_out)]
     by_builder: dict[str, list[Path]] = {}
     for path in source.paths:
         by_builder.setdefault(builder_of(path), []).append(path)
     return [
-        DocumentGroup(builder, None, tuple(paths), split, hold_out)
+        DocumentGroup(Stream(builder, None, tuple(paths)), config, hold_out)
         for builder, paths in by_builder.items()
     ]
 
@@ -103,23 +174,12 @@ def groups_of(source: TextFiles | Stream, split: str, hold_out: HoldOut) -> list
 class DocumentReader:
     """Iterates over the rows of groups, as lists of documents, from any position it has given.
 
-    Args:
-        groups: what to read, in order.
-        text_field: the rows' field of text; text files have their own.
-        fraction: share of the documents to hold out, where a group asks for it.
-        seed: decides which.
-
     Raises:
         InputError: while iterating: a file cannot be read, or rows lack the field.
     """
 
-    def __init__(
-        self, groups: Sequence[DocumentGroup], *, text_field: str, fraction: float, seed: int
-    ) -> None:
-        self._groups = list(groups)
-        self._text_field = text_field
-        self._fraction = fraction
-        self._seed = seed
+    def __init__(self, groups: Sequence[DocumentGroup]) -> None:
+        self._groups = groups
         self._number = 0
         self._rows: IterableDataset | None = None
         self._rows_state: dict[str, Any] | None = None
@@ -127,12 +187,12 @@ class DocumentReader:
     def __iter__(self) -> Iterator[list[Document]]:
         while self._number < len(self._groups):
             group = self._groups[self._number]
-            with readable(group):
-                self._rows = open_rows(group)
+            with group.readable():
+                self._rows = group.open()
                 if self._rows_state is not None:
                     self._rows.load_state_dict(self._rows_state)
                 for row in self._rows:
-                    yield self._documents(group, row)
+                    yield group.documents(row)
             self._number, self._rows, self._rows_state = self._number + 1, None, None
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,75 +204,11 @@ class DocumentReader:
         """Go on from a position that `state_dict` gave."""
         self._number, self._rows, self._rows_state = state["group"], None, state["rows"]
 
-    def _documents(self, group: DocumentGroup, row: dict[str, Any]) -> list[Document]:
-        text = text_of(group, row, self._text_field)
-        if not text.strip():
-            return []
-        if group.hold_out == "tail":
-            cut = _tail_start(text, self._fraction)
-            return [Document(text[:cut], "train"), Document(text[cut:], "validation")]
-        if group.hold_out == "by_hash":
-            held_out = is_held_out(text, fraction=self._fraction, seed=self._seed)
-        else:
-            held_out = group.hold_out == "all"
-        return [Document(text, "validation" if held_out else "train")]
-
-
-def open_rows(group: DocumentGroup) -> IterableDataset:
-    """The group's rows as a streaming data set.
-
-    Raises:
-        InputError: all its files are empty.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    options: dict[str, Any] = {"split": group.split}
-    if group.paths:
-        # An empty file among others ends the reading of those after it.
-        filled = [str(path.resolve()) for path in group.paths if path.stat().st_size]
-        require(bool(filled), f"no text was found in {', '.join(map(str, group.paths))}")
-        options = {"data_files": filled, "split": "train"}
-    if group.builder == "text":
-        options["sample_by"] = "document"
-    try:
-        rows = datasets.load_dataset(group.builder, group.config, streaming=True, **options)
-    except StopIteration:  # What its reader of JSON makes of compressed files without a row.
-        files = ", ".join(map(str, group.paths))
-        raise InputError(f"no text was found in {files}, or not in the first of them") from None
-    assert isinstance(rows, datasets.IterableDataset)
-    return rows
-
-
-def text_of(group: DocumentGroup, row: dict[str, Any], text_field: str) -> str:
-    """A row's text."""
-    field = "text" if group.builder == "text" else text_field
-    text = row.get(field)
-    require(
-        isinstance(text, str),
-        f"rows of {_label(group)} have no text in the field {field!r}: they have "
-        f"{', '.join(row)}; name another text_field",
-    )
-    return str(text)
-
 
 def is_held_out(text: str, *, fraction: float, seed: int) -> bool:
     """Whether a document is held out: by its text, so that copies of it fall on the same side."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
-
-
-@contextmanager
-def readable(group: DocumentGroup) -> Iterator[None]:
-    """Turn what `datasets` raises into one line that names the data."""
-    try:
-        yield
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(f"{_undecodable(group)} is not text in UTF-8 ({error.reason})") from error
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"cannot read {_label(group)}: {first_line(error)}") from error
 
 
 def _held_out_files(paths: Sequence[Path], fraction: float, seed: int) -> set[Path]:
@@ -237,22 +233,3 @@ def _tail_start(text: str, fraction: float) -> int:
     cut = len(text) - int(fraction * len(text))
     line_end = text.find("\n", cut)
     return line_end + 1 if 0 <= line_end < len(text) - 1 else cut
-
-
-def _label(group: DocumentGroup) -> str:
-    if not group.paths:
-        return f"hub:{group.builder}" + (f":{group.config}" if group.config else "")
-    num_more = len(group.paths) - 1
-    more = f" or one of the {counted(num_more, 'file')} after it" if num_more > 1 else ""
-    if num_more == 1:
-        more = " or the file after it"
-    return f"{group.paths[0]}{more}"
-
-
-def _undecodable(group: DocumentGroup) -> str:
-    for path in group.paths:
-        try:
-            path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return str(path)
-    return _label(group)

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +26,6 @@ times the memory of its text."""
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCHES_WITHOUT_PROCESSES = 8
-
-Mark = TypeVar("Mark")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +44,21 @@ class TextPiece:
 
 
 @dataclass(frozen=True, slots=True)
-class TextBatch(Generic[Mark]):
-    """Pieces that are encoded together, and a mark that comes back with their tokens.
+class TextBatch:
+    """Pieces that are encoded together.
 
     Attributes:
         pieces: in order.
-        mark: the reader's position after them; None within a document.
-        num_documents: how many documents begin in them.
+        position: the reader's after them; None within a document.
     """
 
     pieces: list[TextPiece]
-    mark: Mark | None
-    num_documents: int
+    position: dict[str, Any] | None
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents begin in them."""
+        return sum(piece.begins_document for piece in self.pieces)
 
 
 def pieces_of(document: Document) -> Iterator[TextPiece]:
@@ -72,25 +73,22 @@ def pieces_of(document: Document) -> Iterator[TextPiece]:
         start = stop
 
 
-def batches_of(rows: Iterable[tuple[list[Document], Mark]]) -> Iterator[TextBatch[Mark]]:
+def batches_of(rows: Iterable[tuple[list[Document], dict[str, Any]]]) -> Iterator[TextBatch]:
     """Pieces in batches of about a megabyte, so that processes have work that is worth sending."""
     pieces: list[TextPiece] = []
-    characters = num_documents = 0
-    mark: Mark | None = None
-    for documents, mark in rows:
-        for document in documents:
-            for piece in pieces_of(document):
-                if characters >= _BATCH_CHARACTERS:
-                    yield TextBatch(pieces, None, num_documents)
-                    pieces, characters, num_documents = [], 0, 0
-                pieces.append(piece)
-                characters += len(piece.text)
-                num_documents += piece.begins_document
+    characters, position = 0, None
+    for documents, position in rows:
+        for piece in chain.from_iterable(map(pieces_of, documents)):
+            if characters >= _BATCH_CHARACTERS:
+                yield TextBatch(pieces, None)
+                pieces, characters = [], 0
+            pieces.append(piece)
+            characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
-            yield TextBatch(pieces, mark, num_documents)
-            pieces, characters, num_documents = [], 0, 0
+            yield TextBatch(pieces, position)
+            pieces, characters = [], 0
     if pieces:
-        yield TextBatch(pieces, mark, num_documents)
+        yield TextBatch(pieces, position)
 
 
 def encode_pieces(tokenizer: TextTokenizer, pieces: Sequence[TextPiece]) -> dict[Part, Tokens]:
@@ -109,8 +107,8 @@ def encode_pieces(tokenizer: TextTokenizer, pieces: Sequence[TextPiece]) -> dict
 
 
 def encode_in_order(
-    tokenizer: TextTokenizer, batches: Iterable[TextBatch[Mark]], *, processes: int
-) -> Iterator[tuple[TextBatch[Mark], dict[Part, Tokens]]]:
+    tokenizer: TextTokenizer, batches: Iterable[TextBatch], *, processes: int
+) -> Iterator[tuple[TextBatch, dict[Part, Tokens]]]:
     """Every batch with its tokens, in order, whatever the number of processes.
 
     Raises:
@@ -130,7 +128,7 @@ def encode_in_order(
         initializer=_start_worker,
         initargs=(tokenizer,),
     ) as pool:
-        waiting: deque[tuple[TextBatch[Mark], Future[dict[Part, Tokens]]]] = deque()
+        waiting: deque[tuple[TextBatch, Future[dict[Part, Tokens]]]] = deque()
         try:
             for batch in chain([first], batches):
                 waiting.append((batch, pool.submit(_encode_in_worker, batch.pieces)))

@@ -19,11 +19,6 @@ def open_data(config: DataConfig, *, sequence_length: int, seed: int) -> Pretrai
 
     Every rank calls this. Where ranks share the cache one of them tokenises, and the others wait.
 
-    Args:
-        config: what to read.
-        sequence_length: tokens that a sequence feeds to the model.
-        seed: of the run; decides the order of the training data.
-
     Raises:
         InputError: the data is missing, damaged or of an unknown kind.
     """

@@ -38,6 +38,7 @@ from normuon_lab.data.sources import (
 )
 from normuon_lab.data.tokenizer import BYTES, TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from normuon_lab.errors import InputError, require
+from normuon_lab.machine import default_num_workers
 
 KIND = "normuon data prepare"
 SCHEMA_VERSION = 1
@@ -57,17 +58,14 @@ class PrepareRequest:
         config: the source and how it becomes tokens.
         out: the folder; absent, empty, or one that the same request began or finished.
         shard_tokens: tokens of every shard but the last.
-        processes: processes that tokenise.
     """
 
     config: DataConfig
     out: Path
     shard_tokens: int = DEFAULT_SHARD_TOKENS
-    processes: int = 1
 
     def __post_init__(self) -> None:
         require(self.shard_tokens >= 1, f"shard_tokens {self.shard_tokens}: give at least 1")
-        require(self.processes >= 1, f"processes {self.processes}: give at least 1")
 
 
 def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> dict[str, Any]:
@@ -80,11 +78,8 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
             full. What was done is kept, and the same request goes on with it.
     """
     source = resolve_source(request.config.source)
-    require(
-        isinstance(source, (TextFiles, Stream)),
-        f"{request.config.source[0]} contains token shards already",
-    )
-    assert isinstance(source, (TextFiles, Stream))
+    if not isinstance(source, (TextFiles, Stream)):
+        raise InputError(f"{request.config.source[0]} contains token shards already")
     tokenizer = load_tokenizer(request.config.tokenizer, separator=request.config.separator)
     require(
         tokenizer.vocab_size <= MAX_VOCAB_SIZE,
@@ -192,13 +187,7 @@ class _Preparation:
         self._tokenizer = tokenizer
         self._job = job
         self._out = request.out
-        config = request.config
-        self._reader = DocumentReader(
-            document_groups(config, source),
-            text_field=config.text_field,
-            fraction=config.validation_fraction,
-            seed=config.seed,
-        )
+        self._reader = DocumentReader(document_groups(request.config, source))
         saved = self._load_progress()
         if saved is not None:
             self._reader.load_state_dict(saved["reader"])
@@ -219,16 +208,17 @@ class _Preparation:
 
     def run(self, on_progress: OnProgress | None) -> dict[str, Any]:
         try:
+            processes = self._request.config.processes or default_num_workers(64)
             batches = encode_in_order(
-                self._tokenizer, batches_of(self._rows()), processes=self._request.processes
+                self._tokenizer, batches_of(self._rows()), processes=processes
             )
             for batch, tokens in batches:
                 for part in PARTS:
                     self._writers[part].append(tokens[part])
                 self._documents += batch.num_documents
                 unsaved = self._num_tokens - self._saved_tokens
-                if batch.mark is not None and unsaved >= _TOKENS_BETWEEN_SAVES:
-                    self._save(batch.mark)
+                if batch.position is not None and unsaved >= _TOKENS_BETWEEN_SAVES:
+                    self._save(batch.position)
                 if on_progress is not None:
                     on_progress(self._documents, self._num_tokens)
             require(
@@ -268,8 +258,6 @@ class _Preparation:
         return saved
 
     def _write_manifest(self) -> dict[str, Any]:
-        # When a file was last changed says nothing about its text, and differs between copies.
-        files = [{k: v for k, v in f.items() if k != "mtime_ns"} for f in self._job["files"]]
         parts = {
             part: {"tokens": writer.num_tokens, "shards": writer.shards}
             for part, writer in self._writers.items()
@@ -281,7 +269,7 @@ class _Preparation:
             "documents": self._documents,
             "parts": parts,
             "fingerprint": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-            "job": {**self._job, "files": files},
+            "job": _without_times(self._job),
         }
         write_text(self._out / TOKENIZER_FILE, self._tokenizer.serialized())
         write_json(self._out / MANIFEST, manifest)
@@ -304,9 +292,14 @@ def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
     if not (out / MANIFEST).exists():
         return None
     manifest = read_manifest(out)
-    files = [{k: v for k, v in f.items() if k != "mtime_ns"} for f in job["files"]]
-    _check_same_job(out, manifest["job"], {**job, "files": files})
+    _check_same_job(out, manifest["job"], _without_times(job))
     return manifest
+
+
+def _without_times(job: dict[str, Any]) -> dict[str, Any]:
+    # When a file was last changed says nothing about its text, and differs between copies.
+    files = [{k: v for k, v in f.items() if k != "mtime_ns"} for f in job["files"]]
+    return {**job, "files": files}
 
 
 def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import chain, count, islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from normuon_lab.data.shards import TokenShards
 from normuon_lab.errors import counted, require
 
 _ROUNDS = 6
@@ -85,38 +86,12 @@ def inputs_and_targets(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-class TokenArray(Protocol):
-    """Tokens that are read in runs."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, length: int) -> npt.NDArray[Any]:
-        """``[length]`` tokens from `start`."""
-        ...
-
-
-class ArrayTokens:
-    """A `TokenArray` in memory."""
-
-    def __init__(self, tokens: npt.NDArray[Any]) -> None:
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-    def read(self, start: int, length: int) -> npt.NDArray[Any]:
-        """``[length]`` tokens from `start`."""
-        return self._tokens[start : start + length]
+TokenArray = npt.NDArray[Any] | TokenShards
+"""Tokens in memory, or in files; slices of either are arrays."""
 
 
 class SequenceReader:
-    """Sequences of an array of tokens.
-
-    Args:
-        tokens: the array.
-        sequence_length: T, the tokens a sequence feeds to the model.
-        vocab_size: tokens must be below it.
-    """
+    """Sequences of an array of tokens."""
 
     def __init__(self, tokens: TokenArray, *, sequence_length: int, vocab_size: int) -> None:
         self._tokens = tokens
@@ -132,7 +107,9 @@ class SequenceReader:
         Raises:
             InputError: a shard vanished, was cut, or holds a token outside the vocabulary.
         """
-        rows = np.stack([self._tokens.read(i * self._length, self._length + 1) for i in sequences])
+        rows = np.stack(
+            [self._tokens[i * self._length : (i + 1) * self._length + 1] for i in sequences]
+        )
         largest = int(rows.max())
         require(
             largest < self._vocab_size,
@@ -143,15 +120,7 @@ class SequenceReader:
 
 
 class ValidationBatches:
-    """The same sequences at every evaluation, read anew each time.
-
-    Args:
-        reader: the validation data.
-        num_sequences: how many to read, spread evenly over the data.
-        batch_size: sequences of one tensor.
-        rank: among the data-parallel ranks.
-        world_size: number of data-parallel ranks.
-    """
+    """The same sequences at every evaluation, read anew each time."""
 
     def __init__(
         self,

@@ -102,21 +102,21 @@ class TokenShards:
         """A part of the array, in its own coordinates."""
         return TokenShards(self.paths, start=self._start + start, stop=self._start + stop)
 
-    def read(self, start: int, length: int) -> Tokens:
-        """A copy of ``[length]`` tokens from `start`; they may lie in several shards.
+    def __getitem__(self, part: slice) -> Tokens:
+        """A copy of the tokens ``[start:stop]``; they may lie in several shards.
 
         Raises:
             InputError: a file vanished or became shorter since it was opened.
         """
-        assert 0 <= start <= start + length <= len(self)
-        start += self._start
+        assert 0 <= part.start <= part.stop <= len(self)
+        start, stop = self._start + part.start, self._start + part.stop
         pieces = []
-        while length:
+        while start < stop:
             shard = bisect_right(self._ends, start)
             first = self._ends[shard - 1] if shard else 0
-            taken = min(length, self._ends[shard] - start)
-            pieces.append(self._mapped(shard)[start - first : start - first + taken])
-            start, length = start + taken, length - taken
+            end = min(stop, self._ends[shard])
+            pieces.append(self._mapped(shard)[start - first : end - first])
+            start = end
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint16)
 
     def fingerprint(self) -> str:
@@ -184,12 +184,6 @@ class ShardWriter:
     """The shards of one part of the data.
 
     The shard that is being filled has another name, `.NAME.partial`, until it is complete.
-
-    Args:
-        folder: where to write.
-        part: the shards' common name.
-        shard_tokens: tokens of every shard but the last.
-        state: what `state_dict` gave when the writing was stopped; None begins.
     """
 
     def __init__(

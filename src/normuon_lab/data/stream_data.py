@@ -10,44 +10,26 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from filelock import FileLock
-from torch import Tensor
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import IterableDataset
 
 from normuon_lab.atomic_files import write_bytes
-from normuon_lab.data.batches import (
-    BatchShare,
-    LoadedBatch,
-    PretrainData,
-    TrainBatches,
-    make_loader,
-)
+from normuon_lab.data.batches import BatchShare, LoadedBatch, PretrainData, TrainBatches
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.documents import (
-    DocumentGroup,
-    DocumentReader,
-    HoldOut,
-    groups_of,
-    open_rows,
-    readable,
-)
-from normuon_lab.data.lanes import Lane, StreamOptions
-from normuon_lab.data.sequences import ArrayTokens, SequenceReader, TokenArray, ValidationBatches
+from normuon_lab.data.documents import DocumentGroup, DocumentReader, groups_of
+from normuon_lab.data.lanes import Lane, LaneOptions
+from normuon_lab.data.sequences import TokenArray
 from normuon_lab.data.shard_data import cache_folder, open_validation_shards
 from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_source
 from normuon_lab.data.tokenizer import Ids, load_tokenizer
 from normuon_lab.errors import InputError, counted, require
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 MAX_DEFAULT_LANES = 64
 
@@ -58,86 +40,48 @@ class StreamData(PretrainData):
     def __init__(
         self, config: DataConfig, source: Stream, *, sequence_length: int, seed: int
     ) -> None:
-        self._config = config
+        super().__init__(config, sequence_length=sequence_length, seed=seed)
         self._source = source
-        self._sequence_length = sequence_length
         self._tokenizer = load_tokenizer(config.tokenizer, separator=config.separator)
         self.vocab_size = self._tokenizer.vocab_size
-        (self._group,) = groups_of(source, config.split, _hold_out(config))
-        self._options = StreamOptions(
-            group=self._group,
-            tokenizer=self._tokenizer,
-            text_field=config.text_field,
-            block_documents=max(1, config.stream_shuffle),
-            held_out_fraction=config.validation_fraction,
-            split_seed=config.seed,
-            seed=seed,
-        )
-        with readable(self._group):
-            self._rows = open_rows(self._group)
-            self._fingerprint = self._describe_source()
+        (self._group,) = groups_of(config, source, "none" if config.validation else "by_hash")
+        with self._group.readable():
+            self._rows = self._group.open()
+            self.fingerprint = self._describe_source()
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "source": list(self._config.source),
-            "kind": "stream",
-            "tokenizer": self._tokenizer.name,
-            "vocab_size": self.vocab_size,
-            "fingerprint": self._fingerprint,
-            "sequence_length": self._sequence_length,
-            "files": self._rows.num_shards,
-        }
+        described = self._described("stream", self._tokenizer.name)
+        return {**described, "files": self._rows.num_shards}
 
-    def train_batches(
-        self, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> TrainBatches:
-        share = BatchShare(
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-        )
-        num_lanes = self._num_lanes(global_batch_size)
+    def _batches(self, share: BatchShare) -> TrainBatches:
+        num_lanes = self._num_lanes(share.global_batch_size)
         require(
-            num_lanes % world_size == 0,
-            f"the stream has {counted(num_lanes, 'lane')}, which {world_size} data-parallel ranks "
-            "cannot share evenly; give other --data.stream-lanes or batch, or prepare the data "
-            "(normuon "
-            "data prepare), which any number of ranks can read",
+            num_lanes % share.world_size == 0,
+            f"the stream has {counted(num_lanes, 'lane')}, which {share.world_size} data-parallel "
+            "ranks cannot share evenly; give other --data.stream-lanes or batch, or prepare the "
+            "data (normuon data prepare), which any number of ranks can read",
         )
-        return StreamBatches(
-            self._options,
-            self._rows,
-            share,
+        options = LaneOptions(
+            group=self._group,
+            rows=self._rows,
+            tokenizer=self._tokenizer,
             num_lanes=num_lanes,
+            block_documents=max(1, self._config.stream_shuffle),
             sequence_length=self._sequence_length,
-            identity={
-                "kind": "stream",
-                "fingerprint": self._fingerprint,
-                "sequence_length": self._sequence_length,
-                "seed": self._options.seed,
+            seed=self._seed,
+        )
+        return TrainBatches(
+            share,
+            {
+                **self._identity("stream"),
                 "stream_lanes": num_lanes,
-                "stream_shuffle": self._options.block_documents,
+                "stream_shuffle": options.block_documents,
             },
+            lambda first_sequence, lane_states: _LaneBatches(options, share, lane_states),
             workers=min(1, self._config.workers),
             prefetch=self._config.prefetch,
-        )
-
-    def validation_batches(
-        self, *, tokens: int, batch_size: int, rank: int, world_size: int
-    ) -> Iterable[Tensor]:
-        num_sequences = tokens // self._sequence_length
-        reader = SequenceReader(
-            self._validation_tokens(num_sequences * self._sequence_length + 1),
-            sequence_length=self._sequence_length,
-            vocab_size=self.vocab_size,
-        )
-        return ValidationBatches(
-            reader,
-            num_sequences=num_sequences,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
+            # The parent has used pyarrow's threads, which a forked process would wait for.
+            start_method="spawn",
         )
 
     def _num_lanes(self, global_batch_size: int) -> int:
@@ -174,8 +118,8 @@ class StreamData(PretrainData):
         own = resolve_source(self._config.validation) if self._config.validation else None
         if isinstance(own, (PreparedFolder, ShardFiles)):
             return open_validation_shards(own)
-        groups = [self._group] if own is None else groups_of(own, self._config.split, "all")
-        key = hashlib.sha256(f"{self._fingerprint},{num_tokens}".encode()).hexdigest()[:32]
+        groups = [self._group] if own is None else groups_of(self._config, own, "all")
+        key = hashlib.sha256(f"{self.fingerprint},{num_tokens}".encode()).hexdigest()[:32]
         folder = cache_folder(self._config)
         path = folder / f"validation-{key}.npy"
         try:
@@ -185,21 +129,16 @@ class StreamData(PretrainData):
                     content = io.BytesIO()
                     np.save(content, self._read_validation(groups, num_tokens))
                     write_bytes(path, content.getvalue())
-            return ArrayTokens(np.load(path, allow_pickle=False))
+            tokens: Ids = np.load(path, allow_pickle=False)
+            return tokens
         except OSError as error:
             raise InputError(f"cannot use the cache {path}: {error.strerror}") from error
 
     def _read_validation(self, groups: list[DocumentGroup], num_tokens: int) -> Ids:
-        reader = DocumentReader(
-            groups,
-            text_field=self._config.text_field,
-            fraction=self._config.validation_fraction,
-            seed=self._config.seed,
-        )
         separator = np.array([self._tokenizer.separator_id])
         found: list[Ids] = []
         left = num_tokens
-        for document in chain.from_iterable(reader):
+        for document in chain.from_iterable(DocumentReader(groups)):
             if document.part == "validation":
                 found += [separator, *self._tokenizer.encode([document.text])]
                 left -= 1 + len(found[-1])
@@ -208,59 +147,13 @@ class StreamData(PretrainData):
         return np.concatenate(found)[:num_tokens] if found else np.empty(0, dtype=np.int64)
 
 
-class StreamBatches(TrainBatches):
-    """Training batches from the lanes of a stream.
-
-    With several ranks `state_dict` is a collective of the default process group: each rank knows
-    its own lanes.
-    """
-
-    def __init__(
-        self,
-        options: StreamOptions,
-        rows: IterableDataset,
-        share: BatchShare,
-        *,
-        num_lanes: int,
-        sequence_length: int,
-        identity: dict[str, Any],
-        workers: int,
-        prefetch: int,
-    ) -> None:
-        super().__init__(share, identity)
-        self._workers = workers
-        self._prefetch = prefetch
-        self._steps = _StreamSteps(options, rows, share, num_lanes, sequence_length)
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.share.world_size > 1 and state["source"] is not None:
-            by_rank: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(by_rank, state["source"])
-            state["source"] = {lane: one for lanes in by_rank for lane, one in lanes.items()}
-        return state
-
-    def _make_loader(self, first_sequence: int, source_state: Any) -> StatefulDataLoader[Any]:
-        return make_loader(
-            replace(self._steps, lane_states=source_state),
-            workers=self._workers,
-            prefetch=self._prefetch,
-            # The parent has used pyarrow's threads, which a forked process would wait for.
-            start_method="spawn",
-            batch_size=None,
-        )
-
-
 @dataclass(frozen=True, eq=False)
-class _StreamSteps(torch.utils.data.IterableDataset[LoadedBatch]):
+class _LaneBatches(IterableDataset[LoadedBatch]):
     """A rank's micro batches; the last of each step carries the positions of the rank's lanes."""
 
-    options: StreamOptions
-    rows: IterableDataset
+    options: LaneOptions
     share: BatchShare
-    num_lanes: int
-    sequence_length: int
-    lane_states: dict[str, Any] | None = None
+    lane_states: dict[str, Any] | None
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         try:
@@ -269,21 +162,14 @@ class _StreamSteps(torch.utils.data.IterableDataset[LoadedBatch]):
             yield LoadedBatch(None, str(error))
 
     def _micro_batches(self) -> Iterator[LoadedBatch]:
-        share = self.share
-        lanes_per_rank = self.num_lanes // share.world_size
+        share, num_lanes = self.share, self.options.num_lanes
+        lanes_per_rank = num_lanes // share.world_size
         first = share.rank * lanes_per_rank
         lanes = {
-            str(number): Lane(
-                self.options,
-                self.rows,
-                lane=number,
-                num_lanes=self.num_lanes,
-                sequence_length=self.sequence_length,
-                state=self.lane_states[str(number)] if self.lane_states else None,
-            )
+            str(number): Lane(self.options, number, state=(self.lane_states or {}).get(str(number)))
             for number in range(first, first + lanes_per_rank)
         }
-        count = share.global_batch_size // self.num_lanes
+        count = share.global_batch_size // num_lanes
         while True:
             rows = np.concatenate([lane.read(count) for lane in lanes.values()])
             micro_batches = torch.from_numpy(rows).split(share.micro_batch_size)
@@ -291,7 +177,3 @@ class _StreamSteps(torch.utils.data.IterableDataset[LoadedBatch]):
                 yield LoadedBatch(tokens)
             states = {number: lane.state_dict() for number, lane in lanes.items()}
             yield LoadedBatch(micro_batches[-1], source_state=states)
-
-
-def _hold_out(config: DataConfig) -> HoldOut:
-    return "none" if config.validation else "by_hash"

@@ -57,14 +57,7 @@ class _Display:
 
 
 class RunDisplay(_Display):
-    """One run: a bar on a terminal, elsewhere a line now and then; silent on ranks but the first.
-
-    Args:
-        console: where to show it.
-        step: the step to begin from.
-        steps: those of the whole run.
-        enabled: False for ranks that have nothing to say.
-    """
+    """One run: a bar on a terminal, elsewhere a line now and then. Silent unless `enabled`."""
 
     def __init__(self, console: Console, *, step: int, steps: int, enabled: bool) -> None:
         super().__init__(console, enabled=enabled)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -104,11 +104,6 @@ class TrainingLoop:
     ) -> bool:
         """Train up to a step.
 
-        Args:
-            until: finished steps at the end.
-            after_step: called after every step, with what is due then.
-            should_stop: asked before every step.
-
         Returns:
             Whether the last step was reached.
         """
@@ -121,8 +116,7 @@ class TrainingLoop:
 
     def advance(self) -> FinishedStep:
         """Take one step."""
-        clock = self.clock
-        clock.begin()
+        self.clock.mark()
         total = torch.zeros((), dtype=torch.float32, device=self._device)
         for _ in range(self._num_micro_batches):
             inputs, targets = next(self._batches)
@@ -135,13 +129,13 @@ class TrainingLoop:
         factor = self._factor(self.step)
         for group, peak in zip(self._groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        clock.gradients_are_ready()
+        self.clock.mark()
         if self._probe is not None:
             self._probe.before_step(self.step)
-        clock.begin_optimizer()
+        self.clock.mark()
         for optimizer in self._optimizers:
             optimizer.step()
-        clock.end()
+        self.clock.mark()
         measured = self._probe.after_step(self.step) if self._probe is not None else None
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -222,8 +216,8 @@ def clip_gradients_(parameters: Iterable[Tensor], *, max_norm: float) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     by_split: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
-        by_split.setdefault(_split_of(gradient), []).append(_local(gradient))
-    total = torch.zeros((), dtype=torch.float64, device=_local(gradients[0]).device)
+        by_split.setdefault(_split_of(gradient), []).append(local_part(gradient))
+    total = torch.zeros((), dtype=torch.float64, device=local_part(gradients[0]).device)
     for (mesh, axes), parts in by_split.items():
         squares = torch.stack(torch._foreach_norm(parts)).double().square().sum()
         for axis in axes:
@@ -240,7 +234,7 @@ def clip_gradients_(parameters: Iterable[Tensor], *, max_norm: float) -> Tensor:
 
 def has_nonfinite(parameters: Iterable[Tensor]) -> Tensor:
     """Whether this rank's part of any parameter holds a NaN or an infinity, bool `[]`."""
-    norms = torch.stack(torch._foreach_norm([_local(p.detach()) for p in parameters]))
+    norms = torch.stack(torch._foreach_norm([local_part(p.detach()) for p in parameters]))
     return ~norms.isfinite().all()
 
 
@@ -254,7 +248,8 @@ def _split_of(gradient: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     return (gradient.device_mesh, axes)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -270,52 +265,34 @@ class StepTimes:
 class StepClock:
     """Times training steps, on CUDA by events, so that the host need not wait at every step.
 
-    Probes, evaluations and checkpoints do not count.
-
-    Args:
-        device: where the steps run.
+    A step has four marks: where it and its data begin, where gradients are ready, where the
+    optimizers begin, and where they end. Probes, evaluations and checkpoints do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._marks: list[tuple[_Mark, _Mark, _Mark, _Mark]] = []
+        # CUDA events, or the host's time.
+        self._marks: list[Any] = []
 
-    def begin(self) -> None:
-        """A step begins, its data included."""
-        self._begin = _Mark(self._device)
-
-    def gradients_are_ready(self) -> None:
-        """Forward and backward pass are done."""
-        self._ready = _Mark(self._device)
-
-    def begin_optimizer(self) -> None:
-        """The optimizers step."""
-        self._optimizer = _Mark(self._device)
-
-    def end(self) -> None:
-        """The step is done."""
-        end = _Mark(self._device)
-        self._marks.append((self._begin, self._ready, self._optimizer, end))
+    def mark(self) -> None:
+        """Note the next of a step's four marks."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
 
     def take(self) -> StepTimes:
         """The times of the steps since the last call; waits for the device."""
         marks, self._marks = self._marks, []
-        passes = sum(ready.seconds_since(begin) for begin, ready, _, _ in marks)
-        optimizer = sum(end.seconds_since(start) for _, _, start, end in marks)
-        return StepTimes(len(marks), passes + optimizer, optimizer)
+        passes = sum(map(_seconds, marks[0::4], marks[1::4]))
+        optimizer = sum(map(_seconds, marks[2::4], marks[3::4]))
+        return StepTimes(len(marks) // 4, passes + optimizer, optimizer)
 
 
-class _Mark:
-    """A point in the device's work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._host = time.perf_counter()
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
-
-    def seconds_since(self, earlier: _Mark) -> float:
-        if self._event is None or earlier._event is None:
-            return self._host - earlier._host
-        self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1e3
+def _seconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

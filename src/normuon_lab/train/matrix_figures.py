@@ -87,13 +87,7 @@ def measuring_flops(shape: torch.Size, view: MatrixView) -> float:
 
 
 def update_of(before: Tensor, after: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """What a step did beyond weight decay, ``W (1 - lr wd) - W'``, in float64.
-
-    Args:
-        before: weights before the step.
-        after: weights after it, of the same shape.
-        group: the param group, of which learning rate and decoupled decay are taken.
-    """
+    """What a step did beyond weight decay, ``W (1 - lr wd) - W'``, in float64."""
     kept = 1.0 - float(group["lr"]) * float(group["weight_decay"])
     return before.double() * kept - after.double()
 

@@ -180,12 +180,7 @@ class TokenFlops:
 
 
 def flops_per_token(model: nn.Module, *, sequence_length: int) -> TokenFlops:
-    """FLOPs of training on one token.
-
-    Args:
-        model: whole or on the meta device; tied parameters are one.
-        sequence_length: tokens per sequence.
-    """
+    """FLOPs of training on one token."""
     known: Any = model
     config = config_of(model)
     embedding, head = known.get_input_embeddings(), known.get_output_embeddings()

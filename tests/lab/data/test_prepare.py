@@ -43,7 +43,7 @@ def jsonl(tmp_path: Path, documents: list[str]) -> Path:
 @pytest.fixture
 def request_of(jsonl: Path, tokenizer_file: Path, tmp_path: Path) -> PrepareRequest:
     config = DataConfig(
-        source=(str(jsonl),), tokenizer=str(tokenizer_file), validation_fraction=0.1
+        source=(str(jsonl),), tokenizer=str(tokenizer_file), validation_fraction=0.1, processes=1
     )
     return PrepareRequest(config=config, out=tmp_path / "out", shard_tokens=1000)
 
@@ -51,7 +51,7 @@ def request_of(jsonl: Path, tokenizer_file: Path, tmp_path: Path) -> PrepareRequ
 def tokens_of(out: Path, part: str) -> list[int]:
     manifest = json.loads((out / "manifest.json").read_text())
     shards = TokenShards([out / shard["file"] for shard in manifest["parts"][part]["shards"]])
-    return shards.read(0, len(shards)).tolist()
+    return shards[0 : len(shards)].tolist()
 
 
 def content_of(out: Path) -> dict[str, bytes]:
@@ -96,7 +96,8 @@ def test_processes_change_nothing(
     # Batches small enough that both processes get many.
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 2000)
     prepare(request_of)
-    prepare(replace(request_of, out=tmp_path / "two", processes=2))
+    config = replace(request_of.config, processes=2)
+    prepare(replace(request_of, config=config, out=tmp_path / "two"))
     assert content_of(tmp_path / "two") == content_of(request_of.out)
 
 

@@ -42,21 +42,21 @@ def test_shards_are_one_array(counted_shards: MakeShards) -> None:
     shards = TokenShards(counted_shards(100, 7))
     assert len(shards) == 100
     for start, length in [(0, 100), (0, 7), (5, 4), (6, 1), (7, 7), (13, 30), (99, 1), (50, 0)]:
-        assert shards.read(start, length).tolist() == list(range(start, start + length))
+        assert shards[start : start + length].tolist() == list(range(start, start + length))
 
 
 def test_a_narrowed_array_counts_from_its_own_start(counted_shards: MakeShards) -> None:
     part = TokenShards(counted_shards(100, 7)).narrow(10, 60).narrow(5, 40)
     assert len(part) == 35
-    assert part.read(0, 35).tolist() == list(range(15, 50))
+    assert part[0:35].tolist() == list(range(15, 50))
 
 
 def test_an_array_travels_to_another_process_without_its_maps(counted_shards: MakeShards) -> None:
     shards = TokenShards(counted_shards(20, 7))
-    shards.read(0, 20)
+    shards[0:20]
     sent = pickle.dumps(shards)
     assert len(sent) < 2000
-    assert pickle.loads(sent).read(3, 9).tolist() == list(range(3, 12))
+    assert pickle.loads(sent)[3:12].tolist() == list(range(3, 12))
 
 
 def damage(path: Path, kind: str) -> None:
@@ -109,19 +109,19 @@ def test_a_shard_that_breaks_before_it_is_first_read(counted_shards: MakeShards,
     paths = counted_shards(21, 7)
     shards = TokenShards(paths)
     damage(paths[1], kind)
-    assert shards.read(0, 7).tolist() == list(range(7))
+    assert shards[0:7].tolist() == list(range(7))
     with pytest.raises(InputError, match=r"part-001\.bin"):
-        shards.read(0, 21)
+        shards[0:21]
 
 
 def test_a_shard_that_is_cut_while_it_is_mapped(counted_shards: MakeShards) -> None:
     """Reading a map beyond the end of its file ends the process with SIGBUS, without a message."""
     path = counted_shards(100_000 // 2, 100_000)[0]
     shards = TokenShards([path])
-    shards.read(0, 10)
+    shards[0:10]
     os.truncate(path, HEADER_BYTES + 8)
     with pytest.raises(InputError, match=r"part-000\.bin was truncated while it was in use"):
-        shards.read(40_000, 10)
+        shards[40_000:40010]
 
 
 def test_the_fingerprint_is_of_the_content(counted_shards: MakeShards, tmp_path: Path) -> None:

@@ -15,24 +15,26 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from normuon_lab.atomic_files import read_json
 from normuon_lab.config_difference import first_difference
+from normuon_lab.data.shards import sha256_of
 from normuon_lab.errors import InputError, require
 from normuon_lab.train.pretrain.config import PretrainConfig, trajectory
 from normuon_lab.train.pretrain.settings import write_config
 
-if TYPE_CHECKING:
-    pass
-
 KIND = "normuon train"
 SCHEMA_VERSION = 1
 DESCRIPTION_FILE = "checkpoint.json"
+CONFIG_FILE = "config.toml"
 _NAME = re.compile(r"step-(\d{8,})")
 _HASHING_THREADS = 8
+_GO_ON = "give --resume auto to continue it, or another --out"
+# What transformers adds to a configuration and does not change the model.
+_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "dtype")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +48,7 @@ class CheckpointDescription:
         config: the resolved configuration of the run, nested plain values.
         model_config: the transformers configuration of the model.
         data_state: position in the data, the same for any number of ranks.
-        files: by file name, its size in bytes and its SHA-256.
+        files: by file name, its size as `bytes` and its `sha256`.
     """
 
     step: int
@@ -55,24 +57,11 @@ class CheckpointDescription:
     config: dict[str, Any]
     model_config: dict[str, Any]
     data_state: dict[str, Any]
-    files: dict[str, tuple[int, str]]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What is written; the last field guards all others."""
-        values: dict[str, Any] = {
-            "kind": KIND,
-            "schema_version": SCHEMA_VERSION,
-            "step": self.step,
-            "tokens": self.tokens,
-            "world_size": self.world_size,
-            "config": self.config,
-            "model_config": self.model_config,
-            "data_state": self.data_state,
-            "files": {
-                name: {"bytes": size, "sha256": digest}
-                for name, (size, digest) in self.files.items()
-            },
-        }
+        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, **asdict(self)}
         return {**values, "digest": _digest_of(values)}
 
 
@@ -137,18 +126,9 @@ def read_description(path: Path) -> CheckpointDescription:
     digest = values.pop("digest", None)
     require(digest == _digest_of(values), f"{file} is damaged: its digest does not match")
     try:
-        return CheckpointDescription(
-            step=values["step"],
-            tokens=values["tokens"],
-            world_size=values["world_size"],
-            config=values["config"],
-            model_config=values["model_config"],
-            data_state=values["data_state"],
-            files={
-                name: (entry["bytes"], entry["sha256"]) for name, entry in values["files"].items()
-            },
-        )
-    except (KeyError, TypeError, AttributeError):
+        names = [field.name for field in fields(CheckpointDescription)]
+        return CheckpointDescription(**{name: values[name] for name in names})
+    except KeyError:
         raise InputError(f"{file} lacks required entries of a checkpoint") from None
 
 
@@ -159,14 +139,15 @@ def verify(path: Path) -> CheckpointDescription:
         InputError: a file is missing, has another size or other bytes; names the file.
     """
     description = read_description(path)
-    for name, (size, _) in description.files.items():
-        file = path / name
+    for name, entry in description.files.items():
+        file, size = path / name, entry["bytes"]
         require(file.is_file(), f"{path} is damaged: {name} is missing")
         found = file.stat().st_size
         require(found == size, f"{path} is damaged: {name} has {found} bytes instead of {size}")
     digests = hash_files([path / name for name in description.files])
-    for name, (_, digest) in description.files.items():
-        require(digests[name] == digest, f"{path} is damaged: the bytes of {name} have changed")
+    for name, entry in description.files.items():
+        is_whole = digests[name] == entry["sha256"]
+        require(is_whole, f"{path} is damaged: the bytes of {name} have changed")
     return description
 
 
@@ -176,19 +157,11 @@ def hash_files(paths: list[Path]) -> dict[str, str]:
     Raises:
         InputError: a file cannot be read.
     """
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip((path.name for path in paths), pool.map(_sha256, paths), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            return dict(zip((path.name for path in paths), pool.map(sha256_of, paths), strict=True))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _digest_of(values: dict[str, Any]) -> str:
@@ -196,30 +169,12 @@ def _digest_of(values: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-CONFIG_FILE = "config.toml"
-_GO_ON = "give --resume auto to continue it, or another --out"
-
-# What transformers adds to a configuration and does not change the model.
-_NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "dtype")
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """A checkpoint to go on from, every byte of it checked.
-
-    Attributes:
-        path: its folder.
-        description: what it says of itself.
-    """
-
-    path: Path
-    description: CheckpointDescription
-
-
 def find_resume_point(
     run_dir: Path, resume: str, config: PretrainConfig, model_config: Mapping[str, Any]
-) -> ResumePoint | None:
-    """Where a run begins: from a checkpoint, or None for the start. Changes nothing.
+) -> tuple[Path, CheckpointDescription] | None:
+    """Where a run begins: from a checkpoint, checked to the byte, or None for the start.
+
+    Changes nothing.
 
     Args:
         run_dir: the run's folder.
@@ -244,7 +199,7 @@ def find_resume_point(
             f"{run_dir} holds {newest.name}, which is newer than {path}: give --resume auto, move "
             "the newer ones away, or give another --out"
         )
-    return ResumePoint(path, description)
+    return path, description
 
 
 def begin(run_dir: Path, config: PretrainConfig) -> None:
@@ -280,12 +235,11 @@ def _check_config(
     if found is not None:
         name, before, now = found
         raise InputError(f"{path} was made with {name} = {before}, not {now}")
-    found = first_difference(model_identity(description.model_config), model_identity(model_config))
+    old, new = (
+        {key: value for key, value in values.items() if key not in _NOT_OF_THE_MODEL}
+        for values in (description.model_config, model_config)
+    )
+    found = first_difference(old, new)
     if found is not None:
         name, before, now = found
         raise InputError(f"{path} belongs to another model: its {name} is {before}, not {now}")
-
-
-def model_identity(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a transformers configuration, what makes the model."""
-    return {key: value for key, value in model_config.items() if key not in _NOT_OF_THE_MODEL}

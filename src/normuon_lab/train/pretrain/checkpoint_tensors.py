@@ -65,9 +65,6 @@ class _MetadataUnpickler(pickle.Unpickler):
 class TensorReader(dcp.FileSystemReader):
     """A storage reader for `torch.distributed.checkpoint.load` that trusts nothing it reads.
 
-    Args:
-        path: the folder.
-
     Raises:
         InputError: `read_metadata` found something else than the description of tensors.
     """
@@ -212,10 +209,6 @@ def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
 def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.Module:
     """A model of the checkpoint's shapes, in float32, whose weights mean nothing yet.
 
-    Args:
-        description: of the checkpoint.
-        device: where to; "meta" takes no memory.
-
     Raises:
         InputError: this version of transformers cannot build it.
     """
@@ -233,10 +226,6 @@ def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.M
 
 def load_model_only(path: Path, model: nn.Module) -> None:
     """Load a checkpoint's weights into a model, whole or sharded, in place.
-
-    Args:
-        path: the checkpoint's folder; see `resolve` for a run's.
-        model: of the same shapes.
 
     Raises:
         InputError: the weights are of another model; nothing is changed then.

@@ -6,11 +6,11 @@ file with its digest, makes all of it durable, and renames the folder.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,6 @@ from normuon_lab.train.pretrain.checkpoint import (
 )
 from normuon_lab.train.pretrain.config import CheckpointConfig
 from normuon_lab.train.ranks import Ranks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunPosition:
-    """Where a run is: what a checkpoint says besides its tensors.
-
-    Attributes:
-        step: optimizer steps that are finished.
-        tokens: training tokens that were read.
-        config: the resolved configuration, plain values.
-        model_config: transformers' configuration of the model.
-        data_state: position in the data.
-    """
-
-    step: int
-    tokens: int
-    config: dict[str, Any]
-    model_config: dict[str, Any]
-    data_state: dict[str, Any]
 
 
 class _Storage(dcp.FileSystemWriter):
@@ -93,33 +74,33 @@ class CheckpointWriter:
         has_own_group = config.async_checkpoint and ranks.mesh is not None
         self._group = dist.new_group(backend="gloo") if has_own_group else None
 
-    def save(self, tensors: dict[str, Any], position: RunPosition) -> None:
+    def save(self, tensors: dict[str, Any], description: CheckpointDescription) -> None:
         """Write a checkpoint; with `async_checkpoint` only begin to.
 
         Args:
             tensors: nested dictionaries of tensors; free to change when this returns.
-            position: the rest.
+            description: the rest; its files are found here.
 
         Raises:
             RunsFailedError: it, or the one before, could not be written; on all ranks. Earlier
                 checkpoints are untouched.
         """
         self.wait()
-        partial = self._folder / f".{checkpoint_name(position.step)}.partial"
-        self._together(lambda: self._make_room(partial), position.step)
+        partial = self._folder / f".{checkpoint_name(description.step)}.partial"
+        self._together(lambda: self._make_room(partial), description.step)
         storage = _Storage(partial)
         alone = self._ranks.mesh is None
         if self._thread is None:
             self._together(
-                lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone), position.step
+                lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone), description.step
             )
-            self._together(lambda: self._publish(partial, position), position.step)
+            self._together(lambda: self._publish(partial, description), description.step)
             return
         written: Any = dcp.async_save(
             tensors, storage_writer=storage, process_group=self._group, no_dist=alone
         )
-        self._pending_step = position.step
-        self._pending = self._thread.submit(self._finish, written, partial, position)
+        self._pending_step = description.step
+        self._pending = self._thread.submit(self._finish, written, partial, description)
 
     def wait(self) -> None:
         """Wait until nothing is being written.
@@ -136,10 +117,12 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
-    def _finish(self, written: Future[Any], partial: Path, position: RunPosition) -> None:
+    def _finish(
+        self, written: Future[Any], partial: Path, description: CheckpointDescription
+    ) -> None:
         # Every rank's tensors are on the disk when rank 0's future is done: it collects theirs.
         written.result()
-        self._publish(partial, position)
+        self._publish(partial, description)
 
     def _together(self, function: Callable[[], object], step: int) -> None:
         """Call `function` on every rank; what fails on one is raised, as one line, on all."""
@@ -162,25 +145,21 @@ class CheckpointWriter:
                 shutil.rmtree(leftover)
             partial.mkdir()
 
-    def _publish(self, partial: Path, position: RunPosition) -> None:
+    def _publish(self, partial: Path, description: CheckpointDescription) -> None:
         """Describe what was written, make it durable, and give it its name. Rank 0 only."""
         if not self._ranks.is_main:
             return
         files = sorted(path for path in partial.iterdir() if path.name != DESCRIPTION_FILE)
         digests = hash_files(files)
-        description = CheckpointDescription(
-            step=position.step,
-            tokens=position.tokens,
-            world_size=self._ranks.world_size,
-            config=position.config,
-            model_config=position.model_config,
-            data_state=position.data_state,
-            files={path.name: (path.stat().st_size, digests[path.name]) for path in files},
-        )
+        described = {
+            path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]}
+            for path in files
+        }
+        description = dataclasses.replace(description, files=described)
         write_json(partial / DESCRIPTION_FILE, description.to_json())
         for path in (partial / DESCRIPTION_FILE, partial):
             _flush(path)
-        partial.replace(self._folder / checkpoint_name(position.step))
+        partial.replace(self._folder / checkpoint_name(description.step))
         _flush(self._folder)
         self._forget_old()
 
@@ -194,11 +173,7 @@ class CheckpointWriter:
 
 
 def superseded(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
-    """Which checkpoints are not kept: neither among the newest nor of a step to keep.
-
-    Args:
-        checkpoints: oldest first.
-        config: how many to keep.
+    """Which checkpoints, oldest first, are neither among the newest nor of a step to keep.
 
     Example:
         >>> paths = [Path(checkpoint_name(step)) for step in (10, 20, 30, 40)]

@@ -49,27 +49,22 @@ class Train:
         from rich.console import Console
 
         if self.dry_run:
-            from normuon_lab.train.pretrain.dry_run import dry_run
+            from normuon_lab.train.pretrain.dry_run import dry_run, print_dry_run
 
             contents = dry_run(self.settings, self.hardware)
             if self.json:
                 print(json.dumps(contents))
             else:
-                from normuon_lab.train.pretrain.dry_run import print_dry_run
-
                 print_dry_run(contents, Console())
             return 0
-        from normuon_lab.train.pretrain.training import TrainRequest, train
+        from normuon_lab.train.pretrain.training import train
 
-        train(TrainRequest(config=self.settings, out=self.out, resume=self.resume), Console())
+        train(self.settings, self.out, resume=self.resume, console=Console())
         return 0
 
 
 def default_command(words: Sequence[str]) -> Train:
     """What `normuon train` means before its other flags are read: the preset and the file.
-
-    Args:
-        words: the command line after `train`.
 
     Raises:
         InputError: an unknown preset, or a file that cannot be used.

@@ -7,8 +7,9 @@ by one rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from normuon import MatrixView, NorMuon, param_groups
-from normuon.momentum_forms import whole_momentum
-from normuon_lab.train.matrix_figures import figures_by_block, measuring_flops, update_of
+from normuon import MatrixView, NorMuon
+from normuon.momentum_forms import whole_momentum as decoded_momentum
+from normuon_lab.train.arms.builders import hidden_groups
+from normuon_lab.train.loop import local_part
+from normuon_lab.train.matrix_figures import (
+    MatrixFigures,
+    figures_by_block,
+    measuring_flops,
+    update_of,
+)
 
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """What optimizers call their momentum: NorMuon and Muon, and AdamW."""
@@ -26,7 +34,8 @@ MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 DEFAULT_MAX_FLOPS = 1e11
 """Operations of a rank per measurement: some 5 seconds on a core of a CPU."""
 
-_FIGURES = ("condition", "effective_rank", "row_norm_cv")
+_FIGURES = tuple(field.name for field in fields(MatrixFigures))
+_NO_FIGURES = (0.0,) * len(_FIGURES)
 _KINDS = ("momentum", "update")
 _NUM_FIGURES = len(_FIGURES) * len(_KINDS) + 1
 
@@ -96,18 +105,14 @@ class MatrixDiagnostics:
         self.last_seconds = 0.0
 
     def before_step(self, step: int) -> None:
-        """Remember the weights of this round, if a measurement is due.
-
-        Args:
-            step: finished steps before this one.
-        """
+        """Remember the weights of this round, if a measurement is due."""
         self._step, self._round, self._before = step, (), []
         if (step + 1) % self._every:
             return
         began = time.perf_counter()
         number = (step + 1) // self._every - 1
         self._round = self.rounds[number % len(self.rounds)]
-        self._before = [_local(matrix.param).clone() for matrix in self._round]
+        self._before = [local_part(matrix.param.detach()).clone() for matrix in self._round]
         self.last_seconds = time.perf_counter() - began
 
     @torch.no_grad()
@@ -116,9 +121,6 @@ class MatrixDiagnostics:
 
         Names are ``diagnostics/PARAMETER/FIGURE``, or ``diagnostics/PARAMETER[BLOCK]/FIGURE`` for
         blocks of a fused parameter. A matrix that is zero or not finite has no figures.
-
-        Args:
-            step: as `before_step` got it.
         """
         if not self._round:
             return None
@@ -130,7 +132,7 @@ class MatrixDiagnostics:
         ]
         table = torch.cat(measured)
         if self._num_ranks > 1:
-            device = _local(self._round[0].param).device
+            device = self._round[0].param.device
             table = table.to(device)
             dist.all_reduce(table)
         found = dict(self._named(table.tolist()))
@@ -142,35 +144,27 @@ class MatrixDiagnostics:
         """``[blocks, figures]`` float64; a figure that does not exist is 0, and all of others'."""
         param = matrix.param.detach()
         group = self._group_of[matrix.param]
-        momentum = _momentum_of(self._optimizer, matrix.param)
-        local = _local(param)
+        momentum = _momentum_of(self._optimizer, matrix.param, group)
+        local = local_part(param)
         dtype = torch.promote_types(local.dtype, torch.float32)
         update = update_of(before, local, group).to(dtype)
         # Ranks gather whatever they own: collectives must not depend on the rank.
         whole_update = _whole(_placed_like(update, param))
-        whole = {
-            "momentum": None if momentum is None else _whole(momentum),
-            "update": whole_update,
-        }
-        weight = _whole(param)
-        blocks = matrix.view.parts(matrix.param.shape)
-        table = torch.zeros(len(blocks), _NUM_FIGURES, dtype=torch.float64)
+        whole_momentum = None if momentum is None else _whole(momentum)
+        weight, view = _whole(param), matrix.view
+        blocks = view.parts(matrix.param.shape)
         if matrix.owner != self._rank:
-            return table
-        for number, kind in enumerate(_KINDS):
-            tensor = whole[kind]
-            if tensor is None:
-                continue
-            for row, figures in zip(table, figures_by_block(tensor, matrix.view), strict=True):
-                if figures is not None:
-                    values = [getattr(figures, name) for name in _FIGURES]
-                    first = number * len(_FIGURES)
-                    row[first : first + len(_FIGURES)] = torch.tensor(values, dtype=row.dtype)
-        for row, part in zip(table, blocks, strict=True):
-            row[-1] = _rms_ratio(
-                matrix.view.native(whole_update, part), matrix.view.native(weight, part)
-            )
-        return table
+            return torch.zeros(len(blocks), _NUM_FIGURES, dtype=torch.float64)
+        by_kind = [
+            [None] * len(blocks) if tensor is None else figures_by_block(tensor, view)
+            for tensor in (whole_momentum, whole_update)
+        ]
+        rows = []
+        for part, *kinds in zip(blocks, *by_kind, strict=True):
+            row = [x for figures in kinds for x in (astuple(figures) if figures else _NO_FIGURES)]
+            ratio = _rms_ratio(view.native(whole_update, part), view.native(weight, part))
+            rows.append([*row, ratio])
+        return torch.tensor(rows, dtype=torch.float64)
 
     def _named(self, table: list[list[float]]) -> Iterator[tuple[str, float]]:
         rows = iter(table)
@@ -204,10 +198,7 @@ def _hidden_matrices(
         }
     else:
         views = {
-            param: group["view"]
-            for group in param_groups(model)
-            if group["algorithm"] != "adamw"
-            for _, param in group["params"]
+            param: group["view"] for group in hidden_groups(model) for _, param in group["params"]
         }
     return [(name, p, views[p]) for name, p in model.named_parameters() if p in views]
 
@@ -230,22 +221,16 @@ def _rounds(
     return rounds
 
 
-def _momentum_of(optimizer: Optimizer, param: Tensor) -> Tensor | None:
+def _momentum_of(optimizer: Optimizer, param: Tensor, group: Mapping[str, Any]) -> Tensor | None:
     state = optimizer.state.get(param, {})
     if "momentum_codes" in state:
-        groups = optimizer.param_groups
-        group = next(g for g in groups if any(other is param for other in g["params"]))
-        return whole_momentum(state, param, group.get("view"))
+        return decoded_momentum(state, param, group.get("view"))
     return next((state[key] for key in MOMENTUM_KEYS if key in state), None)
 
 
 def _rms_ratio(update: Tensor, weight: Tensor) -> float:
     weight_norm = float(weight.double().norm())
     return float(update.double().norm()) / weight_norm if weight_norm > 0 else 0.0
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _placed_like(local: Tensor, param: Tensor) -> Tensor:

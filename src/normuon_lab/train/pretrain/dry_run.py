@@ -31,7 +31,7 @@ from normuon_lab.train.model import (
 )
 from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
 from normuon_lab.train.pretrain.parallel import mesh_shape
-from normuon_lab.train.pretrain.training import build_optimizers, micro_batch_size
+from normuon_lab.train.pretrain.trainer import build_optimizers, micro_batch_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -130,12 +130,7 @@ def _expected(
 
 
 def state_elements(model: nn.Module, config: PretrainConfig) -> dict[str, int]:
-    """Elements of state that each arm keeps for the hidden matrices, counted after a real step.
-
-    Args:
-        model: on the meta device.
-        config: of the run; its arm is left out of account.
-    """
+    """Elements of state that each arm keeps for the hidden matrices, counted after a real step."""
     hidden, _ = split_parameters(model)
     counts: dict[str, int] = {}
     for arm in PRETRAINING_ARMS:

@@ -73,17 +73,16 @@ class ExportCommand:
         from normuon_lab.data.config import DataConfig
         from normuon_lab.data.prepare import tokenizer_of_run
         from normuon_lab.data.tokenizer import load_tokenizer
+        from normuon_lab.train.pretrain.checkpoint import DESCRIPTION_FILE
+        from normuon_lab.train.pretrain.settings import merged
 
         if self.tokenizer == NO_TOKENIZER:
             return None
         if self.tokenizer is not None:
             return load_tokenizer(self.tokenizer)
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in description.config["data"].items()
-        }
+        data = description.config["data"]
         try:
-            found = tokenizer_of_run(DataConfig(**values))
+            found = tokenizer_of_run(merged(DataConfig(), data, source=DESCRIPTION_FILE))
         except InputError as error:
             raise InputError(f"{error} with --tokenizer, or give --tokenizer none") from error
         require(
@@ -137,14 +136,7 @@ def export(
 
 
 def sample(folder: Path, *, prompt: str, num_tokens: int, seed: int) -> str:
-    """Load a transformers folder as anybody would, and generate text from it.
-
-    Args:
-        folder: model and tokenizer.
-        prompt: what the text goes on from, after the token that begins a document.
-        num_tokens: tokens to generate.
-        seed: of the draw.
-    """
+    """Load a transformers folder as anybody would, and generate text from it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -51,10 +51,6 @@ class InspectCommand:
 def inspect_checkpoint(path: Path, *, pattern: str = "*") -> dict[str, Any]:
     """Everything that the command tells, in plain values.
 
-    Args:
-        path: a checkpoint's folder, or a run's.
-        pattern: which hidden matrices to measure.
-
     Raises:
         InputError: there is no checkpoint, it is damaged, or no matrix has such a name.
     """
@@ -74,7 +70,7 @@ def inspect_checkpoint(path: Path, *, pattern: str = "*") -> dict[str, Any]:
         "tokens": description.tokens,
         "world_size": description.world_size,
         "model": description.model_config["model_type"],
-        "bytes": sum(size for size, _ in description.files.values()),
+        "bytes": sum(entry["bytes"] for entry in description.files.values()),
         "elements": {
             # A tied weight has two names in the checkpoint, and is one parameter.
             "model": sum(parameter.numel() for parameter in model.parameters()),
@@ -128,14 +124,9 @@ def _measured(
     path: Path, model: nn.Module, shapes: dict[str, tuple[int, ...]], pattern: str
 ) -> Iterator[dict[str, Any]]:
     """Each hidden matrix of the model, its weight and momentum read and measured one at a time."""
-    from normuon import param_groups
+    from normuon_lab.train.arms.builders import hidden_groups
 
-    views = {
-        name: group["view"]
-        for group in param_groups(model)
-        if group["algorithm"] != "adamw"
-        for name, _ in group["params"]
-    }
+    views = {name: group["view"] for group in hidden_groups(model) for name, _ in group["params"]}
     # A model's own views keep fused parameters whole: one block each.
     for name, view in views.items():
         if not fnmatchcase(name, pattern):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from normuon_lab.errors import InputError, counted, require
+from normuon_lab.plan.model_matrices import tp_style_of
 from normuon_lab.train.model import config_of, layers_of
 from normuon_lab.train.pretrain.config import ModelConfig, ParallelConfig
 from normuon_lab.train.ranks import Ranks
@@ -193,15 +192,10 @@ def _split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
         require(count % size == 0, f"--tp {size} does not divide {name} = {count}")
     styles: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
-        style = _style_of(name, plan)
+        style = tp_style_of(name, plan)
         if style is None or style in _OUTSIDE_LAYERS:
             continue
         is_linear = isinstance(module, nn.Linear) and style in ("colwise", "rowwise")
         require(is_linear, f"--tp {size}: {name} asks for {style}, which is not supported")
         styles[name] = ColwiseParallel() if style == "colwise" else RowwiseParallel()
     parallelize_module(model, mesh, styles)
-
-
-def _style_of(name: str, plan: dict[str, str]) -> str | None:
-    pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-    return next((style for key, style in plan.items() if fnmatch.fnmatchcase(pattern, key)), None)

@@ -164,12 +164,6 @@ def write_config(path: Path, config: PretrainConfig) -> None:
 def merged(config: Config, values: Mapping[str, Any], *, source: str, where: str = "") -> Config:
     """A configuration with some values replaced.
 
-    Args:
-        config: a dataclass, possibly of dataclasses.
-        values: nested as the configuration is.
-        source: what errors call the origin of the values.
-        where: dotted name of the section, for errors.
-
     Raises:
         InputError: an unknown key or a value of another type; names it.
 

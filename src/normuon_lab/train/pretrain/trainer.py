@@ -1,24 +1,26 @@
-"""What is due between the steps of a run: metrics, evaluations, checkpoints, a request to stop."""
+"""A run step by step: what it is built of, and what is due between its steps.
+
+That is metrics, evaluations and checkpoints.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.data.batches import TrainBatches
+from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.sequences import inputs_and_targets
-from normuon_lab.errors import RunsFailedError
+from normuon_lab.errors import RunsFailedError, counted, require
+from normuon_lab.train.arms.options import ArmOptions
+from normuon_lab.train.arms.registry import PRETRAINING_ARMS
 from normuon_lab.train.display import RunDisplay
 from normuon_lab.train.loop import (
     Batch,
@@ -28,151 +30,134 @@ from normuon_lab.train.loop import (
     has_nonfinite,
     learning_rate_factor,
 )
-from normuon_lab.train.model import next_token_loss
-from normuon_lab.train.pretrain.checkpoint_tensors import tensors_to_save
-from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter, RunPosition
-from normuon_lab.train.pretrain.config import PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, memory_bytes
-from normuon_lab.train.pretrain.parallel import autocast, reduce_only_after_last_
+from normuon_lab.train.model import (
+    config_values,
+    flops_per_token,
+    next_token_loss,
+    num_parameters,
+)
+from normuon_lab.train.pretrain.checkpoint import CheckpointDescription
+from normuon_lab.train.pretrain.checkpoint_tensors import restore_, tensors_to_save
+from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
+from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
+from normuon_lab.train.pretrain.metrics import MetricsLog, memory_bytes, peak_flops
+from normuon_lab.train.pretrain.parallel import (
+    autocast,
+    compute_dtype,
+    reduce_only_after_last_,
+    spread,
+)
 from normuon_lab.train.ranks import Ranks
-
-if TYPE_CHECKING:
-    from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
-
-
-INTERRUPT = "Ctrl-C"
-
-
-class StopRequest:
-    """A request to stop after the current step, which all ranks then do together.
-
-    SIGTERM, which schedulers send before they take the machine away, counts while this is open;
-    Ctrl-C within `interrupts_noted` alone, so that it ends at once what has no step to keep yet.
-    The signal only sets a flag: a step, or a checkpoint that is being written, ends first.
-
-    Attributes:
-        by: what asked, for messages.
-    """
-
-    def __init__(self) -> None:
-        self.by = ""
-
-    def __enter__(self) -> StopRequest:
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    @contextmanager
-    def interrupts_noted(self, ranks: Ranks) -> Iterator[None]:
-        """Note Ctrl-C too; a second one ends the process at once."""
-        self._speaks = ranks.is_main
-        before = signal.signal(signal.SIGINT, self._note_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked to stop; all ranks call this together."""
-        if not ranks.any(bool(self.by)):
-            return False
-        self.by = INTERRUPT if ranks.any(self.by == INTERRUPT) else "SIGTERM"
-        return True
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.by = "SIGTERM"
-
-    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.by = INTERRUPT
-        # By the system, since Python would wait for the end of a long operation.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self._speaks:
-            # Unbuffered: the signal may have come while a line was being printed.
-            text = "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
-            with suppress(OSError):
-                os.write(2, text.encode())
-
-
-@dataclass(slots=True, kw_only=True)
-class Training:
-    """All that a run consists of, built and restored.
-
-    Attributes:
-        config: resolved.
-        title: what is trained on what, in a line.
-        ranks: who trains.
-        model: spread over the ranks.
-        optimizers: those that step together, at their peak learning rates.
-        batches: training data, at its position.
-        validation: validation data, read anew at each evaluation.
-        writer: of checkpoints.
-        model_config: transformers' configuration, for checkpoints.
-        flops_per_token: of the model.
-        peak_flops: of all devices together; None where it is not known.
-        diagnostics: measures updates; None when not asked for.
-        step: finished steps.
-    """
-
-    config: PretrainConfig
-    title: str
-    ranks: Ranks
-    model: nn.Module
-    optimizers: Sequence[Optimizer]
-    batches: TrainBatches
-    validation: Iterable[Tensor]
-    writer: CheckpointWriter
-    model_config: Mapping[str, Any]
-    flops_per_token: int
-    peak_flops: float | None
-    diagnostics: MatrixDiagnostics | None
-    step: int
 
 
 class Trainer:
     """Trains until the last step, or until asked to stop.
 
     Args:
-        training: what to train.
-        metrics: where numbers go; None on ranks that write none.
+        config: resolved.
+        out: the run's folder; nothing is written before the first step.
+        ranks: who trains.
+        model: whole, on the CPU; it is spread over the ranks.
+        data: opened.
         display: what the terminal shows.
+        point: a checkpoint to go on from.
+
+    Attributes:
+        title: what is trained on what, in a line.
+        batches: training data, at its position.
+        writer: of checkpoints.
+        metrics: where numbers go; None on ranks that write none.
+
+    Raises:
+        InputError: model, data, ranks and checkpoint do not fit together.
     """
 
     def __init__(
-        self, training: Training, *, metrics: MetricsLog | None, display: RunDisplay
+        self,
+        config: PretrainConfig,
+        out: Path,
+        ranks: Ranks,
+        model: nn.Module,
+        data: PretrainData,
+        display: RunDisplay,
+        point: tuple[Path, CheckpointDescription] | None = None,
     ) -> None:
-        self._run = training
-        self._config = training.config
-        self._metrics = metrics
-        self._display = display
-        self._saved_step = training.step
-        steps, schedule = self._config.batch.steps, self._config.schedule
+        self._config, self._ranks, self._display = config, ranks, display
+        batch, schedule = config.batch, config.schedule
+        micro_size = micro_batch_size(batch, data_ranks=ranks.data_size)
+        self._flops_per_token = flops_per_token(model, sequence_length=batch.sequence_length).total
+        peak = peak_flops(ranks.device, config.metrics.device_tflops)
+        self._peak_flops = None if peak is None else peak * ranks.world_size
+        self._model_config = config_values(model)
+        self.title = _title(config, data, num_parameters(model))
+        self._model = spread(model, config.model, ranks)
+        forward_dtype = compute_dtype(config.model, ranks.device)
+        self._optimizers = build_optimizers(
+            self._model, config.optimizer, forward_dtype=forward_dtype
+        )
+        self.batches = data.train_batches(
+            global_batch_size=batch.batch_size,
+            micro_batch_size=micro_size,
+            rank=ranks.data_rank,
+            world_size=ranks.data_size,
+        )
+        self._validation: Iterable[Tensor] = ()
+        if config.evaluation.eval_every:
+            self._validation = data.validation_batches(
+                tokens=config.evaluation.eval_tokens,
+                batch_size=micro_size,
+                rank=ranks.data_rank,
+                world_size=ranks.data_size,
+            )
+        self.writer = CheckpointWriter(out, config.checkpoint, ranks)
+        self.metrics: MetricsLog | None = None
+        # First, because a restored optimizer has other param groups than it had.
+        step = 0 if point is None else self._restore_(*point)
+        self._diagnostics = None
+        if config.metrics.diagnose_every:
+            from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
+
+            # The first optimizer is the one of the hidden matrices.
+            self._diagnostics = MatrixDiagnostics(
+                self._model, self._optimizers[0], every=config.metrics.diagnose_every
+            )
         self._factor = partial(
             learning_rate_factor,
-            steps=steps,
+            steps=batch.steps,
             warmup_steps=schedule.warmup_steps,
-            decay_steps=schedule.decay_steps(steps),
+            decay_steps=schedule.decay_steps(batch.steps),
         )
         self._loop = TrainingLoop(
-            training.model,
-            training.optimizers,
+            self._model,
+            self._optimizers,
             batches=self._micro_batches(),
             loss=self._loss,
             factor=self._factor,
-            num_micro_batches=training.batches.share.micro_batches_per_step,
-            max_grad_norm=self._config.optimizer.max_grad_norm,
-            probe=training.diagnostics,
-            step=training.step,
-            device=training.ranks.device,
+            num_micro_batches=self.batches.share.micro_batches_per_step,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            probe=self._diagnostics,
+            step=step,
+            device=ranks.device,
         )
+        self._saved_step = step
 
-    def run(self, stop: StopRequest) -> bool:
+    @property
+    def step(self) -> int:
+        """Finished steps."""
+        return self._loop.step
+
+    def _restore_(self, path: Path, description: CheckpointDescription) -> int:
+        self.batches.load_state_dict(description.data_state)
+        restore_(
+            path,
+            self._model,
+            self._optimizers,
+            self._ranks,
+            world_size_then=description.world_size,
+        )
+        return description.step
+
+    def run(self, should_stop: Callable[[], bool]) -> bool:
         """Train; a checkpoint is written at the end, whichever it is.
 
         Returns:
@@ -183,12 +168,10 @@ class Trainer:
             InputError: the data cannot be read any more.
         """
         is_done = self._loop.run(
-            self._config.batch.steps,
-            after_step=self._after_step,
-            should_stop=lambda: stop.agreed(self._run.ranks),
+            self._config.batch.steps, after_step=self._after_step, should_stop=should_stop
         )
         self._save()
-        self._run.writer.wait()
+        self.writer.wait()
         return is_done
 
     def advance(self) -> None:
@@ -196,29 +179,27 @@ class Trainer:
         self._after_step(self._loop.advance())
 
     def _micro_batches(self) -> Iterator[Batch]:
-        run = self._run
         for number in count(1):
-            tokens = next(run.batches).to(run.ranks.device, non_blocking=True)
-            is_last = number % run.batches.share.micro_batches_per_step == 0
-            reduce_only_after_last_(run.model, is_last=is_last)
+            tokens = next(self.batches).to(self._ranks.device, non_blocking=True)
+            is_last = number % self.batches.share.micro_batches_per_step == 0
+            reduce_only_after_last_(self._model, is_last=is_last)
             yield inputs_and_targets(tokens)
 
     def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        with autocast(self._config.model, self._run.ranks):
+        with autocast(self._config.model, self._ranks):
             return next_token_loss(model, inputs, targets)
 
     def _after_step(self, step: FinishedStep) -> None:
         """What is due at the border between two steps; the loss is checked before it is saved."""
-        number = self._run.step = step.number
-        config, diagnostics = self._config, self._run.diagnostics
+        number, config = step.number, self._config
         is_last = number == config.batch.steps
         saves = is_last or _is_due(number, config.checkpoint.save_every)
         evaluates = config.evaluation.eval_every > 0 and (
             is_last or _is_due(number, config.evaluation.eval_every)
         )
         measured = dict(step.measured)
-        if measured and diagnostics is not None:
-            measured["diagnostics_seconds"] = diagnostics.last_seconds
+        if measured and self._diagnostics is not None:
+            measured["diagnostics_seconds"] = self._diagnostics.last_seconds
         if saves or evaluates or measured or _is_due(number, config.metrics.log_every):
             self._log(step, measured)
         if evaluates:
@@ -227,14 +208,13 @@ class Trainer:
             self._save()
 
     def _log(self, step: FinishedStep, measured: Mapping[str, float]) -> None:
-        run = self._run
-        loss = float(run.ranks.sum_over_data_(step.loss.clone()) / run.ranks.data_size)
+        loss = float(self._ranks.sum_over_data_(step.loss.clone()) / self._ranks.data_size)
         assert step.gradient_norm is not None
         norm = float(step.gradient_norm)
         self._check_finite(train_loss=loss, gradient_norm=norm)
         times = self._loop.clock.take()
         tokens_per_second = times.steps * self._config.batch.tokens_per_step / times.seconds
-        in_use, peak = memory_bytes(run.ranks.device)
+        in_use, peak = memory_bytes(self._ranks.device)
         row = {
             "tokens": self._tokens,
             "train_loss": loss,
@@ -247,25 +227,24 @@ class Trainer:
             "peak_memory_bytes": peak,
             **measured,
         }
-        if run.peak_flops is not None:
-            row["mfu"] = tokens_per_second * run.flops_per_token / run.peak_flops
-        if self._metrics is not None:
-            self._metrics.log(run.step, row)
-        self._display.advance(run.step, row)
+        if self._peak_flops is not None:
+            row["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+        if self.metrics is not None:
+            self.metrics.log(self.step, row)
+        self._display.advance(self.step, row)
 
     def _evaluate(self) -> None:
-        run = self._run
         (value,) = evaluate(
-            run.model,
-            map(inputs_and_targets, run.validation),
+            self._model,
+            map(inputs_and_targets, self._validation),
             lambda *batch: (self._loss(*batch),),
-            ranks=run.ranks,
+            ranks=self._ranks,
             sequence_length=self._config.batch.sequence_length,
         )
         self._check_finite(validation_loss=value)
-        if self._metrics is not None:
-            self._metrics.log(run.step, {"tokens": self._tokens, "validation_loss": value})
-        self._display.say(f"step {run.step}  validation loss {value:.4f}")
+        if self.metrics is not None:
+            self.metrics.log(self.step, {"tokens": self._tokens, "validation_loss": value})
+        self._display.say(f"step {self.step}  validation loss {value:.4f}")
 
     def _check_finite(self, **values: float) -> None:
         for name, value in values.items():
@@ -274,31 +253,90 @@ class Trainer:
 
     def _fail(self, what: str) -> NoReturn:
         raise RunsFailedError(
-            f"the {what} at step {self._run.step}: training stopped, earlier checkpoints are "
+            f"the {what} at step {self.step}: training stopped, earlier checkpoints are "
             "intact; try a lower --lr"
         )
 
     def _save(self) -> None:
         """Write a checkpoint, unless there is one of this step already."""
-        run = self._run
-        if run.step == self._saved_step:
+        if self.step == self._saved_step:
             return
-        if run.ranks.any(bool(has_nonfinite(run.model.parameters()))):
+        if self._ranks.any(bool(has_nonfinite(self._model.parameters()))):
             self._fail("weights are no longer finite")
-        position = RunPosition(
-            step=run.step,
+        description = CheckpointDescription(
+            step=self.step,
             tokens=self._tokens,
+            world_size=self._ranks.world_size,
             config=self._config.to_values(),
-            model_config=dict(run.model_config),
-            data_state=run.batches.state_dict(),
+            model_config=self._model_config,
+            data_state=self.batches.state_dict(),
         )
-        run.writer.save(tensors_to_save(run.model, run.optimizers, run.ranks), position)
-        self._saved_step = run.step
+        self.writer.save(tensors_to_save(self._model, self._optimizers, self._ranks), description)
+        self._saved_step = self.step
 
     @property
     def _tokens(self) -> int:
-        return self._run.step * self._config.batch.tokens_per_step
+        return self.step * self._config.batch.tokens_per_step
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
+) -> list[Optimizer]:
+    """The optimizers of an arm, at their peak learning rates."""
+    normuon: list[tuple[str, Any]] = [("equilibrate", True)] if config.equilibrate else []
+    if config.momentum_dtype != "auto":
+        normuon.append(("momentum_dtype", config.momentum_dtype))
+    options = ArmOptions(
+        adam_lr=config.adam_lr,
+        embedding_lr=config.embedding_lr,
+        head_lr=config.head_lr,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        momentum=config.momentum,
+        beta2=config.beta2,
+        ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
+        split_heads=config.split_heads,
+        normuon=tuple(normuon),
+    )
+    return PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
+
+
+def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
+    """Sequences that a rank takes at once: those asked for, or all of its share if that is less.
+
+    Raises:
+        InputError: the batch does not divide.
+
+    Example:
+        >>> micro_batch_size(BatchConfig(batch_size=16, micro_batch_size=16), data_ranks=4)
+        4
+    """
+    require(
+        batch.batch_size % data_ranks == 0,
+        f"--batch-size {batch.batch_size} does not split over "
+        f"{counted(data_ranks, 'data-parallel rank')}",
+    )
+    share = batch.batch_size // data_ranks
+    size = min(batch.micro_batch_size, share)
+    require(
+        share % size == 0,
+        f"a rank's {counted(share, 'sequence')} of a step do not split into micro batches of "
+        f"{size}: give another --micro-batch-size",
+    )
+    return size
+
+
+def _title(config: PretrainConfig, data: PretrainData, size: int) -> str:
+    """Which model, and how large, on which data, and how much, in a line."""
+    described = data.describe()
+    source = ", ".join(described["source"])
+    amount = (
+        counted(described["train_tokens"], "token")
+        if "train_tokens" in described
+        else f"streamed from {counted(described['files'], 'file')}"
+    )
+    return f"{config.model.model} ({counted(size, 'parameter')}) on {source} ({amount})"

@@ -4,64 +4,38 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.loading import open_data
 from normuon_lab.errors import counted, require
 from normuon_lab.machine import denormals_flushed
-from normuon_lab.train.arms.options import ArmOptions
-from normuon_lab.train.arms.registry import PRETRAINING_ARMS
 from normuon_lab.train.display import RunDisplay
-from normuon_lab.train.model import (
-    build_named_model,
-    config_of,
-    config_values,
-    flops_per_token,
-    num_parameters,
-)
+from normuon_lab.train.model import build_named_model, config_of, config_values
 from normuon_lab.train.pretrain.checkpoint import (
     CONFIG_FILE,
-    ResumePoint,
     begin,
     find_resume_point,
     newest_complete,
 )
-from normuon_lab.train.pretrain.checkpoint_tensors import restore_
-from normuon_lab.train.pretrain.checkpoint_writer import CheckpointWriter
-from normuon_lab.train.pretrain.config import BatchConfig, OptimizerConfig, PretrainConfig
-from normuon_lab.train.pretrain.metrics import MetricsLog, check_trackers, peak_flops
-from normuon_lab.train.pretrain.parallel import compute_dtype, joined, spread
-from normuon_lab.train.pretrain.trainer import INTERRUPT, StopRequest, Trainer, Training
+from normuon_lab.train.pretrain.config import PretrainConfig
+from normuon_lab.train.pretrain.metrics import MetricsLog, check_trackers
+from normuon_lab.train.pretrain.parallel import joined
+from normuon_lab.train.pretrain.trainer import Trainer
 from normuon_lab.train.ranks import Ranks
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainRequest:
-    """What `normuon train` is asked for.
-
-    Attributes:
-        config: resolved.
-        out: the run's folder.
-        resume: see `find_resume_point`.
-    """
-
-    config: PretrainConfig
-    out: Path
-    resume: str
-
-
-def train(request: TrainRequest, console: Console) -> None:
+def train(config: PretrainConfig, out: Path, *, resume: str, console: Console) -> None:
     """Train, alone or as one of torchrun's ranks.
 
     SIGTERM and Ctrl-C end it after the current step, with a checkpoint.
@@ -71,7 +45,6 @@ def train(request: TrainRequest, console: Console) -> None:
         RunsFailedError: training failed; the checkpoints before are untouched.
         KeyboardInterrupt: Ctrl-C ended it.
     """
-    config = request.config
     check_trackers(config.metrics.trackers)
     with StopRequest() as stop, denormals_flushed(), joined(config.parallel) as ranks:
         # A process alone saves and loads alone; torch would say so each time.
@@ -81,196 +54,109 @@ def train(request: TrainRequest, console: Console) -> None:
         )
         torch.manual_seed(config.seed + ranks.data_rank)  # For dropout.
         model_config = config_values(model)
-        point = ranks.on_main(
-            lambda: find_resume_point(request.out, request.resume, config, model_config)
-        )
+        point = ranks.on_main(lambda: find_resume_point(out, resume, config, model_config))
         data = open_data(
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )
         _check_fit(config, data, model)
-        training = assemble(request, ranks, model, data)
-        if point is not None:
-            _go_on_from_(point, training)
-        ranks.on_main(lambda: begin(request.out, config))
+        first_step = 0 if point is None else point[1].step
+        display = RunDisplay(
+            console, step=first_step, steps=config.batch.steps, enabled=ranks.is_main
+        )
+        trainer = Trainer(config, out, ranks, model, data, display, point)
+        ranks.on_main(lambda: begin(out, config))
         try:
-            is_interrupted = _run(training, request, stop, console)
+            if ranks.is_main:
+                trainer.metrics = MetricsLog(
+                    out,
+                    step=first_step,
+                    trackers=config.metrics.trackers,
+                    config=config.to_values(),
+                )
+            with trainer.metrics or nullcontext(), display, stop.interrupts_noted(ranks):
+                display.say(f"training {trainer.title}, into {out}")
+                if first_step:
+                    display.say(f"continuing from step {first_step}")
+                is_done = trainer.run(lambda: stop.agreed(ranks))
+            _say_how_it_ended(
+                display, out, stopped_by="" if is_done else stop.by, step=trainer.step
+            )
         finally:
-            training.writer.close()
-            training.batches.close()
-    if is_interrupted:
+            trainer.writer.close()
+            trainer.batches.close()
+    if not is_done and stop.by == INTERRUPT:
         raise KeyboardInterrupt
 
 
-def build_optimizers(
-    model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
-) -> list[Optimizer]:
-    """The optimizers of an arm, at their peak learning rates.
-
-    Args:
-        model: as it will be trained, spread over its ranks.
-        config: of the optimizer.
-        forward_dtype: what the model computes in.
-    """
-    normuon: list[tuple[str, Any]] = [("equilibrate", True)] if config.equilibrate else []
-    if config.momentum_dtype != "auto":
-        normuon.append(("momentum_dtype", config.momentum_dtype))
-    options = ArmOptions(
-        adam_lr=config.adam_lr,
-        embedding_lr=config.embedding_lr,
-        head_lr=config.head_lr,
-        weight_decay=config.weight_decay,
-        betas=config.betas,
-        momentum=config.momentum,
-        beta2=config.beta2,
-        ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
-        split_heads=config.split_heads,
-        normuon=tuple(normuon),
-    )
-    return PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
-
-
-def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
-    """Sequences that a rank takes at once: those asked for, or all of its share if that is less.
-
-    Raises:
-        InputError: the batch does not divide.
-
-    Example:
-        >>> micro_batch_size(BatchConfig(batch_size=16, micro_batch_size=16), data_ranks=4)
-        4
-    """
-    require(
-        batch.batch_size % data_ranks == 0,
-        f"--batch-size {batch.batch_size} does not split over "
-        f"{counted(data_ranks, 'data-parallel rank')}",
-    )
-    share = batch.batch_size // data_ranks
-    size = min(batch.micro_batch_size, share)
-    require(
-        share % size == 0,
-        f"a rank's {counted(share, 'sequence')} of a step do not split into micro batches of "
-        f"{size}: give another --micro-batch-size",
-    )
-    return size
-
-
-def assemble(request: TrainRequest, ranks: Ranks, model: nn.Module, data: PretrainData) -> Training:
-    """The run at its start.
-
-    Args:
-        request: what is asked for; nothing is written.
-        ranks: who trains.
-        model: whole, on the CPU; it is spread over the ranks.
-        data: opened.
-
-    Raises:
-        InputError: model, data and ranks do not fit together.
-    """
-    config = request.config
-    micro_size = micro_batch_size(config.batch, data_ranks=ranks.data_size)
-    flops = flops_per_token(model, sequence_length=config.batch.sequence_length)
-    peak = peak_flops(ranks.device, config.metrics.device_tflops)
-    model_config, size = config_values(model), num_parameters(model)
-    model = spread(model, config.model, ranks)
-    forward_dtype = compute_dtype(config.model, ranks.device)
-    optimizers = build_optimizers(model, config.optimizer, forward_dtype=forward_dtype)
-    diagnostics = None
-    if config.metrics.diagnose_every:
-        from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
-
-        # The first optimizer is the one of the hidden matrices.
-        every = config.metrics.diagnose_every
-        diagnostics = MatrixDiagnostics(model, optimizers[0], every=every)
-    return Training(
-        config=config,
-        ranks=ranks,
-        model=model,
-        title=_title(config, data, size),
-        optimizers=optimizers,
-        batches=data.train_batches(
-            global_batch_size=config.batch.batch_size,
-            micro_batch_size=micro_size,
-            rank=ranks.data_rank,
-            world_size=ranks.data_size,
-        ),
-        validation=_validation(config, data, ranks, micro_size),
-        writer=CheckpointWriter(request.out, config.checkpoint, ranks),
-        model_config=model_config,
-        flops_per_token=flops.total,
-        peak_flops=None if peak is None else peak * ranks.world_size,
-        diagnostics=diagnostics,
-        step=0,
-    )
-
-
-def _validation(
-    config: PretrainConfig, data: PretrainData, ranks: Ranks, batch_size: int
-) -> Iterable[Tensor]:
-    if config.evaluation.eval_every == 0:
-        return ()
-    return data.validation_batches(
-        tokens=config.evaluation.eval_tokens,
-        batch_size=batch_size,
-        rank=ranks.data_rank,
-        world_size=ranks.data_size,
-    )
-
-
-def _title(config: PretrainConfig, data: PretrainData, size: int) -> str:
-    """Which model, and how large, on which data, and how much, in a line."""
-    described = data.describe()
-    source = ", ".join(described["source"])
-    amount = (
-        counted(described["train_tokens"], "token")
-        if "train_tokens" in described
-        else f"streamed from {counted(described['files'], 'file')}"
-    )
-    return f"{config.model.model} ({counted(size, 'parameter')}) on {source} ({amount})"
-
-
-def _go_on_from_(point: ResumePoint, training: Training) -> None:
-    description = point.description
-    training.batches.load_state_dict(description.data_state)
-    restore_(
-        point.path,
-        training.model,
-        training.optimizers,
-        training.ranks,
-        world_size_then=description.world_size,
-    )
-    training.step = description.step
-
-
-def _run(training: Training, request: TrainRequest, stop: StopRequest, console: Console) -> bool:
-    """Train, and say how it ended; whether Ctrl-C ended it."""
-    ranks, config, first_step = training.ranks, training.config, training.step
-    display = RunDisplay(console, step=first_step, steps=config.batch.steps, enabled=ranks.is_main)
-    metrics = (
-        MetricsLog(
-            request.out,
-            step=first_step,
-            trackers=config.metrics.trackers,
-            config=config.to_values(),
-        )
-        if ranks.is_main
-        else None
-    )
-    with metrics or nullcontext(), display, stop.interrupts_noted(ranks):
-        display.say(f"training {training.title}, into {request.out}")
-        if first_step:
-            display.say(f"continuing from step {first_step}")
-        is_done = Trainer(training, metrics=metrics, display=display).run(stop)
-    kept = newest_complete(request.out)
-    if is_done:
+def _say_how_it_ended(display: RunDisplay, out: Path, stopped_by: str, *, step: int) -> None:
+    kept = newest_complete(out)
+    if not stopped_by:
         display.say(f"done: {kept}")
     elif kept is None:
-        display.say(f"stopped by {stop.by} before the first step")
+        display.say(f"stopped by {stopped_by} before the first step")
     else:
-        display.say(
-            f"stopped by {stop.by} after step {training.step}, which is saved; continue with:"
-        )
-        display.say(_resume_command(request.out))
-    return not is_done and stop.by == INTERRUPT
+        display.say(f"stopped by {stopped_by} after step {step}, which is saved; continue with:")
+        display.say(_resume_command(out))
+
+
+INTERRUPT = "Ctrl-C"
+
+
+class StopRequest:
+    """A request to stop after the current step, which all ranks then do together.
+
+    SIGTERM, which schedulers send before they take the machine away, counts while this is open;
+    Ctrl-C within `interrupts_noted` alone, so that it ends at once what has no step to keep yet.
+    The signal only sets a flag: a step, or a checkpoint that is being written, ends first.
+
+    Attributes:
+        by: what asked, for messages.
+    """
+
+    def __init__(self) -> None:
+        self.by = ""
+
+    def __enter__(self) -> StopRequest:
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    @contextmanager
+    def interrupts_noted(self, ranks: Ranks) -> Iterator[None]:
+        """Note Ctrl-C too; a second one ends the process at once."""
+        self._speaks = ranks.is_main
+        before = signal.signal(signal.SIGINT, self._note_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop; all ranks call this together."""
+        if not ranks.any(bool(self.by)):
+            return False
+        self.by = INTERRUPT if ranks.any(self.by == INTERRUPT) else "SIGTERM"
+        return True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.by = "SIGTERM"
+
+    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.by = INTERRUPT
+        # By the system, since Python would wait for the end of a long operation.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._speaks:
+            # Unbuffered: the signal may have come while a line was being printed.
+            text = "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
+            with suppress(OSError):
+                os.write(2, text.encode())
 
 
 def _resume_command(out: Path) -> str:

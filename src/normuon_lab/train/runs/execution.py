@@ -26,14 +26,6 @@ def execute(
 ) -> None:
     """Do all jobs and hand over each record as it comes.
 
-    Args:
-        jobs: the runs, in order of start.
-        experiment: what they share.
-        task: its data.
-        console: where to show progress.
-        on_finished: called with every run's specification and record.
-        num_done: runs of the experiment's length that were finished earlier, for the counter.
-
     Raises:
         RunsFailedError: after all other jobs are done, if any failed.
     """

@@ -92,10 +92,6 @@ def objective_name(training: TrainConfig) -> str:
 def objective(record: RunRecord, training: TrainConfig) -> float | None:
     """The final validation loss, or where runs stop at an accuracy, the steps to it.
 
-    Args:
-        record: a run.
-        training: its experiment's.
-
     Returns:
         The number; None for a run that diverged, where the loss counts.
     """

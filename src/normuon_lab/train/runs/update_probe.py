@@ -32,11 +32,6 @@ class UpdateProbe:
     The update is taken per unit of learning rate. Where the optimizer orthogonalises a momentum,
     that is measured too, as `momentum`: it is what the update would be without orthogonalisation
     and scaling. Measured are the matrices of the first and the last layer.
-
-    Args:
-        model: the model; its parameters are read, never written.
-        optimizers: those that step the model, asked for learning rate and weight decay.
-        steps: length of the run.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, steps: int) -> None:

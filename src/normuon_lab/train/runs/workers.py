@@ -93,12 +93,9 @@ def run_jobs(
             ready = wait([worker.connection for worker in workers])
             for worker in [worker for worker in workers if worker.connection in ready]:
                 event = worker.receive()
-                if event is None:
+                if not worker.alive:
                     workers.remove(worker)
-                elif not worker.alive:
-                    workers.remove(worker)
-                    yield event
-                else:
+                if event is not None:
                     yield event
     finally:
         for worker in workers:

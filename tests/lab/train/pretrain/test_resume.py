@@ -114,6 +114,27 @@ def test_sigterm_keeps_the_step_and_ends_well(
     assert steps == list(range(1, 61))
 
 
+def measured_updates(out: Path) -> list[dict[str, float]]:
+    rows = read_metrics(out / "metrics.jsonl")
+    names = {name for row in rows for name in row if name.startswith("diagnostics/")}
+    return [{name: row[name] for name in names & row.keys()} for row in rows]
+
+
+def test_a_resumed_run_measures_the_same_updates(tmp_path: Path, words: Words) -> None:
+    """Restoring gives an optimizer new param groups, whose rate is the one that changes."""
+    run = [
+        *words(**{"steps": 8, "save-every": 4, "diagnose": "every=2"}),
+        "--out",
+        tmp_path / "out",
+    ]
+    Job(run, tmp_path / "first").wait().check()
+    whole = measured_updates(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000008")
+    Job([*run, "--resume", "auto"], tmp_path / "second").wait().check()
+    assert measured_updates(tmp_path / "out") == whole
+    assert [bool(row) for row in whole] == [False, True] * 4
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ctrl_c_keeps_the_step_and_says_what_to_type(
     tmp_path: Path, words: Words, text_file: Path, world_size: int
