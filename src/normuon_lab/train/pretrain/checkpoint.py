@@ -157,11 +157,15 @@ def hash_files(paths: list[Path]) -> dict[str, str]:
     Raises:
         InputError: a file cannot be read.
     """
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return dict(zip((path.name for path in paths), pool.map(_sha256, paths), strict=True))
+
+
+def _sha256(path: Path) -> str:
     try:
-        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-            return dict(zip((path.name for path in paths), pool.map(sha256_of, paths), strict=True))
+        return sha256_of(path)
     except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _digest_of(values: dict[str, Any]) -> str:
