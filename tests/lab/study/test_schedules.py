@@ -12,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import isotonic_regression
 
-from normuon_lab.study.statistics import (
+from normuon_lab.study.statistics import estimates
+from normuon_lab.study.statistics.estimates import bootstrap_interval, paired_test
+from normuon_lab.study.statistics.schedules import (
     StepsSaved,
-    bootstrap_interval,
-    estimates,
-    paired_test,
+    falling_fit,
     steps_saved_by_schedules,
     steps_saved_to_threshold,
     steps_to_reach,
 )
-from normuon_lab.study.statistics.schedules import falling_fit
 
 LENGTHS = [250, 315, 400, 500, 630]
 losses = st.lists(st.floats(1.0, 5.0), min_size=2, max_size=6)

@@ -7,13 +7,8 @@ import math
 import pytest
 from scipy import stats
 
-from normuon_lab.study.statistics import (
-    Curve,
-    compare_arms,
-    points_between,
-    steps_to_target,
-    t_interval,
-)
+from normuon_lab.study.statistics.curves import Curve, compare_arms, points_between, steps_to_target
+from normuon_lab.study.statistics.estimates import t_interval
 
 
 def test_interval_by_hand() -> None:

@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 from normuon_lab.plot_style import INK, MUTED, color_of, dash_of, marker_of
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.statistics import Comparison, steps_to_target
+from normuon_lab.study.statistics.curves import Comparison, steps_to_target
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.web_page import apply_style, stack_when_narrow
 

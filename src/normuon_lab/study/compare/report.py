@@ -19,7 +19,7 @@ from normuon_lab.study.compare.summary import (
     verdict,
 )
 from normuon_lab.study.compare.update_figures import update_figure
-from normuon_lab.study.statistics import METHOD
+from normuon_lab.study.statistics.curves import METHOD
 from normuon_lab.train.arms.registry import ARMS
 from normuon_lab.web_page import render_page
 

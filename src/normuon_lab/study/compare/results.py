@@ -12,7 +12,7 @@ from normuon_lab.atomic_files import prove_folder, read_json
 from normuon_lab.command_line import command_with
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
-from normuon_lab.study.statistics import (
+from normuon_lab.study.statistics.curves import (
     METHOD,
     Comparison,
     Curve,

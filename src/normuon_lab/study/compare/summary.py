@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon_lab.study.compare.results import Results
-from normuon_lab.study.statistics import Comparison, Estimate, t_interval
+from normuon_lab.study.statistics.curves import Comparison
+from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from normuon_lab.train.arms.registry import ARMS
 
 

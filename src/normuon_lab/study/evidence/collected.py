@@ -16,6 +16,8 @@ from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_ru
 from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.runs.records import RunRecord, objective
 
+FINAL_LOSS = "final loss"
+
 UPDATES_OF = ("adamw", "adam-mini", "muon", "normuon")
 """The arms of the paper's Fig. 1."""
 
@@ -57,6 +59,12 @@ class CellEvidence:
     def target_accuracy(self) -> float | None:
         """The held-out accuracy to which steps are counted; None where final losses count."""
         return self.cell.experiment.training.stop_at_accuracy
+
+    @property
+    def measure(self) -> str:
+        """What the cell's steps are counted to, in words."""
+        accuracy = self.target_accuracy
+        return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
 
     def steps_to_accuracy(self, arm: str) -> dict[int, float]:
         """By seed, an arm's steps to the target accuracy; see `objective` for runs that miss it."""
@@ -112,10 +120,6 @@ class CellEvidence:
             if "momentum" in update
         }
         return {"momentum": with_momentum, **updates} if with_momentum else updates
-
-    def num_trials(self, arm: str) -> int | None:
-        """How many trials the arm's tuning had; None where it was not tuned."""
-        return len(self.tuning[arm]["trials"]) if arm in self.tuning else None
 
 
 def shortfalls(what: str, counts: Mapping[str, int], wanted: int) -> list[str]:

@@ -18,9 +18,8 @@ from normuon_lab.study.evidence import paper, protocol
 from normuon_lab.study.evidence.collected import CellEvidence, shortfalls
 from normuon_lab.study.evidence.paper_claims import interval_words, p_words, paper_claims
 from normuon_lab.study.evidence.short_answer import lead, own_rates, own_rates_matter_more
-from normuon_lab.study.evidence.table1 import measure_of
 from normuon_lab.study.evidence.verdicts import ALPHA
-from normuon_lab.study.statistics import t_interval
+from normuon_lab.study.statistics.estimates import t_interval
 
 FIGURES_FOLDER = "figures/results"
 UPDATE_FIGURES = ("singular-values", "row-norms")
@@ -78,7 +77,6 @@ def render_page(
         claims=paper_claims(evidence, table1, table2),
         own_rates_matter_more=own_rates_matter_more(evidence, table1),
         own_rates={found.cell.name: own_rates(found) for found in evidence},
-        measures={found.cell.name: measure_of(found) for found in evidence},
         missing={found.cell.name: missing_words(found) for found in evidence},
         tables={found.cell.name: _tables(found, table1) for found in evidence},
         update_figures={

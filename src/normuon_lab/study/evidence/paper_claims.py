@@ -10,9 +10,9 @@ import numpy as np
 
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
-from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.collected import FINAL_LOSS, CellEvidence
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS
-from normuon_lab.study.evidence.table1 import FINAL_LOSS, mirrored_bounds, negative
+from normuon_lab.study.evidence.table1 import mirrored_bounds, negative
 from normuon_lab.study.evidence.table2 import expected_hidden_state
 from normuon_lab.study.evidence.verdicts import (
     Finding,
@@ -21,7 +21,7 @@ from normuon_lab.study.evidence.verdicts import (
     verdict_by_count,
     verdict_in_cell,
 )
-from normuon_lab.study.statistics import paired_test, t_interval
+from normuon_lab.study.statistics.estimates import paired_test, t_interval
 
 EARLY = 0.2
 """The share of the steps at which "early" is read."""

@@ -128,14 +128,9 @@ class Cell:
 
     Attributes:
         name: of its folder and its studies.
-        task: what is learned, for tables.
-        size: how large the model is, for tables.
-        experiment: model, training and data that all its runs share.
         other_arms: arms whose learning rate alone is tuned, besides the main ones.
         varied: NorMuon's other hyperparameters that are varied in it, of `SENSITIVITY`.
-        starts: where the search of each arm begins.
-        full_trials: trials of a main arm.
-        rate_trials: trials of another arm.
+        full_trials: trials of a main arm; `rate_trials` are those of another one.
     """
 
     name: str

@@ -32,7 +32,7 @@ from normuon_lab.study.evidence.runs_store import read_runs
 from normuon_lab.study.evidence.verdicts import Finding
 from normuon_lab.study.search.lattice import Losses, best_place, is_interior, next_round
 from normuon_lab.study.search.space import AXES, Place
-from normuon_lab.study.statistics import paired_test, t_interval
+from normuon_lab.study.statistics.estimates import paired_test, t_interval
 from normuon_lab.train.runs.records import RunRecord
 
 FOLDER = "recent-rivals"

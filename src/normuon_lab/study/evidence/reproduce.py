@@ -53,12 +53,6 @@ def repeat_runs(
 ) -> list[Repeat]:
     """Repeat the main arms' full-length runs of a cell on some of the claim seeds.
 
-    Args:
-        cell: the cell.
-        seeds: which claim seeds.
-        results: folder of the published runs.
-        console: where to show progress.
-
     Raises:
         InputError: nothing is published for that, or it was made from another text.
     """
@@ -78,7 +72,16 @@ def repeat_runs(
         )
     from normuon_lab.train.runs.execution import execute_specs
 
-    published = {_spec(run.record): run.record for run in chosen}
+    published = {
+        RunSpec(
+            arm=run.record.arm,
+            seed=run.record.seed,
+            learning_rate=run.record.learning_rate,
+            options=ArmOptions.from_json(run.record.options),
+            steps=run.record.steps,
+        ): run.record
+        for run in chosen
+    }
     repeated = execute_specs(list(published), cell.experiment, corpus, console=console)
     return [Repeat(record, repeated[spec]) for spec, record in published.items()]
 
@@ -97,16 +100,6 @@ def table_of(repeats: Sequence[Repeat]) -> Table:
             repeat.verdict,
         )
     return table
-
-
-def _spec(record: RunRecord) -> RunSpec:
-    return RunSpec(
-        arm=record.arm,
-        seed=record.seed,
-        learning_rate=record.learning_rate,
-        options=ArmOptions.from_json(record.options),
-        steps=record.steps,
-    )
 
 
 def _loss(value: float | None) -> str:

@@ -17,10 +17,7 @@ from normuon_lab.train.runs.records import RunRecord
 KIND = "normuon evidence run"
 SCHEMA_VERSION = 1
 
-RUNS_FOLDER = "runs"
-SENSITIVITY_FOLDER = "sensitivity"
-TUNING_FOLDER = "tuning"
-FOLDERS = {"claim": RUNS_FOLDER, "sensitivity": SENSITIVITY_FOLDER, "tuning": TUNING_FOLDER}
+FOLDERS = {"claim": "runs", "sensitivity": "sensitivity", "tuning": "tuning"}
 """Inside a cell's folder, by what the runs were for."""
 SWEEP_FILE = "sweep.json"
 
@@ -64,13 +61,7 @@ class StoredRun:
 
 
 def write_run(folder: Path, run: StoredRun, provenance: Mapping[str, Any]) -> None:
-    """Keep a run.
-
-    Args:
-        folder: the results' folder.
-        run: the run.
-        provenance: further fields: experiment, corpus, machine, date.
-    """
+    """Keep a run, with further fields of `provenance`: experiment, corpus, machine, date."""
     values: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,

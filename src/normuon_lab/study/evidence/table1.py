@@ -13,13 +13,11 @@ from typing import Any
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, baselines_of
-from normuon_lab.study.statistics import (
-    Estimate,
-    Interval,
+from normuon_lab.study.statistics.estimates import Estimate, Interval, t_interval
+from normuon_lab.study.statistics.schedules import (
     StepsSaved,
     steps_saved_by_schedules,
     steps_saved_to_threshold,
-    t_interval,
 )
 from normuon_lab.train.runs.records import MISSED_FACTOR
 
@@ -29,8 +27,6 @@ SavedByPair = Mapping[tuple[str, str, str], StepsSaved]
 KIND = "normuon evidence table1"
 SCHEMA_VERSION = 1
 FILE = "table1.json"
-
-FINAL_LOSS = "final loss"
 
 METHOD = (
     "Steps saved: 100 (1 - n*/N), where N is the full length of the schedule and n* the length of "
@@ -69,31 +65,25 @@ def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
     """What an arm saves of a baseline's steps in a cell."""
-    if found.target_accuracy is not None:
-        return _steps_saved_to_accuracy(found, arm, baseline)
-    target = found.final_losses(baseline).get(found.full_steps, {})
-    losses = found.final_losses(arm)
-    for name, there in ((arm, losses), (baseline, target)):
+    counts_losses = found.target_accuracy is None
+    runs = {name: found.full_runs(name) for name in (arm, baseline)}
+    if counts_losses:
+        # Of the arm any length will do.
+        runs[arm] = [run for run in found.runs if run.arm == arm]
+    for name, there in runs.items():
         if not there:
             return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
-    return steps_saved_by_schedules(losses, target, full_steps=found.full_steps)
-
-
-def measure_of(found: CellEvidence) -> str:
-    """What a cell's steps are counted to, in words."""
-    accuracy = found.target_accuracy
-    return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
-
-
-def _steps_saved_to_accuracy(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
-    steps = {name: found.steps_to_accuracy(name) for name in (arm, baseline)}
-    for name, by_seed in steps.items():
-        if not by_seed:
-            return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
-    saved = steps_saved_to_threshold(steps[arm], steps[baseline])
-    missed = {name: found.missed_accuracy(name) for name in steps}
+    if counts_losses:
+        target = found.final_losses(baseline)[found.full_steps]
+        return steps_saved_by_schedules(
+            found.final_losses(arm), target, full_steps=found.full_steps
+        )
+    saved = steps_saved_to_threshold(
+        found.steps_to_accuracy(arm), found.steps_to_accuracy(baseline)
+    )
+    missed = {name: found.missed_accuracy(name) for name in runs}
     notes = [
-        f"{label_of(name)} never had the accuracy in {len(seeds)} of {len(steps[name])} runs, "
+        f"{label_of(name)} never had the accuracy in {len(seeds)} of {len(runs[name])} runs, "
         f"which count as {MISSED_FACTOR:g} times their length"
         for name, seeds in missed.items()
         if seeds
@@ -103,19 +93,17 @@ def _steps_saved_to_accuracy(found: CellEvidence, arm: str, baseline: str) -> St
 
 def _row(found: CellEvidence, arm: str, baseline: str, saved: StepsSaved) -> dict[str, Any]:
     return {
-        "task": found.cell.task,
-        "size": found.cell.size,
-        "cell": found.cell.name,
+        **_cell_fields(found),
         "arm": arm,
         "baseline": baseline,
-        "measure": measure_of(found),
+        "measure": found.measure,
         "steps_saved_percent": _rounded(saved.percent),
         "ci95": _bounds(saved.interval),
         "ci95_method": saved.interval.method if saved.interval else None,
         "ci95_t": _bounds(saved.by_seed),
         **_test_fields(found, saved),
         "claim_seeds": list(saved.seeds),
-        "tuning_trials": found.num_trials(arm),
+        "tuning_trials": len(found.tuning[arm]["trials"]) if arm in found.tuning else None,
         "tuning_is_interior": found.tuning.get(arm, {}).get("is_interior"),
         "reason_if_missing": saved.reason,
         "at_least_percent": _rounded(saved.at_least),
@@ -128,10 +116,8 @@ def _rescale_row(found: CellEvidence) -> dict[str, Any]:
     """How many percent more steps Muon needs to reach NorMuon's mean final loss at full length."""
     saved = steps_saved(found, "muon", "normuon")
     return {
-        "task": found.cell.task,
-        "size": found.cell.size,
-        "cell": found.cell.name,
-        "measure": measure_of(found),
+        **_cell_fields(found),
+        "measure": found.measure,
         "more_steps_percent": negative(saved.percent),
         "ci95": mirrored_bounds(_bounds(saved.interval)),
         "ci95_t": mirrored_bounds(_bounds(saved.by_seed)),
@@ -142,6 +128,10 @@ def _rescale_row(found: CellEvidence) -> dict[str, Any]:
         "at_most_percent": negative(saved.at_least),
         "notes": _notes(saved),
     }
+
+
+def _cell_fields(found: CellEvidence) -> dict[str, str]:
+    return {"task": found.cell.task, "size": found.cell.size, "cell": found.cell.name}
 
 
 def _size_trends(evidence: Sequence[CellEvidence], saved: SavedByPair) -> list[dict[str, Any]]:

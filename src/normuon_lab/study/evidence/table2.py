@@ -91,14 +91,9 @@ class _Runner:
 def write_table2(
     results: Path, cells: Iterable[Cell], *, rounds: int, command: str, say: Say
 ) -> None:
-    """Measure cells and write them to table2.json, where other cells are kept.
+    """Measure cells, `rounds` timed steps of every arm, and write them to table2.json.
 
-    Args:
-        results: the results' folder, which is made if it is not there.
-        cells: those to measure.
-        rounds: timed steps of every arm.
-        command: the command line, for the record.
-        say: told what is being done.
+    Other cells in the file are kept; `command` is the command line, for the record.
     """
     path = results / FILE
     known = read_table2(results)
@@ -124,10 +119,7 @@ def read_table2(results: Path) -> dict[str, Any] | None:
 def measure_arms(cell: Cell, arms: Sequence[str], *, rounds: int) -> dict[str, Any]:
     """Measure arms on the cell's model and batch size, interleaved.
 
-    Args:
-        cell: whose model and batch size to take; its text does not matter to the times.
-        arms: whom to measure.
-        rounds: timed steps of each.
+    The text does not matter to the times.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,8 +12,9 @@ any arm is not interior, and then for all.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from normuon_lab.study.search.space import Place
 
@@ -51,10 +52,6 @@ def is_interior(losses: Losses) -> bool:
 def next_places(losses: Losses, start: Place) -> list[Place]:
     """The places to try next: one axis' missing neighbours of the best place, or a refinement.
 
-    Args:
-        losses: what was tried.
-        start: where a search without trials begins.
-
     Example:
         >>> next_places({}, (3.0, 0.0))
         [(3.0, 0.0)]
@@ -77,11 +74,7 @@ def next_round(
 ) -> dict[str, list[Place]]:
     """The places that each arm tries next; empty once all are interior and had as many trials.
 
-    Args:
-        losses_by_arm: what was tried.
-        starts: where the search of each arm begins.
-        min_trials: trials that every arm gets.
-        max_trials: where to give up looking for an interior best place.
+    At `max_trials` an arm gives up looking for an interior best place.
     """
     budget = max(min_trials, *(len(losses) for losses in losses_by_arm.values()))
     wanted: dict[str, list[Place]] = {}
@@ -113,10 +106,9 @@ def _refinement(losses: Losses) -> list[Place]:
     for axis in range(len(best)):
         tried = [place for place in _beside(best, axis, 0.5) if place in losses]
         if not tried:
-            by_loss = sorted(
-                _beside(best, axis, 1.0), key=lambda place: losses.get(place, math.inf)
-            )
-            return [_halfway(best, by_loss[0])]
+            neighbours = _beside(best, axis, 1.0)
+            better = min(neighbours, key=lambda place: losses.get(place, math.inf))
+            return [tuple((a + b) / 2 for a, b in zip(best, better, strict=True))]
     for axis in range(len(best)):
         untried = [place for place in _beside(best, axis, 0.5) if place not in losses]
         if untried:
@@ -127,25 +119,14 @@ def _refinement(losses: Losses) -> list[Place]:
 def _nearest_untried(losses: Losses, best: Place) -> Place:
     """Where all half steps were tried: along the diagonals, then further out."""
     for reach in range(1, 100):
-        for signs in _sign_vectors(len(best)):
+        for signs in itertools.product((-1.0, 1.0), repeat=len(best)):
             place = tuple(k + 0.5 * reach * sign for k, sign in zip(best, signs, strict=True))
             if place not in losses:
                 return place
     raise AssertionError("a hundred places along every diagonal were tried")
 
 
-def _sign_vectors(length: int) -> Sequence[Place]:
-    vectors: list[Place] = [()]
-    for _ in range(length):
-        vectors = [(*vector, sign) for vector in vectors for sign in (-1.0, 1.0)]
-    return vectors
-
-
 def _beside(place: Place, axis: int, distance: float) -> list[Place]:
     return [
         (*place[:axis], place[axis] + sign * distance, *place[axis + 1 :]) for sign in (-1.0, 1.0)
     ]
-
-
-def _halfway(place: Place, other: Place) -> Place:
-    return tuple((a + b) / 2 for a, b in zip(place, other, strict=True))

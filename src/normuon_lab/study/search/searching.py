@@ -79,17 +79,24 @@ class SearchRequest(ABC):
     def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
         """What the file says of one arm."""
 
-    @abstractmethod
     def tried_before(self, contents: Mapping[str, Any]) -> dict[str, list[Trial]]:
-        """The trials of earlier calls, by arm."""
+        """The trials of earlier calls, by arm; none unless a search keeps them."""
+        return {arm: [] for arm in self.arms}
 
-    @abstractmethod
-    def keep(self, arm: str, trials: Sequence[Trial]) -> None:
+    def keep(self, arm: str, trials: Sequence[Trial]) -> None:  # noqa: B027
         """Keep new trials elsewhere than in the file, if that is asked for."""
 
     def spec(self, arm: str, place: Place, seed: int) -> RunSpec:
         """The run of an arm at a place."""
         return self.setting(arm, place).spec(arm, seed)
+
+    def trial(self, arm: str, place: Place, records: Mapping[RunSpec, RunRecord]) -> Trial:
+        """What the finished runs of an arm at a place came to."""
+        objectives = {
+            seed: objective(records[self.spec(arm, place, seed)], self.experiment.training)
+            for seed in self.seeds
+        }
+        return Trial(place=place, setting=self.setting(arm, place), objectives=objectives)
 
 
 def do_rounds(
@@ -99,14 +106,7 @@ def do_rounds(
     run_many: RunMany,
     save: Callable[[], None],
 ) -> None:
-    """Round by round, try what every arm wants next, until none wants more.
-
-    Args:
-        request: what to search.
-        tried: by arm; grows.
-        run_many: does the runs.
-        save: called after every round.
-    """
+    """Round by round, try what every arm wants next, until none wants more; `tried` grows."""
     while wanted := request.next_round(tried):
         records = run_many(
             [
@@ -117,23 +117,10 @@ def do_rounds(
             ]
         )
         for arm, places in wanted.items():
-            new = [_trial(request, arm, place, records) for place in places]
+            new = [request.trial(arm, place, records) for place in places]
             request.keep(arm, new)
             tried[arm].extend(new)
         save()
-
-
-def _trial(
-    request: SearchRequest, arm: str, place: Place, records: Mapping[RunSpec, RunRecord]
-) -> Trial:
-    return Trial(
-        place=place,
-        setting=request.setting(arm, place),
-        objectives={
-            seed: objective(records[request.spec(arm, place, seed)], request.experiment.training)
-            for seed in request.seeds
-        },
-    )
 
 
 def run_search(
@@ -143,16 +130,9 @@ def run_search(
     command: str,
     show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Do what is missing of a search, and write its file.
+    """Do what is missing of a search, and write its file, whose contents are returned.
 
-    Args:
-        request: what to search.
-        console: where to show progress.
-        command: the command line, for the record.
-        show: called with the file's contents after every round.
-
-    Returns:
-        The contents of the file.
+    `command` is the command line, for the record; `show` gets the contents after every round.
 
     Raises:
         InputError: the request cannot be served; nothing was written.

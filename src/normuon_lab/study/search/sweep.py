@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,68 @@ from normuon_lab.train.runs.config import flag_of
 from normuon_lab.train.runs.records import objective_name
 from normuon_lab.train.runs.tasks import Task
 
-# Optuna takes a second to import, which reading a file should not wait for.
 if TYPE_CHECKING:
-    from normuon_lab.study.search.studies import Studies
+    import optuna
 
 KIND = "normuon sweep"
 SCHEMA_VERSION = 1
+
+
+class Studies:
+    """Optuna studies that keep a sweep's trials in SQLite, one per arm: a sweep resumes from them.
+
+    Optuna's dashboard shows them: ``optuna-dashboard sqlite:///runs/sweep.db``. A file of exported
+    trials fills an empty database again, so that a sweep can go on where only its export is at
+    hand.
+
+    Args:
+        storage: the SQLite file; made if it is not there.
+        name: of the sweep; a study is called ``<name>/<arm>``.
+    """
+
+    def __init__(self, storage: Path, name: str) -> None:
+        # Optuna takes a second to import, which reading a file should not wait for.
+        import optuna
+
+        self._optuna = optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        storage.parent.mkdir(parents=True, exist_ok=True)
+        self._storage = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+        self._name = name
+
+    def trials(self, arm: str) -> list[Trial]:
+        """All trials of an arm, in the order in which they were made."""
+        return [
+            Trial.from_json(trial.user_attrs["trial"])
+            for trial in self._study(arm).get_trials(
+                deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,)
+            )
+        ]
+
+    def add(self, arm: str, trials: Iterable[Trial]) -> None:
+        """Keep finished trials."""
+        study = self._study(arm)
+        any_value = self._optuna.distributions.FloatDistribution(1e-9, 1e6, log=True)
+        for trial in trials:
+            given = {name: v for name, v in trial.setting.to_json().items() if v is not None}
+            study.add_trial(
+                self._optuna.trial.create_trial(
+                    params=given,
+                    distributions=dict.fromkeys(given, any_value),
+                    value=trial.mean,
+                    user_attrs={"trial": trial.to_json()},
+                )
+            )
+
+    def fill(self, arm: str, trials: Iterable[Trial]) -> None:
+        """Keep exported trials that the database lacks."""
+        known = {trial.place for trial in self.trials(arm)}
+        self.add(arm, [trial for trial in trials if trial.place not in known])
+
+    def _study(self, arm: str) -> optuna.Study:
+        return self._optuna.create_study(
+            storage=self._storage, study_name=f"{self._name}/{arm}", load_if_exists=True
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,14 +154,14 @@ class SweepRequest(SearchRequest):
         return old
 
     def tried_before(self, contents: Mapping[str, Any]) -> dict[str, list[Trial]]:
-        studies = self._studies()
+        studies = Studies(self.storage, self.name)
         for arm in self.arms:
             known = contents["arms"].get(arm, {}).get("trials", [])
             studies.fill(arm, [Trial.from_json(values) for values in known])
         return {arm: studies.trials(arm) for arm in self.arms}
 
     def keep(self, arm: str, trials: Sequence[Trial]) -> None:
-        self._studies().add(arm, trials)
+        Studies(self.storage, self.name).add(arm, trials)
 
     def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
         if not trials:
@@ -119,11 +175,6 @@ class SweepRequest(SearchRequest):
             "mean_objective": best.to_json()["mean_objective"],
             "trials": [{"number": i, **trial.to_json()} for i, trial in enumerate(trials)],
         }
-
-    def _studies(self) -> Studies:
-        from normuon_lab.study.search.studies import Studies
-
-        return Studies(self.storage, self.name)
 
 
 def read_tuned_arms(path: Path) -> dict[str, Any]:

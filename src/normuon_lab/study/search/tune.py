@@ -1,5 +1,10 @@
 """What `normuon tune` tries, the file it writes, and reading the learning rates of such a file.
 
+First every arm gets the same grid. Then, round by round, every arm gets one more rate, so that the
+budgets stay equal: an arm whose best rate is at an end of what it tried gets one beyond that end;
+any other gets the geometric mean of its best rate and a neighbour. It ends once every arm's best
+rate is interior and at least a given number of rounds were made.
+
 The file shipped with the package, tuned.json, holds the rates of the default comparison.
 """
 
@@ -16,7 +21,6 @@ from normuon_lab.atomic_files import read_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.machine import utc_now
-from normuon_lab.study.search.grid import best_rate, check_grid, is_done, is_interior, next_rate
 from normuon_lab.study.search.searching import SearchRequest, Tried
 from normuon_lab.study.search.space import Place, Setting, Trial
 from normuon_lab.train.runs.config import Experiment, flag_of
@@ -24,6 +28,63 @@ from normuon_lab.train.runs.tasks import Task
 
 KIND = "normuon tune"
 SCHEMA_VERSION = 1
+
+Losses = Mapping[float, float]
+"""The mean final loss by learning rate; infinite where a run diverged."""
+
+EXTENSION_FACTOR = 2.0
+# Finer steps than this are lost in the noise between seeds.
+_FINEST_RATIO = 2.0**0.25
+
+
+def check_grid(rates: tuple[float, ...]) -> None:
+    """Raise `InputError` unless `rates` are three or more positive numbers, each once."""
+    require(len(rates) >= 3, "--lrs needs at least three learning rates")
+    require(
+        all(math.isfinite(rate) and rate > 0.0 for rate in rates),
+        "--lrs must be positive numbers",
+    )
+    require(len(set(rates)) == len(rates), "--lrs names a learning rate twice")
+
+
+def best_rate(losses: Losses) -> float:
+    """The rate of the lowest loss; the lower rate of two that are equal."""
+    return min(sorted(losses), key=lambda rate: losses[rate])
+
+
+def is_interior(losses: Losses) -> bool:
+    """Whether the best rate has a tried rate on both sides.
+
+    >>> is_interior({1.0: 3.0, 2.0: 2.0, 4.0: 2.5})
+    True
+    >>> is_interior({1.0: 3.0, 2.0: 2.0})
+    False
+    """
+    return min(losses) < best_rate(losses) < max(losses)
+
+
+def next_rate(losses: Losses) -> float:
+    """The one rate to try next for an arm.
+
+    >>> next_rate({1.0: 3.0, 2.0: 2.0})
+    4.0
+    >>> round(next_rate({1.0: 3.0, 2.0: 2.0, 4.0: 2.5}), 3)  # towards the better neighbour
+    2.828
+    """
+    best = best_rate(losses)
+    below = [rate for rate in losses if rate < best]
+    above = [rate for rate in losses if rate > best]
+    if not below:
+        return best / EXTENSION_FACTOR
+    if not above:
+        return best * EXTENSION_FACTOR
+    neighbours = sorted((max(below), min(above)), key=lambda rate: losses[rate])
+    for neighbour in neighbours:
+        if max(neighbour / best, best / neighbour) > _FINEST_RATIO * 1.01:
+            return math.sqrt(best * neighbour)
+    # Both neighbours are as near as the noise: one more rate at an end costs the same budget and
+    # can only widen what was searched.
+    return max(losses) * EXTENSION_FACTOR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +115,8 @@ class TuneRequest(SearchRequest):
         if num_tried == 0:
             return {arm: [(rate,) for rate in self.rates] for arm in self.arms}
         rounds_made = num_tried - len(self.rates)
-        if rounds_made >= self.max_rounds or is_done(
-            losses, rounds_made=rounds_made, min_rounds=self.min_rounds
-        ):
+        is_enough = rounds_made >= self.min_rounds and all(map(is_interior, losses.values()))
+        if is_enough or rounds_made >= self.max_rounds:
             return {}
         return {arm: [(next_rate(losses[arm]),)] for arm in self.arms}
 
@@ -74,12 +134,6 @@ class TuneRequest(SearchRequest):
             "corpus": task.to_json(),
             "created": utc_now(),
         }
-
-    def tried_before(self, contents: Mapping[str, Any]) -> dict[str, list[Trial]]:
-        return {arm: [] for arm in self.arms}
-
-    def keep(self, arm: str, trials: Sequence[Trial]) -> None:
-        """The file has them all."""
 
     def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
         losses = _losses(trials)

@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 
 from normuon_lab.study.search.space import Setting, Trial
-from normuon_lab.study.search.studies import Studies
+from normuon_lab.study.search.sweep import Studies
 
 GOOD = Trial(
     place=(1.0, 3.0), setting=Setting(0.002, 0.008, 0.1), objectives={1000: 1.5, 1001: 2.0}

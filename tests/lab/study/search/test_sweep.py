@@ -12,8 +12,7 @@ import pytest
 
 from normuon_lab.errors import InputError
 from normuon_lab.study.search.searching import RunMany, do_rounds
-from normuon_lab.study.search.studies import Studies
-from normuon_lab.study.search.sweep import SweepRequest
+from normuon_lab.study.search.sweep import Studies, SweepRequest
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from tests.lab.conftest import run_command

@@ -10,10 +10,18 @@ import pytest
 
 from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InputError
-from normuon_lab.study.search.grid import best_rate, check_grid, is_interior, next_rate
 from normuon_lab.study.search.searching import do_rounds
 from normuon_lab.study.search.space import Setting, Trial
-from normuon_lab.study.search.tune import KIND, SCHEMA_VERSION, TunedRates, TuneRequest
+from normuon_lab.study.search.tune import (
+    KIND,
+    SCHEMA_VERSION,
+    TunedRates,
+    TuneRequest,
+    best_rate,
+    check_grid,
+    is_interior,
+    next_rate,
+)
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 

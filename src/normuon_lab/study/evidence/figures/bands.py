@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.statistics import Estimate, t_interval
+from normuon_lab.study.statistics.estimates import Estimate, t_interval
 
 Array = npt.NDArray[np.float64]
 

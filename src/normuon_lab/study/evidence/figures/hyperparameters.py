@@ -20,7 +20,7 @@ from normuon_lab.study.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
-from normuon_lab.study.statistics import Estimate, t_interval
+from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from normuon_lab.train.arms.registry import MAIN_ARMS
 
 Curve = Mapping[float, float]

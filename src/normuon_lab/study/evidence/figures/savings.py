@@ -15,7 +15,7 @@ from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
-from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.study.evidence.collected import FINAL_LOSS, CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
     add_legend,
     draw_band,
@@ -28,7 +28,6 @@ from normuon_lab.study.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import DRAWN_ARMS
-from normuon_lab.study.evidence.table1 import FINAL_LOSS
 
 BASELINES = ("adamw", "muon")
 INCHES_PER_ARM = 0.3

@@ -24,7 +24,7 @@ from normuon_lab.study.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
-from normuon_lab.study.statistics import Estimate, t_interval
+from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from normuon_lab.train.runs.records import RunRecord
 
 LOSSES_SHOWN_FROM = 0.25
