@@ -7,8 +7,28 @@ import math
 import pytest
 from scipy import stats
 
-from normuon_lab.study.statistics.curves import Curve, compare_arms, points_between, steps_to_target
+from normuon_lab.study.statistics.curves import compare_arms, points_between, steps_to_target
 from normuon_lab.study.statistics.estimates import t_interval
+from normuon_lab.train.runs.records import RunRecord
+
+Curve = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+def runs_of(curves: dict[str, dict[int, Curve]]) -> list[RunRecord]:
+    """Finished runs, by arm and seed: steps, and the losses after them."""
+    return [
+        RunRecord(
+            arm=arm,
+            seed=seed,
+            learning_rate=0.01,
+            num_parameters=1,
+            eval_steps=list(steps),
+            eval_losses=list(losses),
+            final_loss=losses[-1],
+        )
+        for arm, by_seed in curves.items()
+        for seed, (steps, losses) in by_seed.items()
+    ]
 
 
 def test_interval_by_hand() -> None:
@@ -74,15 +94,15 @@ def test_efficiency_by_hand() -> None:
     steps = (0, 50, 100)
     curves = {
         "adamw": {
-            0: Curve(steps=steps, losses=(5.0, 3.0, 2.0)),
-            1: Curve(steps=steps, losses=(5.0, 3.0, 2.2)),
+            0: (steps, (5.0, 3.0, 2.0)),
+            1: (steps, (5.0, 3.0, 2.2)),
         },
         "normuon": {
-            0: Curve(steps=steps, losses=(5.0, 2.0, 1.5)),  # reaches 2.0 at 50: 50% fewer
-            1: Curve(steps=steps, losses=(5.0, 2.4, 1.9)),  # reaches 2.2 at 70: 30% fewer
+            0: (steps, (5.0, 2.0, 1.5)),  # reaches 2.0 at 50: 50% fewer
+            1: (steps, (5.0, 2.4, 1.9)),  # reaches 2.2 at 70: 30% fewer
         },
     }
-    comparison = compare_arms("normuon", "adamw", curves)
+    comparison = compare_arms("normuon", "adamw", runs_of(curves))
     assert comparison.fewer_steps_percent.values == pytest.approx((50.0, 30.0))
     assert comparison.fewer_steps_percent.mean == pytest.approx(40.0)
     assert comparison.loss_difference.values == pytest.approx((-0.5, -0.3))
@@ -94,7 +114,7 @@ def test_points_between_two_arms_are_paired_by_seed() -> None:
     steps = (0, 100)
 
     def straight_line(final: float) -> Curve:
-        return Curve(steps=steps, losses=(10.0, final))
+        return (steps, (10.0, final))
 
     # From 10 down to f, a straight line reaches 6 after 400 / (10 - f) steps.
     curves = {
@@ -102,7 +122,7 @@ def test_points_between_two_arms_are_paired_by_seed() -> None:
         "muon": {0: straight_line(5.0), 1: straight_line(2.0)},  # 20% and 50% fewer
         "normuon": {0: straight_line(2.0), 1: straight_line(0.0)},  # 50% and 60% fewer
     }
-    muon, normuon = (compare_arms(arm, "adamw", curves) for arm in ("muon", "normuon"))
+    muon, normuon = (compare_arms(arm, "adamw", runs_of(curves)) for arm in ("muon", "normuon"))
     difference = points_between(normuon, muon)
     assert (difference.arm, difference.baseline, difference.reference) == (
         "normuon",
@@ -111,20 +131,20 @@ def test_points_between_two_arms_are_paired_by_seed() -> None:
     )
     assert difference.points.values == pytest.approx((30.0, 10.0))
     curves["muon"][1] = straight_line(7.0)
-    unreached = compare_arms("muon", "adamw", curves)
+    unreached = compare_arms("muon", "adamw", runs_of(curves))
     assert points_between(normuon, unreached).points.mean is None
 
 
 def test_a_seed_that_never_reaches_the_target_leaves_no_mean() -> None:
     steps = (0, 100)
     curves = {
-        "adamw": {seed: Curve(steps=steps, losses=(5.0, 2.0)) for seed in (0, 1)},
+        "adamw": dict.fromkeys((0, 1), (steps, (5.0, 2.0))),
         "muon": {
-            0: Curve(steps=steps, losses=(5.0, 1.0)),
-            1: Curve(steps=steps, losses=(5.0, 2.1)),
+            0: (steps, (5.0, 1.0)),
+            1: (steps, (5.0, 2.1)),
         },
     }
-    comparison = compare_arms("muon", "adamw", curves)
+    comparison = compare_arms("muon", "adamw", runs_of(curves))
     assert comparison.seeds_not_reached == (1,)
     assert comparison.fewer_steps_percent.mean is None
     assert comparison.loss_difference.mean == pytest.approx(-0.45)
@@ -132,6 +152,8 @@ def test_a_seed_that_never_reaches_the_target_leaves_no_mean() -> None:
 
 def test_only_seeds_that_both_arms_finished_are_paired() -> None:
     steps = (0, 100)
-    curve = Curve(steps=steps, losses=(5.0, 2.0))
-    comparison = compare_arms("muon", "adamw", {"adamw": {0: curve, 1: curve}, "muon": {1: curve}})
+    curve = (steps, (5.0, 2.0))
+    comparison = compare_arms(
+        "muon", "adamw", runs_of({"adamw": {0: curve, 1: curve}, "muon": {1: curve}})
+    )
     assert comparison.seeds == (1,)

@@ -1,9 +1,9 @@
-"""The report's figures of losses and learning rates; those of updates are `update_figures.py`'s."""
+"""The report's figures of losses and learning rates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -13,21 +13,22 @@ from normuon_lab.plot_style import INK, MUTED, color_of, dash_of, marker_of
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics.curves import Comparison, steps_to_target
-from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.web_page import apply_style, stack_when_narrow
 
 
 def loss_figure(results: Results, *, against: str) -> go.Figure:
     """Validation loss against `"steps"` or `"seconds"`: means over seeds, and every seed thin."""
     figure = go.Figure()
+    means: dict[str, tuple[list[float], list[float]]] = {}
     for arm in results.arms:
         records = results.of_arm(arm)
         if not records:
             continue
-        for record in records:
+        xs = [r.eval_steps if against == "steps" else r.eval_seconds for r in records]
+        for record, x in zip(records, xs, strict=True):
             figure.add_trace(
                 go.Scatter(
-                    x=_abscissas(record, against),
+                    x=x,
                     y=record.eval_losses,
                     mode="lines",
                     line={"color": color_of(arm), "dash": dash_of(arm), "width": 1},
@@ -36,11 +37,12 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                     showlegend=False,
                 )
             )
+        means[arm] = _mean_columns(xs), _mean_columns([r.eval_losses for r in records])
         unit = "step %{x:.0f}" if against == "steps" else "%{x:.1f} s"
         figure.add_trace(
             go.Scatter(
-                x=_mean_columns([_abscissas(record, against) for record in records]),
-                y=_mean_columns([record.eval_losses for record in records]),
+                x=means[arm][0],
+                y=means[arm][1],
                 mode="lines+markers",
                 name=label_of(arm),
                 line={"color": color_of(arm), "dash": dash_of(arm), "width": 2.5},
@@ -48,7 +50,8 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                 hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
             )
         )
-    _add_target(figure, results, against)
+    if results.reference_arm in means:
+        _add_target(figure, results.reference_arm, means)
     title = "training steps" if against == "steps" else "seconds of training, evaluations left out"
     apply_style(figure, height=460)
     figure.update_xaxes(title_text=title, rangemode="tozero")
@@ -144,29 +147,21 @@ def _unit(results: Results) -> str:
     return "nats per byte" if results.corpus["tokenizer"] == "bytes" else "nats per token"
 
 
-def _add_target(figure: go.Figure, results: Results, against: str) -> None:
+def _add_target(
+    figure: go.Figure, reference: str, means: Mapping[str, tuple[list[float], list[float]]]
+) -> None:
     """The reference arm's mean final loss as a line, and where other means cross it."""
-    reference = results.of_arm(results.reference_arm)
-    if not reference:
-        return
-    target = _mean_columns([record.eval_losses for record in reference])[-1]
+    target = means[reference][1][-1]
     figure.add_hline(
         y=target,
-        line={"color": color_of(results.reference_arm), "dash": "dot", "width": 1.5},
-        annotation_text=f"{label_of(results.reference_arm)}'s final loss",
+        line={"color": color_of(reference), "dash": "dot", "width": 1.5},
+        annotation_text=f"{label_of(reference)}'s final loss",
         annotation_position="bottom left",
-        annotation_font={"color": color_of(results.reference_arm), "size": 12},
+        annotation_font={"color": color_of(reference), "size": 12},
     )
-    for arm in results.arms:
-        records = results.of_arm(arm)
-        if arm == results.reference_arm or not records:
-            continue
-        crossing = steps_to_target(
-            _mean_columns([_abscissas(record, against) for record in records]),
-            _mean_columns([record.eval_losses for record in records]),
-            target,
-        )
-        if crossing is not None:
+    for arm, (x, losses) in means.items():
+        crossing = steps_to_target(x, losses, target)
+        if arm != reference and crossing is not None:
             figure.add_trace(
                 go.Scatter(
                     x=[crossing],
@@ -263,10 +258,6 @@ def _loss_range(results: Results) -> list[float]:
     high = max(early)
     margin = 0.05 * (high - low)
     return [low - margin, high + margin]
-
-
-def _abscissas(record: RunRecord, against: str) -> list[float]:
-    return list(record.eval_steps if against == "steps" else record.eval_seconds)
 
 
 def _mean_columns(rows: Sequence[Sequence[float]]) -> list[float]:

@@ -15,7 +15,6 @@ from normuon_lab.errors import InputError, require
 from normuon_lab.study.statistics.curves import (
     METHOD,
     Comparison,
-    Curve,
     PointsBetween,
     compare_arms,
     points_between,
@@ -91,15 +90,8 @@ class Results:
     def comparisons(self) -> list[Comparison]:
         """Every arm against every arm named before it, the reference first of all."""
         order = sorted(self.arms, key=lambda arm: arm != self.reference_arm)
-        curves = {
-            arm: {
-                record.seed: Curve(steps=record.eval_steps, losses=record.eval_losses)
-                for record in self.of_arm(arm)
-            }
-            for arm in order
-        }
         return [
-            compare_arms(arm, baseline, curves)
+            compare_arms(arm, baseline, self.records)
             for i, arm in enumerate(order)
             for baseline in order[:i]
         ]

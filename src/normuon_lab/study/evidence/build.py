@@ -48,14 +48,8 @@ def build(
 ) -> list[Path]:
     """Write table1.json, the page and its figures; the same files give the same bytes.
 
-    Args:
-        results: the results' folder.
-        docs: the documentation's folder.
-        cells: those of the protocol.
-        with_figures: False leaves the figures' files as they are, which saves most of the time.
-
-    Returns:
-        What was written.
+    Without figures their files are left as they are, which saves most of the time. The paths of
+    what was written are returned.
 
     Raises:
         InputError: a folder is missing, or a file is not what it should be.

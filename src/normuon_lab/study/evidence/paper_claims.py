@@ -99,23 +99,9 @@ def paper_claims(
             [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS],
             paper_value=paper.MUON_MORE_STEPS_124M,
         ),
-        _counted(
-            "Muon's updates have flatter spectra than AdamW's.",
-            "Fig. 1, left: AdamW's and the momentum's are far steeper",
-            on_text,
-            ("adamw", "muon", "singular_values"),
-        ),
-        _counted(
-            "NorMuon's updates keep Muon's flat spectra.",
-            "Fig. 1, left: far flatter than AdamW's",
-            on_text,
-            ("adamw", "normuon", "singular_values"),
-        ),
-        _counted(
-            "NorMuon's rows have more equal norms than Muon's.",
-            "Fig. 1, right",
-            on_text,
-            ("muon", "normuon", "row_norms"),
+        *(
+            ClaimResult(claim=claim, paper=stated, cells=_count(on_text, *compared))
+            for claim, stated, compared in UPDATE_CLAIMS
         ),
         *(
             ClaimResult(claim=claim, paper="Fig. 3 and 7", cells=_order(on_text, *pair, share))
@@ -140,6 +126,25 @@ def paper_claims(
         ),
     ]
 
+
+UPDATE_CLAIMS = (
+    (
+        "Muon's updates have flatter spectra than AdamW's.",
+        "Fig. 1, left: AdamW's and the momentum's are far steeper",
+        ("adamw", "muon", "singular_values"),
+    ),
+    (
+        "NorMuon's updates keep Muon's flat spectra.",
+        "Fig. 1, left: far flatter than AdamW's",
+        ("adamw", "normuon", "singular_values"),
+    ),
+    (
+        "NorMuon's rows have more equal norms than Muon's.",
+        "Fig. 1, right",
+        ("muon", "normuon", "row_norms"),
+    ),
+)
+"""The claim, the paper's figure, whose values vary more than whose, and which values."""
 
 ABLATION_CLAIMS = (
     ("Muon + Adam, one scale per entry, ends below Muon.", ("muon-adam", "muon"), 1.0),
@@ -225,11 +230,10 @@ def p_words(p_value: float | None) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 
-def _counted(
-    claim: str, stated: str, evidence: Sequence[CellEvidence], compared: tuple[str, str, str]
-) -> ClaimResult:
+def _count(
+    evidence: Sequence[CellEvidence], rough: str, even: str, key: str
+) -> tuple[CellVerdict, ...]:
     """Count the matrices and stages at which the first arm's values vary more than the second's."""
-    rough, even, key = compared
     cells = []
     for found in evidence:
         updates = found.measured_updates()
@@ -248,7 +252,7 @@ def _counted(
                 text=f"{count} of {len(shared)} measured matrices and stages of one seed",
             )
         )
-    return ClaimResult(claim=claim, paper=stated, cells=tuple(cells))
+    return tuple(cells)
 
 
 def _variation(values: Sequence[float]) -> float:

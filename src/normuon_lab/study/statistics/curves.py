@@ -6,10 +6,11 @@ batches).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from normuon_lab.study.statistics.estimates import NO_ESTIMATE, Estimate, t_interval
+from normuon_lab.train.runs.records import RunRecord
 
 METHOD = (
     "Training efficiency: the share of steps, in percent, by which an arm reaches the baseline's "
@@ -35,14 +36,6 @@ def steps_to_target(steps: Sequence[float], losses: Sequence[float], target: flo
             share = (losses[i - 1] - target) / (losses[i - 1] - loss)
             return steps[i - 1] + share * (steps[i] - steps[i - 1])
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """A run's validation curve: the loss after each of `steps` finished steps."""
-
-    steps: Sequence[float]
-    losses: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +83,24 @@ def points_between(ours: Comparison, theirs: Comparison) -> PointsBetween:
     return PointsBetween(arm=ours.arm, baseline=theirs.arm, reference=ours.baseline, points=points)
 
 
-def compare_arms(arm: str, baseline: str, curves: Mapping[str, Mapping[int, Curve]]) -> Comparison:
-    """Compare two arms over the seeds that both finished.
-
-    `curves` are those of finished runs, by arm and seed, without runs that diverged.
-    """
-    ours, theirs = curves.get(arm, {}), curves.get(baseline, {})
-    seeds = tuple(sorted(set(ours) & set(theirs)))
-    differences = [ours[seed].losses[-1] - theirs[seed].losses[-1] for seed in seeds]
+def compare_arms(arm: str, baseline: str, runs: Iterable[RunRecord]) -> Comparison:
+    """Compare two arms over the seeds that both finished; runs that diverged are left out."""
+    finished = {(run.arm, run.seed): run for run in runs if not run.diverged}
+    ours, theirs = (
+        {seed: run for (name, seed), run in finished.items() if name == wanted}
+        for wanted in (arm, baseline)
+    )
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    differences = [ours[seed].eval_losses[-1] - theirs[seed].eval_losses[-1] for seed in seeds]
     savings: list[float] = []
     not_reached: list[int] = []
     for seed in seeds:
-        needed = steps_to_target(ours[seed].steps, ours[seed].losses, theirs[seed].losses[-1])
+        target = theirs[seed].eval_losses[-1]
+        needed = steps_to_target(ours[seed].eval_steps, ours[seed].eval_losses, target)
         if needed is None:
             not_reached.append(seed)
         else:
-            savings.append(100.0 * (1.0 - needed / theirs[seed].steps[-1]))
+            savings.append(100.0 * (1.0 - needed / theirs[seed].eval_steps[-1]))
     saved = t_interval(savings)
     if not_reached:
         saved = Estimate(values=tuple(savings))

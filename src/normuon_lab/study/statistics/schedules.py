@@ -8,7 +8,7 @@ the length at which its mean final loss meets the target, and it saves 100 (1 - 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -239,26 +239,21 @@ def _within(interval: Interval | None, limits: tuple[float, float]) -> Interval 
     """The interval without the ends at which resamples ran out of schedules."""
     if interval is None:
         return None
-    low, high = interval.low, interval.high
-    assert low is not None
-    assert high is not None
-    return Interval(
-        low=None if np.isclose(low, limits[0], rtol=0, atol=1e-9) else low,
-        high=None if np.isclose(high, limits[1], rtol=0, atol=1e-9) else high,
-        method=interval.method,
+    low, high = (
+        None if end is None or np.isclose(end, limit, rtol=0, atol=1e-9) else end
+        for end, limit in zip((interval.low, interval.high), limits, strict=True)
     )
+    return replace(interval, low=low, high=high)
 
 
 def _not_bracketed(lengths: Sequence[int], limits: tuple[float, float], *, is_below: bool) -> str:
     if is_below:
-        return (
-            f"the shortest schedule, {lengths[0]} steps, already ends below the target: "
-            f"more than {limits[1]:.1f}% saved"
-        )
-    return (
-        f"the longest schedule, {lengths[-1]} steps, still ends above the target: "
-        f"less than {limits[0]:.1f}% saved"
-    )
+        what = f"shortest schedule, {lengths[0]} steps, already ends below"
+        bound = f"more than {limits[1]:.1f}%"
+    else:
+        what = f"longest schedule, {lengths[-1]} steps, still ends above"
+        bound = f"less than {limits[0]:.1f}%"
+    return f"the {what} the target: {bound} saved"
 
 
 def _diverged(
@@ -268,12 +263,12 @@ def _diverged(
     seeds: Sequence[int],
 ) -> str | None:
     """The first length with a diverged run, in words; None where all runs ended well."""
-    for n in lengths:
-        count = sum(arm[n][seed] is None for seed in seeds)
+    runs = {f"runs over {n} steps": arm[n] for n in lengths} | {"runs of the baseline": baseline}
+    for what, losses in runs.items():
+        count = sum(losses[seed] is None for seed in seeds)
         if count:
-            return f"{count} of {len(seeds)} runs over {n} steps diverged"
-    count = sum(baseline[seed] is None for seed in seeds)
-    return f"{count} of {len(seeds)} runs of the baseline diverged" if count else None
+            return f"{count} of {len(seeds)} {what} diverged"
+    return None
 
 
 def _listed(seeds: set[int]) -> str:

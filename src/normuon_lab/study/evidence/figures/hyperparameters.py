@@ -197,28 +197,24 @@ def sensitivity(found: CellEvidence) -> dict[str, dict[Any, Estimate | None]]:
         by_seed[run.record.seed] = run.record.final_loss
     changes: dict[str, dict[Any, Estimate | None]] = {}
     for name, by_value in losses.items():
-        for value in sorted(by_value, key=lambda v: (isinstance(v, str), v)):
-            pairs = [
-                (loss, reference[seed])
-                for seed, loss in sorted(by_value[value].items())
-                if seed in reference
-            ]
-            if pairs:
-                changes.setdefault(name, {})[value] = _difference(pairs)
+        for value in sorted(by_value, key=_in_order):
+            seeds = sorted(by_value[value].keys() & reference.keys())
+            pairs = [(by_value[value][seed], reference[seed]) for seed in seeds]
+            differences = [a - b for a, b in pairs if a is not None and b is not None]
+            if seeds:
+                is_whole = len(differences) == len(seeds)
+                changes.setdefault(name, {})[value] = t_interval(differences) if is_whole else None
     return changes
 
 
-def _difference(pairs: Sequence[tuple[float | None, float | None]]) -> Estimate | None:
-    differences = [
-        ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None
-    ]
-    return t_interval(differences) if len(differences) == len(pairs) else None
+def _in_order(value: Any) -> tuple[bool, Any]:
+    return isinstance(value, str), value
 
 
 def _draw_changes(axes: Axes, name: str, changes: Mapping[Any, Estimate | None]) -> None:
     default = DEFAULTS.get(name)
     values = [*changes] if default is None else [*changes, default]
-    values.sort(key=lambda v: (isinstance(v, str), v))
+    values.sort(key=_in_order)
     for place, value in enumerate(values):
         if value == default:
             axes.scatter([place], [0.0], s=64, color="white", edgecolors=INK, zorder=3)
