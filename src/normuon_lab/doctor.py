@@ -157,9 +157,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def _version(package: str) -> str | None:
-    # Found but not installed by a package manager, as on PYTHONPATH.
-    is_there = util.find_spec(package.replace("-", "_")) is not None
-    return version_of(package) or ("unknown version" if is_there else None)
+    found = version_of(package)
+    if found is None and util.find_spec(package.replace("-", "_")) is not None:
+        return "unknown version"  # Not installed by a package manager, as on PYTHONPATH.
+    return found
 
 
 def as_text(found: dict[str, Any]) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normuon import MatrixView, plan_for
+from normuon import plan_for
 from normuon.distributed.assignment import Balance
 from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
 from normuon.distributed.layout import Placement, ShardLayout, layout_from_placements
 from normuon.distributed.plan import Plan, make_plan
+from normuon.distributed.task import MatrixTask
 from normuon.distributed.teams import Teams
 from normuon_lab.errors import InputError
 from normuon_lab.plan.alternatives import (
@@ -290,9 +291,13 @@ def memory(model: ModelShapes, mesh: Mesh, figures: Figures) -> dict[str, Any]:
     Hidden matrices keep the momentum and one number per neuron (m n + m), the rest AdamW's two
     moments. Neurons are replicated where columns are split.
     """
-    kinds = Counter(
-        (_layout(param, mesh), _neuron_dims(param.view, param.shape)) for param in model.params
-    )
+    kinds: Counter[tuple[ShardLayout, tuple[int, ...] | None]] = Counter()
+    for param in model.params:
+        placements = mesh.placements(param.shape, param.tp_style)
+        layout = layout_from_placements(param.shape, mesh_shape=mesh.shape, placements=placements)
+        view = param.view
+        neurons = None if view is None else view.vector_dims(param.shape, lambda m, n: -2)
+        kinds[layout, neurons] += 1
     state, adamw = [0] * mesh.world_size, [0] * mesh.world_size
     for (layout, dims), count in kinds.items():
         for rank in range(mesh.world_size):
@@ -308,18 +313,6 @@ def memory(model: ModelShapes, mesh: Mesh, figures: Figures) -> dict[str, Any]:
         "adamw_state_bytes_total": sum(adamw),
         "scratch_bytes_max": figures.scratch_bytes_max,
     }
-
-
-def _layout(param: ModelParam, mesh: Mesh) -> ShardLayout:
-    return layout_from_placements(
-        param.shape,
-        mesh_shape=mesh.shape,
-        placements=mesh.placements(param.shape, param.tp_style),
-    )
-
-
-def _neuron_dims(view: MatrixView | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    return None if view is None else view.vector_dims(shape, lambda m, n: -2)
 
 
 def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
@@ -340,7 +333,7 @@ def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
         {
             "parameter": leaf,
             "num_matrices": sum(is_first(plan.tasks[number]) for number in numbers),
-            "team_size": _team_size(plan, numbers[0]),
+            "team_size": _team_size(plan.tasks[numbers[0]]),
             "rows": rows,
             "cols": cols,
             "parameter_shape": shape,
@@ -353,6 +346,5 @@ def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
     ]
 
 
-def _team_size(plan: Plan, number: int) -> int:
-    slab = plan.tasks[number].slab
-    return 1 if slab is None else slab.team.size
+def _team_size(task: MatrixTask) -> int:
+    return 1 if task.slab is None else task.slab.team.size

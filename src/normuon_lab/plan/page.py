@@ -89,8 +89,7 @@ def work_figure(contents: Mapping[str, Any]) -> go.Figure:
         annotation_font={"color": WARNING, "size": 12},
         annotation_bgcolor="rgba(255, 255, 255, 0.85)",
     )
-    apply_style(figure, height=400)
-    figure.update_xaxes(title_text="rank", showgrid=False, **_rank_axis(contents))
+    _style_by_rank(figure, contents, height=400)
     figure.update_yaxes(
         title_text=f"{unit} to orthogonalise, per step", range=[0, 1.15 * max(shown) / size]
     )
@@ -106,8 +105,7 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
     for name, scheme in schemes.items():
         sent = [num_bytes / size for num_bytes in scheme["bytes_sent_by_rank"]]
         _add_by_rank(figure, name, sent, unit=unit)
-    apply_style(figure, height=340)
-    figure.update_xaxes(title_text="rank", showgrid=False, **_rank_axis(contents))
+    _style_by_rank(figure, contents, height=340)
     figure.update_yaxes(title_text=f"{unit} sent per step", rangemode="tozero")
     return figure
 
@@ -238,13 +236,16 @@ def _add_by_rank(
     )
 
 
-def _rank_axis(contents: Mapping[str, Any]) -> dict[str, Any]:
+def _style_by_rank(figure: go.Figure, contents: Mapping[str, Any], *, height: int) -> None:
     world_size = contents["mesh"]["world_size"]
-    return {
-        "range": [-0.6, world_size - 0.4],
-        "dtick": 1 if world_size <= 16 else None,
-        "tickformat": ",d",
-    }
+    apply_style(figure, height=height)
+    figure.update_xaxes(
+        title_text="rank",
+        showgrid=False,
+        range=[-0.6, world_size - 0.4],
+        dtick=1 if world_size <= 16 else None,
+        tickformat=",d",
+    )
 
 
 def _log_range(values: Sequence[float | None], column: int) -> list[float]:

@@ -78,7 +78,7 @@ def run(context: PartContext) -> dict[str, Any]:
     marks = {round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
     cut = False
     for step in range(steps):
-        batch = next_batch(text, size, generator).to(context.device)
+        batch = random_batch(text.train, size, generator).to(context.device)
         for arm in arms:
             set_lr_(arm.optimizer, options.lr * schedule(step, steps))
             arm.losses.append(train_step(arm.model, arm.optimizer, [batch]))
@@ -101,7 +101,7 @@ def planned_steps(text: LocalText, context: PartContext) -> int:
         arm = make_arm(name, size, context)
         spent = []
         for _ in range(1 + SPEED_STEPS):
-            batch = next_batch(text, size, generator).to(context.device)
+            batch = random_batch(text.train, size, generator).to(context.device)
             started = time.perf_counter()
             train_step(arm.model, arm.optimizer, [batch])
             synchronize(context.device)
@@ -119,25 +119,18 @@ def make_arm(name: str, size: DecoderSize, context: PartContext) -> Arm:
     return Arm(name, model, make_optimizer(name, model, lr=context.options.lr))
 
 
-def next_batch(text: LocalText, size: DecoderSize, generator: torch.Generator) -> Tensor:
-    """``[micro_batch, sequence_length + 1]`` bytes of the training part."""
-    return windows(
-        text.train,
-        count=size.micro_batch,
-        length=size.sequence_length + 1,
-        generator=generator,
-    )
+def random_batch(text: Tensor, size: DecoderSize, generator: torch.Generator) -> Tensor:
+    """``[micro_batch, sequence_length + 1]``: stretches of a text that begin anywhere."""
+    length = size.sequence_length + 1
+    starts = torch.randint(len(text) - length + 1, (size.micro_batch, 1), generator=generator)
+    return text[starts + torch.arange(length)]
 
 
 def held_out_batches(text: LocalText, context: PartContext) -> list[Tensor]:
     """The same for every evaluation."""
-    size = context.sizes.comparison
     generator = torch.Generator().manual_seed(context.options.seed + 1)
-    length = size.sequence_length + 1
     return [
-        windows(text.held_out, count=size.micro_batch, length=length, generator=generator).to(
-            context.device
-        )
+        random_batch(text.held_out, context.sizes.comparison, generator).to(context.device)
         for _ in range(context.sizes.eval_batches)
     ]
 
@@ -219,12 +212,6 @@ def local_text(max_bytes: int, folder: Path | None = None) -> LocalText:
         torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in parts
     )
     return LocalText(train, held_out, (len(parts[0]), len(parts[1])))
-
-
-def windows(text: Tensor, *, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """``[count, length]``: stretches of a text that begin anywhere."""
-    starts = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
-    return text[starts + torch.arange(length)]
 
 
 def _contents(folder: Path) -> Iterator[bytes]:
