@@ -90,8 +90,8 @@ class RunRivals:
         console = Console()
         for arm in self.arms:
             require(arm in RECENT_RIVALS, f"{arm} is not one of {', '.join(RECENT_RIVALS)}")
-        arms = self.arms or RECENT_RIVALS
         for cell in [cell_of(name) for name in self.cells or RECENT_CELLS]:
+            arms = self.arms or RECENT_CELLS.get(cell.name, RECENT_RIVALS)
             if "tune" in self.stages:
                 tune_rivals(cell, arms, results=self.results, console=console)
             if "claim" in self.stages:

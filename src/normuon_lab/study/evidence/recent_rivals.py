@@ -38,6 +38,8 @@ from normuon_lab.train.runs.records import RunRecord
 FOLDER = "recent-rivals"
 RATES = AXES["learning_rate"]
 BASELINES = (RECENT_PARENT, "normuon")
+EQUILIBRATED = "normuon-equilibrated"
+"""The library's own equilibration, by rows and columns: compared with where a cell has it."""
 
 
 def tune_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
@@ -138,13 +140,13 @@ def _records(results: Path, cell: Cell, purpose: str) -> list[RunRecord]:
 
 
 def recent_tables(results: Path, evidence: Sequence[CellEvidence]) -> list[dict[str, Any]]:
-    """The tables of every cell in which a rival was run, and what is missing there.
+    """The tables of every cell of the rivals, and what is missing there; none without any run.
 
     `evidence` has the protocol's own runs, which the rivals are paired with.
     """
     cells = [found for found in evidence if found.cell.name in RECENT_CELLS]
     tables = [_tables(results, found) for found in cells]
-    return [table for table in tables if table["tuning"] or table["compared"]]
+    return tables if any(table["tuning"] or table["compared"] for table in tables) else []
 
 
 def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
@@ -152,14 +154,16 @@ def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
     compared: dict[str, list[RunRecord]] = {}
     for run in sorted(_records(results, found.cell, "claim"), key=lambda run: run.seed):
         compared.setdefault(run.arm, []).append(run)
-    tried = {arm: len(tuned.get(arm, ())) for arm in RECENT_RIVALS}
-    seeds = {arm: len(compared.get(arm, ())) for arm in RECENT_RIVALS}
+    wanted = RECENT_CELLS[found.cell.name]
+    tried = {arm: len(tuned.get(arm, ())) for arm in wanted}
+    seeds = {arm: len(compared.get(arm, ())) for arm in wanted}
+    baselines = [arm for arm in (*BASELINES, EQUILIBRATED) if found.full_runs(arm)]
     return {
         "title": found.cell.title,
         "tuning": [_tuning_row(arm, tuned[arm], found) for arm in RECENT_RIVALS if arm in tuned],
         "compared": [
             _compared_row(arm, compared[arm], baseline, found)
-            for baseline in BASELINES
+            for baseline in baselines
             for arm in RECENT_RIVALS
             if arm in compared
         ],
@@ -174,7 +178,7 @@ def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
 
 def _processors(folder: Path, found: CellEvidence, *purposes: str) -> list[str]:
     """The processors that a folder's runs of the rivals or of the baselines were made on."""
-    arms = (*RECENT_RIVALS, *BASELINES)
+    arms = (*RECENT_RIVALS, *BASELINES, EQUILIBRATED)
     runs = [run for what in purposes for run in read_runs(folder, found.cell.name, purpose=what)]
     return sorted({run.processor for run in runs if run.record.arm in arms and run.processor})
 

@@ -194,8 +194,7 @@ def test_without_runs_there_is_no_section(tmp_path: Path) -> None:
 def test_the_protocol_page_gives_their_budget() -> None:
     starts = ", ".join(f"{RATES.value(RECENT_STARTS[arm]):g}" for arm in RECENT_RIVALS)
     assert rows("recent") == [
-        ["arms", numbers(RECENT_RIVALS)],
-        ["cells", numbers(RECENT_CELLS)],
+        *([f"arms in `{cell}`", numbers(arms)] for cell, arms in RECENT_CELLS.items()),
         ["tuned", f"the learning rate, from {starts}"],
         ["tuning seeds", ", ".join(map(str, RECENT_TUNING_SEEDS))],
         ["trials of an arm, at least", str(RECENT_TRIALS)],
@@ -206,3 +205,4 @@ def test_the_protocol_page_gives_their_budget() -> None:
     assert set(RECENT_TUNING_SEEDS) <= set(TUNING_SEEDS)
     assert set(RECENT_CELLS) <= set(CELLS)
     assert set(RECENT_STARTS) == set(RECENT_RIVALS)
+    assert next(iter(RECENT_CELLS.values())) == RECENT_RIVALS
