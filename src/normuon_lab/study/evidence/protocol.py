@@ -67,12 +67,8 @@ RECENT_STARTS = {"muon-eq": 3.0, "hyperball": 5.0, "muown": 3.0, "ema-nesterov":
 """Where each search of a learning rate begins: at Muon's best in the first cell, and for Hyperball,
 whose rate is relative to the weights, near what that rate is beside Muon's weights."""
 
-RECENT_CELLS = {
-    "bytes-small": RECENT_RIVALS,
-    "bpe-small": ("muon-eq",),
-    "bytes-large": ("muon-eq",),
-}
-"""The rivals of each cell: those that ended below Muon in the first go on to the others."""
+RECENT_CELLS = {"bytes-small": RECENT_RIVALS, "bpe-small": ("muon-eq",)}
+"""The rivals of each cell: a rival goes on to the next one only if it ended below Muon."""
 
 OTHER_ARMS = (*VARIANTS, *ABLATIONS, *RIVALS)
 
