@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # Another torch than the pinned one, in a virtual environment of its own: make test TORCH=2.9.1
 TORCH ?=
+# Test files that run at once. More than 2 at a time is untested; 0 for --pdb or to see the output.
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(2, os.cpu_count() or 1))")
+PYTEST = $(BIN)/python -m pytest --doctest-modules -n $(JOBS) --dist loadfile
 VENV := .venv$(addprefix -torch-,$(TORCH))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
@@ -62,10 +65,10 @@ results: $(LAB)
 	$(BIN)/normuon evidence build $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" --doctest-modules $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint types
-	$(BIN)/python -m pytest --doctest-modules $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
