@@ -43,8 +43,7 @@ def first_line(error: BaseException) -> str:
         >>> first_line(ValueError("no such file\\nsee the manual")), first_line(KeyError())
         ('no such file', 'KeyError')
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return _first_line_of_text(error) or type(error).__name__
 
 
 def in_words(error: BaseException) -> str:
@@ -54,8 +53,11 @@ def in_words(error: BaseException) -> str:
         >>> in_words(ValueError("no such file\\nsee the manual")), in_words(KeyError())
         ('ValueError: no such file', 'KeyError')
     """
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"[:MAX_WORDS].rstrip(": ")
+    return f"{type(error).__name__}: {_first_line_of_text(error)}"[:MAX_WORDS].rstrip(": ")
+
+
+def _first_line_of_text(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def require(condition: bool, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ def default_num_workers(num_jobs: int) -> int:
     """As many workers as cores this process may use, and no more than jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, num_jobs))
+
+
+def has_cpp_compiler() -> bool:
+    """Whether torch.compile finds a compiler for its code for CPUs."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    return any(shutil.which(compiler) for compiler in compilers)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,6 +26,7 @@ from normuon.orthogonalize.fused import why_not_symmetric
 from normuon.orthogonalize.kernels import why_unavailable
 from normuon_lab.bench.matrices import MatrixClass
 from normuon_lab.errors import require
+from normuon_lab.machine import has_cpp_compiler
 
 Builder = Callable[[Sequence[nn.Parameter]], Optimizer]
 """Makes an optimizer of plain matrices ``[out, in]``."""
@@ -125,8 +124,7 @@ def chosen(everyone: Sequence[Contender], only: Sequence[str]) -> list[Contender
 
 def why_not_compiled() -> str | None:
     """What torch.compile lacks here, or None."""
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    if any(shutil.which(compiler) for compiler in compilers):
+    if has_cpp_compiler():
         return None
     return "torch.compile needs a C++ compiler, and none was found: install g++"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -42,12 +41,7 @@ class _Display:
     def __enter__(self) -> None:
         self._progress.start()
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
     def say(self, text: str) -> None:
@@ -106,7 +100,7 @@ class RunsDisplay(_Display):
     def __exit__(self, *error: object) -> None:
         for task, _, _ in self._running.values():
             self._progress.remove_task(task)
-        self._progress.stop()
+        super().__exit__(*error)
 
     def start(self, run: Hashable, title: str, *, steps: int) -> None:
         """A run of `steps` steps begins."""

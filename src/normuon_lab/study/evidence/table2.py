@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from normuon_lab.atomic_files import read_json, write_json
 from normuon_lab.bench.measure import (
     profile_step,
+    quartiles,
     tensor_bytes,
     tensor_elements,
     tracked_memory,
@@ -81,10 +82,10 @@ class _Runner:
             "hidden_state_elements": self.hidden_state_elements,
             "scratch_bytes": self.scratch_bytes,
             "step_ms": round(statistics.median(steps), 3),
-            "step_ms_quartiles": _quartiles(steps),
+            "step_ms_quartiles": [round(end, 3) for end in quartiles(steps)],
             "passes_ms": round(statistics.median(passes), 3),
             "share_percent": round(statistics.median(shares), 1),
-            "share_percent_quartiles": _quartiles(shares),
+            "share_percent_quartiles": [round(end, 3) for end in quartiles(shares)],
         }
 
 
@@ -193,10 +194,3 @@ def _prepared(arm: str, config: ModelConfig, inputs: Tensor, targets: Tensor) ->
         ),
         scratch_bytes=max(0, kept.net - state_bytes) + profile.memory.peak,
     )
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    if len(values) < 2:
-        return [round(values[0], 3)] * 2
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [round(low, 3), round(high, 3)]

@@ -127,19 +127,22 @@ class Trainer:
             warmup_steps=schedule.warmup_steps,
             decay_steps=schedule.decay_steps(batch.steps),
         )
-        self._loop = TrainingLoop(
+        self._loop = self._loop_from(step)
+        self._saved_step = step
+
+    def _loop_from(self, step: int) -> TrainingLoop:
+        return TrainingLoop(
             self._model,
             self._optimizers,
             batches=self._micro_batches(),
             loss=self._loss,
             factor=self._factor,
             num_micro_batches=self.batches.share.micro_batches_per_step,
-            max_grad_norm=config.optimizer.max_grad_norm,
+            max_grad_norm=self._config.optimizer.max_grad_norm,
             probe=self._diagnostics,
             step=step,
-            device=ranks.device,
+            device=self._ranks.device,
         )
-        self._saved_step = step
 
     @property
     def step(self) -> int:

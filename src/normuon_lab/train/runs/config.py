@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from normuon_lab.errors import counted, require
+from normuon_lab.errors import counted, flag, require
+from normuon_lab.machine import has_cpp_compiler
 from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def flag_of(field: str) -> str:
     ('--layers', '--batch-size')
     """
     name = field.rpartition(".")[2]
-    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
+    return _FLAGS.get(name, flag(name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,9 +351,8 @@ class ExperimentOptions:
 
     def experiment(self) -> Experiment:
         """The validated experiment."""
-        compilers = (os.environ.get("CXX", "g++"), "clang++")
         require(
-            not self.compile or any(shutil.which(compiler) for compiler in compilers),
+            not self.compile or has_cpp_compiler(),
             "--compile needs a C++ compiler, and none was found: install g++ or leave it out",
         )
         vocab_size = self.vocab_size
