@@ -1,9 +1,10 @@
-"""The GPU table of docs/explanation/costs.md, from what `make gpu` wrote.
+"""The GPU tables of docs/explanation/costs.md, from what `make gpu` wrote.
 
     python benchmarks/gpu_table.py
 
-reads benchmarks/results/gpu_h200.json. Milliseconds are medians over interleaved rounds, and a
-ratio is the median of the rounds' ratios.
+reads benchmarks/results/gpu_h100.json, gpu_h100_gram.json (gram-newton-schulz's Muon, on the same
+card, against NorMuon again) and gpu_h200.json. Milliseconds are medians over interleaved rounds,
+and a ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -14,36 +15,71 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "gpu_h200.json"
+RESULTS = ROOT / "benchmarks" / "results"
+H100, GRAM, H200 = (RESULTS / f"gpu_{name}.json" for name in ("h100", "h100_gram", "h200"))
 PAGE = ROOT / "docs" / "explanation" / "costs.md"
 START, END = "<!-- table: gpu_table.py -->\n", "<!-- end of table -->\n"
 MIB = 2**20
+COLUMNS = ("step", "ms", "over NorMuon's", "host ms", "device ms", "launches", "scratch")
 
 Suite = Mapping[str, Any]
 
 
 def contenders(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every contender with its model."""
+    """Every contender with its model; of NorMuon, which is in every race, the first race alone."""
     for model in suite["parts"]["step"]["values"]["models"]:
-        for race in model["races"]:
-            for one in race["contenders"]:
+        seen = set()
+        for one in (one for race in model["races"] for one in race["contenders"]):
+            if one["name"] not in seen:
                 yield model["title"], one
+            seen.add(one["name"])
 
 
-def table(suite: Suite) -> str:
-    """The table, and what it was measured on."""
-    lines = [
-        "| matrices of | step | ms | over NorMuon's | host ms | device ms | launches | scratch |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for title, one in contenders(suite):
+def peers_of(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`contenders` without NorMuon itself."""
+    return (found for found in contenders(suite) if found[1]["name"] != "NorMuon")
+
+
+def of_ranks(suite: Suite) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every contender of the sharded step, with its rank."""
+    for case in suite["parts"]["sharded"]["values"]["cases"]:
+        for one in case["contenders"]:
+            yield f"rank 0 of {case['ranks']}", one
+
+
+def rows(first: str, found: Iterator[tuple[str, dict[str, Any]]]) -> list[str]:
+    """A table's lines."""
+    lines = [f"| {' | '.join((first, *COLUMNS))} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for title, one in found:
         scratch = one["scratch_kept_bytes"] + one["scratch_peak_bytes"]
         lines.append(
             f"| {title} | {one['name']} | {one['median_ms']:.2f} | {one['ratio_to_first']:.2f} | "
             f"{one['host_ms']:.2f} | {one['device_ms']:.2f} | {one['launches']:,} | "
             f"{scratch / MIB:,.0f} MiB |"
         )
-    return "\n".join([*lines, "", said(suite)]) + "\n"
+    return lines
+
+
+def table(h100: Suite, gram: Suite, h200: Suite) -> str:
+    """Both tables, and what they were measured on."""
+    by_model = sorted([*contenders(h100), *peers_of(gram)], key=lambda found: found[0])
+    return (
+        "\n".join(
+            [
+                *rows("matrices of", iter(by_model)),
+                "",
+                said(h100),
+                "",
+                "One rank of llama-1.1b sharded by rows, on the same card. The other ranks only "
+                "pretend, so the network's time is left out:",
+                "",
+                *rows("rank", of_ranks(h100)),
+                "",
+                f"The same on another card (`benchmarks/results/gpu_h200.json`). {said(h200)}",
+            ]
+        )
+        + "\n"
+    )
 
 
 def said(suite: Suite) -> str:
@@ -70,5 +106,11 @@ def page_with(text: str, page: str) -> str:
     return before + START + "\n" + text + "\n" + END + rest.partition(END)[2]
 
 
+def read() -> tuple[Suite, Suite, Suite]:
+    """What the tables are made from."""
+    h100, gram, h200 = (json.loads(path.read_text()) for path in (H100, GRAM, H200))
+    return h100, gram, h200
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page_with(table(json.loads(RESULTS.read_text())), PAGE.read_text()))
+    PAGE.write_text(page_with(table(*read()), PAGE.read_text()))

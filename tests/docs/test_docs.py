@@ -54,6 +54,7 @@ SAID = {
         r"^B .* 1 of 32x4 .* 1 ",
     ),
     "how-to/learning-rate.md": (r"^0\.0036\d*$",),
+    "how-to/cuda-graphs.md": (r"^loss 0\.",),
     "how-to/telemetry.md": (r"^0 0\.00\d+$", r"^10 0\.00\d+$"),
     "how-to/debugging.md": (r"^\{0: 1, 1: 0\}$", r"^tensor\(0\.2000"),
 }

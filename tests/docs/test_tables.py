@@ -41,27 +41,53 @@ def test_the_table_of_learning_rates_is_its_files(monkeypatch):
             sys.modules.pop(name, None)
 
 
-def test_the_gpu_table_is_its_file(monkeypatch):
+def test_the_gpu_tables_are_their_files(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
     import gpu_table
 
     try:
         page = gpu_table.PAGE.read_text()
-        suite = json.loads(gpu_table.RESULTS.read_text())
-        assert gpu_table.page_with(gpu_table.table(suite), page) == page
-        figures = {
-            (title, one["name"]): one["median_ms"] for title, one in gpu_table.contenders(suite)
-        }
+        h100, gram, h200 = gpu_table.read()
+        assert gpu_table.page_with(gpu_table.table(h100, gram, h200), page) == page
+        ms, ratio = (
+            {
+                (title, one["name"]): one[figure]
+                for found in (
+                    gpu_table.contenders(h100),
+                    gpu_table.peers_of(gram),
+                    gpu_table.of_ranks(h100),
+                )
+                for title, one in found
+            }
+            for figure in ("median_ms", "ratio_to_first")
+        )
+        muon, dion, kernels = "torch.optim.Muon", "dion NorMuon", "gram-newton-schulz Muon"
         readme = (DOCS.parent / "README.md").read_text()
-        for model, ours in (("llama-1.1b", "NorMuon"), ("gpt2-124m", "NorMuon captured")):
-            mine, theirs = figures[model, ours], figures[model, "torch.optim.Muon"]
-            graph = (" in a CUDA graph", ", no graph") if "captured" in ours else ("", "")
+        for model, rank in (("llama-1.1b", "rank 0 of 16"), ("gpt2-124m", "")):
+            mine, theirs = ms[model, "NorMuon"], (ms[model, muon], ms[model, dion])
+            cells = (f"{mine:.1f} ms", *(f"{other:.1f} ms" for other in theirs))
+            assert f"| step of {model} on one H100 | {' | '.join(cells)} |" in readme
+            if rank:
+                cells = (f"{ms[rank, 'NorMuon']:.1f} ms", "", f"{ms[rank, dion]:.1f} ms")
+                assert f"| {rank} of its row shards | {' | '.join(cells)} |" in readme
+        assert (
+            f"In a CUDA graph GPT-2's step takes {ms['gpt2-124m', 'NorMuon captured']:.1f} ms"
+            in (" ".join(readme.split()))
+        )
+        words = " ".join(page.split())
+        took = ms["llama-1.1b", "NorMuon"]
+        assert f"On one H100 a step of llama-1.1b's matrices takes {took:.1f} ms" in words
+        recipe = " ".join((DOCS / "how-to" / "cuda-graphs.md").read_text().split())
+        for model in ("gpt2-124m", "rank 0 of 64", "llama-1.1b"):
+            graph, eager = ms[model, "NorMuon captured"], ms[model, "NorMuon"]
             assert any(
-                f"| {mine:.{digits}f} ms{graph[0]} | {theirs:.1f} ms{graph[1]} |" in readme
-                for digits in (1, 2)
+                f"{graph:.1f}{unit} instead of {eager:.1f}" in recipe for unit in (" ms", "")
             )
-        training = suite["parts"]["training"]["values"]
-        assert f"takes {training['overhead_percent']:+.1f}% over AdamW's" in readme
+        for name in (muon, dion, kernels):
+            assert f"{ratio['llama-1.1b', name]:.2f} times" in words
+        for suite in (h100, h200):
+            training = suite["parts"]["training"]["values"]
+            assert f"{training['overhead_percent']:+.1f}%" in readme
     finally:
         sys.modules.pop("gpu_table", None)
 

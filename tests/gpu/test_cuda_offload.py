@@ -6,9 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -151,17 +149,6 @@ def test_a_copy_that_is_not_waited_for_is_found():
     again = trained("cpu", **options)
     assert all(torch.equal(a["weight"], b["weight"]) for a, b in zip(right, again, strict=True))
     assert not torch.equal(right[0]["weight"], wrong[0]["weight"])
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=None
-    )
-    try:
-        yield init_device_mesh("cuda", (1,))
-    finally:
-        dist.destroy_process_group()
 
 
 def model_on(device):

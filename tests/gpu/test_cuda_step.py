@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -102,6 +105,15 @@ def test_a_captured_step_replays_as_the_eager_one():
         graph.replay()
     for expected, actual in zip(eager.parameters(), captured.parameters(), strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_the_page_about_cuda_graphs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "cuda-graphs.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(code, names)
+    assert names["step"] == names["graph"].replay
+    assert re.fullmatch(r"loss 0\.\d+\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

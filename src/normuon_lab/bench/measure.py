@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_iter
@@ -271,11 +272,11 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def tensor_bytes(values: Any) -> int:
-    """Bytes of all tensors in nested containers, each storage once."""
+    """Bytes of all tensors in nested containers, each storage once; of DTensors the local part."""
+    leaves = (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor))
+    parts = (leaf.to_local() if isinstance(leaf, DTensor) else leaf for leaf in leaves)
     storages = {
-        leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes()
-        for leaf in tree_iter(values)
-        if isinstance(leaf, Tensor)
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts
     }
     return sum(storages.values())
 

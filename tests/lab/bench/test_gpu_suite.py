@@ -15,7 +15,7 @@ from torch import nn
 
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import model_matrices, parse_shapes
-from normuon_lab.bench.suite import step_table
+from normuon_lab.bench.suite import sharded_step, step_table
 from normuon_lab.bench.suite.decoder import Decoder, make_decoder
 from normuon_lab.bench.suite.gpu_tests import counted
 from normuon_lab.bench.suite.loss_race import local_text
@@ -91,6 +91,31 @@ def test_the_step_table_has_everyone_who_runs_on_a_cpu(
         # Momentum, and a number of each neuron.
         assert 4 * elements < normuon["state_bytes"] < 8 * elements
         assert normuon["top_kernels"][0]["ms"] > 0
+
+
+def test_rank_0_of_many_is_timed(dry: tuple[dict[str, Any], Path]) -> None:
+    """Its state is its own rows': 1 of 16 and of 64 of the momentum, and vectors."""
+    values = dry[0]["parts"]["sharded"]["values"]
+    assert values["model"] == "llama-1.1b"
+    assert [case["ranks"] for case in values["cases"]] == [16, 64]
+    states = []
+    for case in values["cases"]:
+        (normuon,) = case["contenders"]
+        assert normuon["name"] == "NorMuon"
+        assert len(normuon["step_ms"]) == case["rounds"] == DRY.rounds[0]
+        assert set(case["not_run"]) == {"NorMuon captured", "dion NorMuon"}
+        states.append(normuon["state_bytes"])
+    momentum = 4 * values["elements"]
+    assert momentum / 16 < states[0] < momentum / 8
+    assert momentum / 64 < states[1] < states[0]
+    assert not torch.distributed.is_initialized()
+
+
+def test_only_chooses_who_is_sharded(tmp_path: Path) -> None:
+    options = SuiteOptions(out=tmp_path, device="cpu", only=("dion*",), dion=None)
+    with sharded_step.first_of(4, CPU) as mesh:
+        names = [one.name for one in sharded_step.contenders(mesh, context_of(options))]
+    assert names == ["NorMuon", "dion NorMuon"]
 
 
 def test_the_other_parts_say_what_they_should(dry: tuple[dict[str, Any], Path]) -> None:

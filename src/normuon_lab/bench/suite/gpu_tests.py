@@ -18,7 +18,11 @@ from normuon_lab.errors import MAX_WORDS
 
 FOLDER = Path("tests/gpu")
 MARGIN_SECONDS = 2.0
-OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*\[ *\d+%\]$")
+MOST_WORKERS = 8
+"""Of pytest-xdist: kernels compile side by side, and each worker takes some memory of the GPU."""
+STATES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+OUTCOME = re.compile(rf"^(?P<name>\S+::.*?) (?P<state>{STATES})\b.*\[ *\d+%\]$")
+OUTCOME_OF_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<state>{STATES}) (?P<name>\S+::.*?) *$")
 REASON = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?) - (.*)$")
 SKIP = re.compile(r"^(?:SKIPPED) \[(\d+)\] [^ ]+: (.*)$")
 
@@ -41,10 +45,16 @@ def run(context: PartContext) -> dict[str, Any]:
             code = subprocess.run(
                 [
                     *(sys.executable, "-m", "pytest", str(FOLDER), "-v", "--tb=line", "-rfEs"),
-                    *("-p", "no:cacheprovider", "-o", "addopts="),
+                    *("-p", "no:cacheprovider", "-o", "addopts=", *_workers(context)),
                 ],
                 cwd=root,
-                env={**os.environ, "COLUMNS": "400", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                env={
+                    **os.environ,
+                    "COLUMNS": "400",
+                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                    # So that tests that time cuts are counted as far as they came.
+                    "PYTHONUNBUFFERED": "1",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -65,6 +75,13 @@ def run(context: PartContext) -> dict[str, Any]:
     return values
 
 
+def _workers(context: PartContext) -> tuple[str, ...]:
+    """Arguments that run tests side by side on a GPU, where pytest-xdist is installed."""
+    if context.is_dry or importlib.util.find_spec("xdist") is None:
+        return ()
+    return "-p", "xdist", "-n", str(min(MOST_WORKERS, os.cpu_count() or 1))
+
+
 def find_root() -> Path | None:
     """The checkout with the tests: the working folder, or the one this package lies in."""
     candidates = (Path.cwd(), Path(normuon_lab.__file__).resolve().parents[2])
@@ -77,15 +94,17 @@ def counted(text: str) -> dict[str, Any]:
     Example:
         >>> counted("tests/gpu/test_a.py::test_b[{'x': 1}] PASSED          [ 50%]")["counts"]
         {'passed': 1}
+        >>> counted("[gw3] [ 50%] FAILED tests/gpu/test_a.py::test_b[{'x': 1}] ")["counts"]
+        {'failed': 1}
     """
     counts: Counter[str] = Counter()
     failures: dict[str, str] = {}
     skips = []
     for line in text.splitlines():
-        if outcome := OUTCOME.match(line):
-            counts[outcome[2].lower()] += 1
-            if outcome[2] in ("FAILED", "ERROR"):
-                failures.setdefault(outcome[1], "")
+        if outcome := OUTCOME.match(line) or OUTCOME_OF_WORKER.match(line):
+            counts[outcome["state"].lower()] += 1
+            if outcome["state"] in ("FAILED", "ERROR"):
+                failures.setdefault(outcome["name"], "")
         elif reason := REASON.match(line):
             failures[reason[1]] = reason[2][:MAX_WORDS]
         elif skip := SKIP.match(line):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from normuon_lab.bench.matrices import MatrixClass, parse_shapes
 from normuon_lab.errors import require
 
-PARTS = ("machine", "tests", "step", "accuracy", "training", "comparison")
+PARTS = ("machine", "tests", "step", "sharded", "accuracy", "training", "comparison")
 """In the order in which they run."""
 
 # The states that a part can be in.
@@ -152,12 +152,13 @@ class Sizes:
 
 FULL = Sizes(
     budgets={
-        "machine": (0.03, 1.0),
-        "tests": (0.17, 10.0),
-        "step": (0.42, 20.0),
+        "machine": (0.02, 1.0),
+        "tests": (0.13, 10.0),
+        "step": (0.44, 20.0),
+        "sharded": (0.15, 15.0),
         "accuracy": (0.06, 5.0),
-        "training": (0.14, 15.0),
-        "comparison": (0.18, 20.0),
+        "training": (0.08, 15.0),
+        "comparison": (0.12, 20.0),
     },
     overtime_seconds=0.0,
     copy_bytes=2**30,
@@ -187,11 +188,12 @@ DRY = Sizes(
     # Mostly the time that Python and torch take to start.
     budgets={
         "machine": (0.06, 2.0),
-        "tests": (0.36, 8.0),
-        "step": (0.26, 8.0),
+        "tests": (0.33, 8.0),
+        "step": (0.24, 8.0),
+        "sharded": (0.07, 6.0),
         "accuracy": (0.09, 6.0),
-        "training": (0.09, 6.0),
-        "comparison": (0.14, 6.0),
+        "training": (0.08, 6.0),
+        "comparison": (0.13, 6.0),
     },
     overtime_seconds=30.0,
     copy_bytes=2**22,

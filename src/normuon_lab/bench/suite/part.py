@@ -35,6 +35,7 @@ MODULES = {
     "machine": "roofs",
     "tests": "gpu_tests",
     "step": "step_table",
+    "sharded": "sharded_step",
     "accuracy": "directions",
     "training": "overhead",
     "comparison": "loss_race",

@@ -30,6 +30,7 @@ from normuon_lab.bench.contender import (
 from normuon_lab.bench.peers import dion_normuon, torch_muon
 
 FIRST = "NorMuon"
+CAPTURED = "NorMuon captured"
 NEEDS_CUDA = "it needs a CUDA device"
 SLOW_HERE = "it compiles, which a dry run leaves out unless --only names it"
 
@@ -60,7 +61,7 @@ def step_contenders(
         ),
         own("NorMuon triton", backend="triton", missing=why_not_triton),
         # Last of those that do not compile: a capture that fails may trouble who comes after it.
-        own("NorMuon captured", captured=True, missing=needs_cuda),
+        own(CAPTURED, captured=True, missing=needs_cuda),
         own(
             "NorMuon kernels",
             backend="kernels",

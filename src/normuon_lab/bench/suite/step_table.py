@@ -163,11 +163,13 @@ def ready(
     params: Sequence[nn.Parameter],
     gradients: Gradients,
     context: PartContext,
+    *,
+    may_diverge: bool = False,
 ) -> tuple[Runner | None, str | None]:
     """A contender that can be timed, or why there is none."""
     context.say(f"  {contender.name}")
     try:
-        return prepare(contender, params, gradients, context.device), None
+        return prepare(contender, params, gradients, context.device, may_diverge=may_diverge), None
     except UnusableStepError as error:
         with torch.no_grad():
             for param in params:

@@ -90,12 +90,22 @@ def prepare(
     params: Sequence[nn.Parameter],
     gradients: Gradients,
     device: torch.device,
+    *,
+    may_diverge: bool = False,
 ) -> Runner:
     """Builds the optimizer, takes its first steps and measures all but its time.
+
+    Args:
+        contender: who.
+        params: stepped.
+        gradients: of every step.
+        device: where.
+        may_diverge: weights that are not finite are no failure.
 
     Raises:
         UnusableStepError: its first step left weights that are not finite.
     """
+    check = no_check if may_diverge else check_finite
     started = time.perf_counter()
     notes = []
 
@@ -112,12 +122,12 @@ def prepare(
 
     built = build_and_step(contender.build, params, gradients, device, count=count)
     step: Callable[[], object] = built.optimizer.step
-    check_finite(params)
+    check(params)
     if contender.compiles:
         gradients.hand_out(params)
         step()
         synchronize(device)
-        check_finite(params)
+        check(params)
     first_seconds = time.perf_counter() - started
     gradients.hand_out(params)
     with tracked_memory(device) as use:
@@ -177,6 +187,10 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
             for one in sorted(kernels, reverse=True)[:TOP_KERNELS]
         ],
     }
+
+
+def no_check(_: Sequence[nn.Parameter]) -> None:
+    """For weights of which nothing is asked."""
 
 
 def check_finite(params: Sequence[nn.Parameter]) -> None:

@@ -1,0 +1,154 @@
+"""One rank of many on this one GPU: its sharded step, while the other ranks only pretend.
+
+Collectives return at once and write nothing. So the network's time is left out, and what arrives is
+whatever was in memory; launches, packing, the rank's own products and the host's work are real.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from normuon_lab.bench.contender import Contender
+from normuon_lab.bench.matrices import MatrixClass
+from normuon_lab.bench.measure import WEIGHT_SCALE, Gradients, median_ratio, quartiles
+from normuon_lab.bench.peers import dion_normuon
+from normuon_lab.bench.suite.options import matrices_of
+from normuon_lab.bench.suite.part import PartContext
+from normuon_lab.bench.suite.step_contenders import (
+    CAPTURED,
+    FIRST,
+    SLOW_HERE,
+    step_contenders,
+)
+from normuon_lab.bench.suite.step_table import give_back, ready, take_rounds, why_not
+from normuon_lab.bench.suite.step_timing import Runner
+
+MODEL = "llama-1.1b"
+RANKS = (16, 64)
+OWN = (FIRST, CAPTURED)
+DION = "dion NorMuon"
+
+
+def run(context: PartContext) -> dict[str, Any]:
+    """Times rank 0's step of everyone who shards, for every number of ranks."""
+    matrices = matrices_of(MODEL, tiny=context.is_dry)
+    values: dict[str, Any] = {"model": MODEL, "elements": sum(m.numel for m in matrices)}
+    values["cases"] = [
+        {"ranks": ranks, "rounds": 0, "contenders": [], "not_run": {}} for ranks in RANKS
+    ]
+    reckoned: dict[str, float] = {}
+    for case in values["cases"]:
+        with first_of(case["ranks"], context.device) as mesh:
+            field = contenders(mesh, context)
+            context.say(f"rank 0 of {case['ranks']}: {', '.join(one.name for one in field)}")
+            params, gradients = sharded_matrices(matrices, mesh, context)
+            for found in rounds_of(field, params, gradients, context, reckoned):
+                case.update(found)
+                context.keep(values)
+            del params, gradients
+        # A later number of ranks must not fall back to eager steps because torch.compile's limit
+        # of variants was reached before it.
+        torch.compiler.reset()
+        give_back(context.device)
+    return values
+
+
+@contextmanager
+def first_of(ranks: int, device: torch.device) -> Iterator[DeviceMesh]:
+    """A mesh of ranks that only pretend, seen from its first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield init_device_mesh(device.type, (ranks,))
+    finally:
+        dist.destroy_process_group()
+
+
+def contenders(mesh: DeviceMesh, context: PartContext) -> tuple[Contender, ...]:
+    """NorMuon, launched and captured, and dion's, of those that `only` names; the first always."""
+    options = context.options
+    first, *others = (one for one in step_contenders(context.device, dion=None) if one.name in OWN)
+    dion = dion_normuon(DION, options.dion, distributed_mesh=mesh)
+    if context.is_dry and not options.only:
+        dion = replace(dion, missing=dion.missing or SLOW_HERE)
+    field = (*others, dion)
+    asked = [one for one in field if any(fnmatchcase(one.name, name) for name in options.only)]
+    return (first, *(asked if options.only else field))
+
+
+def sharded_matrices(
+    matrices: Sequence[MatrixClass], mesh: DeviceMesh, context: PartContext
+) -> tuple[list[nn.Parameter], Gradients]:
+    """This rank's rows of every matrix, as FSDP2 shards them, and their gradients."""
+    torch.manual_seed(context.options.seed)
+
+    def rows(shape: tuple[int, int], scale: float) -> Tensor:
+        whole = torch.randn(shape, device=context.device) * scale
+        return distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+
+    shapes = [one.shape for one in matrices for _ in range(one.count)]
+    params = [nn.Parameter(rows(shape, WEIGHT_SCALE)) for shape in shapes]
+    return params, Gradients([rows(shape, 1.0) for shape in shapes])
+
+
+def rounds_of(
+    field: Sequence[Contender],
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
+    context: PartContext,
+    reckoned: dict[str, float],
+) -> Iterator[dict[str, Any]]:
+    """What is known before each contender that compiles, and in the end."""
+    runners: list[Runner] = []
+    not_run: dict[str, str] = {}
+    fewest, most = context.sizes.rounds
+    for contender in field:
+        if contender.compiles and runners:
+            yield _timed(runners, params, gradients, not_run, context, most=fewest)
+        reason = why_not(contender, context, reckoned)
+        if reason is None:
+            # What the other ranks would have sent is any number, and NaN as well.
+            runner, reason = ready(contender, params, gradients, context, may_diverge=True)
+            if runner is not None:
+                runners.append(runner)
+                reckoned[contender.name] = runner.figures["first_step_seconds"]
+        if reason is not None:
+            not_run[contender.name] = reason
+            give_back(context.device)
+    yield _timed(runners, params, gradients, not_run, context, most=most)
+
+
+def _timed(
+    runners: Sequence[Runner],
+    params: Sequence[nn.Parameter],
+    gradients: Gradients,
+    not_run: dict[str, str],
+    context: PartContext,
+    *,
+    most: int,
+) -> dict[str, Any]:
+    rounds = take_rounds(runners, params, gradients, context, most=most)
+    entries = [
+        {
+            "name": one.contender.name,
+            "step_ms": one.step_ms,
+            "median_ms": statistics.median(one.step_ms),
+            "quartiles_ms": quartiles(one.step_ms),
+            "ratio_to_first": median_ratio(one.step_ms, runners[0].step_ms),
+            "host_ms": statistics.median(one.host_ms) if not context.is_dry else None,
+            **{name: value for name, value in one.figures.items() if not name.startswith("flops")},
+        }
+        for one in runners
+    ]
+    return {"rounds": rounds, "contenders": entries, "not_run": dict(not_run)}
