@@ -6,7 +6,6 @@ whatever was in memory; launches, packing, the rank's own products and the host'
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,18 +21,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass
-from normuon_lab.bench.measure import WEIGHT_SCALE, Gradients, median_ratio, quartiles
+from normuon_lab.bench.measure import WEIGHT_SCALE, Gradients
 from normuon_lab.bench.peers import dion_normuon
 from normuon_lab.bench.suite.options import matrices_of
 from normuon_lab.bench.suite.part import PartContext
+from normuon_lab.bench.suite.rounds import give_back, timed_in_turn, times_of
 from normuon_lab.bench.suite.step_contenders import (
     CAPTURED,
     FIRST,
     SLOW_HERE,
     step_contenders,
 )
-from normuon_lab.bench.suite.step_table import give_back, ready, take_rounds, why_not
-from normuon_lab.bench.suite.step_timing import Runner
 
 MODEL = "llama-1.1b"
 RANKS = (16, 64)
@@ -54,13 +52,20 @@ def run(context: PartContext) -> dict[str, Any]:
             field = contenders(mesh, context)
             context.say(f"rank 0 of {case['ranks']}: {', '.join(one.name for one in field)}")
             params, gradients = sharded_matrices(matrices, mesh, context)
-            for found in rounds_of(field, params, gradients, context, reckoned):
-                case.update(found)
+            # What the other ranks would have sent is any number, and NaN as well.
+            for timed in timed_in_turn(
+                field, params, gradients, context, reckoned, may_diverge=True
+            ):
+                case.update(
+                    rounds=timed.rounds,
+                    contenders=[
+                        {**times_of(one, timed.runners[0], context), **one.figures}
+                        for one in timed.runners
+                    ],
+                    not_run=timed.not_run,
+                )
                 context.keep(values)
-            del params, gradients
-        # A later number of ranks must not fall back to eager steps because torch.compile's limit
-        # of variants was reached before it.
-        torch.compiler.reset()
+            del params, gradients, timed
         give_back(context.device)
     return values
 
@@ -100,55 +105,3 @@ def sharded_matrices(
     shapes = [one.shape for one in matrices for _ in range(one.count)]
     params = [nn.Parameter(rows(shape, WEIGHT_SCALE)) for shape in shapes]
     return params, Gradients([rows(shape, 1.0) for shape in shapes])
-
-
-def rounds_of(
-    field: Sequence[Contender],
-    params: Sequence[nn.Parameter],
-    gradients: Gradients,
-    context: PartContext,
-    reckoned: dict[str, float],
-) -> Iterator[dict[str, Any]]:
-    """What is known before each contender that compiles, and in the end."""
-    runners: list[Runner] = []
-    not_run: dict[str, str] = {}
-    fewest, most = context.sizes.rounds
-    for contender in field:
-        if contender.compiles and runners:
-            yield _timed(runners, params, gradients, not_run, context, most=fewest)
-        reason = why_not(contender, context, reckoned)
-        if reason is None:
-            # What the other ranks would have sent is any number, and NaN as well.
-            runner, reason = ready(contender, params, gradients, context, may_diverge=True)
-            if runner is not None:
-                runners.append(runner)
-                reckoned[contender.name] = runner.figures["first_step_seconds"]
-        if reason is not None:
-            not_run[contender.name] = reason
-            give_back(context.device)
-    yield _timed(runners, params, gradients, not_run, context, most=most)
-
-
-def _timed(
-    runners: Sequence[Runner],
-    params: Sequence[nn.Parameter],
-    gradients: Gradients,
-    not_run: dict[str, str],
-    context: PartContext,
-    *,
-    most: int,
-) -> dict[str, Any]:
-    rounds = take_rounds(runners, params, gradients, context, most=most)
-    entries = [
-        {
-            "name": one.contender.name,
-            "step_ms": one.step_ms,
-            "median_ms": statistics.median(one.step_ms),
-            "quartiles_ms": quartiles(one.step_ms),
-            "ratio_to_first": median_ratio(one.step_ms, runners[0].step_ms),
-            "host_ms": statistics.median(one.host_ms) if not context.is_dry else None,
-            **{name: value for name, value in one.figures.items() if not name.startswith("flops")},
-        }
-        for one in runners
-    ]
-    return {"rounds": rounds, "contenders": entries, "not_run": dict(not_run)}
