@@ -47,8 +47,8 @@ PROVED = {
         (
             "tests/gpu",
             "on one GPU, a step never waits, can be captured into a graph, and equals the CPU's "
-            "to rounding, with and without Triton kernels: run tests/gpu or `make gpu` to check "
-            "this machine",
+            "to rounding, with and without Triton kernels and with NCCL on one rank: run tests/gpu "
+            "or `make gpu` to check this machine",
         ),
     ),
 }
@@ -57,7 +57,7 @@ PROVED = {
 NOT_PROVED = {
     "cpu": ("more than one machine",),
     "cuda": (
-        "NCCL, and more than one GPU",
+        "more than one GPU, and NCCL between them",
         "Triton kernels on compute capabilities other than 9.0",
         "ROCm",
     ),

@@ -88,7 +88,7 @@ def test_what_is_proved_of_other_devices_is_not_claimed_of_this_machine(kind, mo
     device, text = found["devices"][1], as_text(found)
     if kind == "cuda":
         assert "run tests/gpu or `make gpu` to check this machine" in text
-        assert "not tested: NCCL, and more than one GPU; Triton kernels on compute" in text
+        assert "not tested: more than one GPU, and NCCL between them; Triton kernels on" in text
         assert "ROCm" in text
         return
     assert device["proved"] == [{"tests": tests, "what": what} for tests, what in PROVED_ELSEWHERE]
