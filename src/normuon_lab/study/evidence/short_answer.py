@@ -55,7 +55,7 @@ def _range_in_words(percents: Sequence[float]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnRate:
-    """What a separate learning rate for AdamW's half was worth to an arm, from its tuning.
+    """What a separate learning rate for the AdamW parameters was worth to an arm, from its tuning.
 
     `shared` is the best trial with one rate for both, `own` the best of the same weight decay.
     """

@@ -171,7 +171,7 @@ ARMS: dict[str, Arm] = {
         ),
         Arm(
             name="normuon-front",
-            label="NorMuon, in front",
+            label="NorMuon, scaled first",
             description="neurons scaled before the orthogonalisation (an ablation)",
             builder="build_rival",
             fixed={"rival": "NorMuonFront"},

@@ -165,7 +165,7 @@ def test_the_best_rate_has_the_star(found: CellEvidence) -> None:
 
 
 def with_trials(found: CellEvidence, trials: list[tuple[float, float, float]]) -> CellEvidence:
-    """NorMuon's tuning alone: learning rate, that of AdamW's half, mean final loss."""
+    """NorMuon's tuning alone: learning rate, that of the AdamW parameters, mean final loss."""
     tuned = {
         "axes": ["learning_rate", "adam_lr", "weight_decay"],
         "trials": [

@@ -51,7 +51,7 @@ def trained(trained_here: list[RunSpec], monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def write_parent(results: Path, name: str) -> None:
-    """A tuning of Muon in which AdamW's half has a rate of its own."""
+    """A tuning of Muon with a separate rate for the AdamW parameters."""
     best = {"learning_rate": 0.008, "adam_lr": 0.016, "weight_decay": 0.2}
     tuned = {RECENT_PARENT: {"best": best, "trials": [best]}}
     values = {"schema_version": 1, "kind": "normuon sweep", "arms": tuned}

@@ -78,7 +78,7 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
 
 
 def other_rate_figure(found: CellEvidence) -> Figure | None:
-    """The same for AdamW's half, of the arms that tune its rate; None where none does."""
+    """The same for the AdamW parameters, of the arms that tune its rate; None where none does."""
     curves = {
         arm: curve
         for arm, curve in _curves(found, "adam_lr").items()
@@ -90,7 +90,7 @@ def other_rate_figure(found: CellEvidence) -> Figure | None:
     axes = figure.subplots()
     _draw_panel(axes, curves)
     _scale(axes, curves)
-    title = "The learning rate of AdamW's half"
+    title = "Learning rate of the AdamW parameters"
     _write_names(figure, found, title, rate="peak learning rate of embeddings, head and norms")
     return figure
 
