@@ -1,4 +1,4 @@
-"""What the README shows runs."""
+"""The README's code runs, and the figures that it and other pages quote are the files'."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "docs"
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 BOTH_OPTIONS = "normuon-heads-equilibrated"
 
 
-def test_the_readmes_code_runs_from_top_to_bottom():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+def test_the_readmes_code_runs():
+    (code,) = CODE.findall(README)
     names: dict[str, Any] = {}
-    for code in blocks:
-        exec(code, names)
+    exec(code, names)
+    assert "momentum_buffer" in names["optimizer"].state[names["model"][0].weight]
+
+
+def test_the_code_that_switches_optimizers_keeps_the_momentum():
+    code = CODE.findall((DOCS / "how-to" / "switch.md").read_text())[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
     momentum = names["optimizer"].state[names["model"][0].weight]["momentum_buffer"]
-    assert torch.equal(momentum, names["old"].state[names["model"][0].weight]["exp_avg"])
+    assert torch.equal(momentum, names["adamw"].state[names["model"][0].weight]["exp_avg"])
 
 
 def test_the_readmes_files_exist():
@@ -52,13 +59,13 @@ def test_the_readmes_evidence_is_the_published_tables():
         assert f"| {label} | {row} |" in README
 
 
-def test_the_readme_explains_the_quick_runs_larger_gap():
+def test_the_page_about_the_quick_run_explains_its_larger_gap():
     """Its figures are the file's; the losses that explain the gap are those of the runs."""
     quick = json.loads((ROOT / "benchmarks" / "results" / "compare_default.json").read_text())
     by_pair = {(row["arm"], row["baseline"]): row for row in quick["analysis"]["comparisons"]}
     steps = by_pair["normuon", "adamw"]["fewer_steps_percent"]
     loss = by_pair["normuon", "muon"]["loss_difference"]
-    words = " ".join(README.split())
+    words = " ".join((DOCS / "lab" / "compare.md").read_text().split())
     assert f"{steps['mean']:.1f}% ({steps['low']:.1f} to {steps['high']:.1f}) on four" in words
     assert f"{loss['mean']:.3f} nats ({loss['low']:.3f} to {loss['high']:.3f})" in words
     assert loss["low"] < 0 < loss["high"]
@@ -96,7 +103,7 @@ def test_the_quoted_plans_are_the_published_tables():
         f"possible work (the paper's round-robin: {row['round_robin']:.3f})"
         in " ".join(README.split())
     )
-    costs = (ROOT / "docs" / "explanation" / "costs.md").read_text()
+    costs = (DOCS / "explanation" / "costs.md").read_text()
     for model, world_size in (("gpt2-124m", 16), ("gpt2-350m", 64), ("llama-1.1b", 64)):
         row = rows[model, world_size]
         balanced = [f"{row[name]:.3f}" for name in ("imbalance", "round_robin", "padding")]
@@ -109,7 +116,7 @@ def _figure(row: dict[str, Any]) -> str:
     return f"{row['steps_saved_percent']:.1f}% ({low:.1f} to {high:.1f})"
 
 
-def test_the_readme_says_what_teams_do_to_the_busiest_rank():
+def test_the_page_about_ranks_says_what_teams_do_to_the_busiest_one():
     table = json.loads((ROOT / "benchmarks" / "results" / "plan_table.json").read_text())
     found = {
         row["way"]: f"{row['busiest_over_mean']:.3f}"
@@ -117,7 +124,8 @@ def test_the_readme_says_what_teams_do_to_the_busiest_rank():
         if (row["model"], row["bytes_per_second"]) == ("llama3-8b", 4e11)
     }
     teams, owners = found["teams"], found["one owner each"]
-    assert f"then does {teams} times the mean, instead of {owners}." in " ".join(README.split())
+    words = " ".join((DOCS / "distributed.md").read_text().split())
+    assert f"then does {teams} times the mean, instead of {owners}." in words
 
 
 def test_the_table_beside_other_optimizers_is_its_files():
