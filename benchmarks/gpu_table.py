@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from normuon.distributed.cost import CostModel
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 H100, GRAM, H200 = (RESULTS / f"gpu_{name}.json" for name in ("h100", "h100_gram", "h200"))
@@ -75,10 +77,34 @@ def table(h100: Suite, gram: Suite, h200: Suite) -> str:
                 "",
                 *rows("rank", of_ranks(h100)),
                 "",
+                rates(h100),
+                "",
                 f"The same on another card (`benchmarks/results/gpu_h200.json`). {said(h200)}",
             ]
         )
         + "\n"
+    )
+
+
+def rates(suite: Suite) -> str:
+    """What the planner may reckon with: a rank's share of the FLOPs over its time.
+
+    112 matrices are dealt evenly to 16 ranks.
+    """
+    flops = next(
+        one["flops_by_model"]
+        for title, one in contenders(suite)
+        if title == suite["parts"]["sharded"]["values"]["model"] and one["flops_by_model"]
+    )
+    launched, captured = (
+        1e-12 * flops / 16 / (1e-3 * one["median_ms"])
+        for rank, one in of_ranks(suite)
+        if rank == "rank 0 of 16" and one["name"].startswith("NorMuon")
+    )
+    return (
+        f"Rank 0 of 16 does {1e-12 * flops / 16:.2f} TFLOP, {launched:.0f} TFLOP/s launched and "
+        f"{captured:.0f} captured; `normuon plan --flops-per-second` takes such a rate (default: "
+        f"{1e-12 * CostModel().flops_per_second:.0f} TFLOP/s)."
     )
 
 
