@@ -1,6 +1,4 @@
-"""The two forms of a matrix's momentum in the state, numbers and 8-bit codes, and from one to the
-other.
-"""
+"""A matrix's momentum as numbers or as 8-bit codes, and the conversion between the two."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def momentum_of(state: Mapping[str, Tensor]) -> Tensor:
-    """What a matrix's state has of the parameter's shape: its momentum, or the codes of it."""
+    """The entry of a matrix's state that has the parameter's shape: its momentum, or its codes."""
     return state["momentum_codes"] if "momentum_codes" in state else state["momentum_buffer"]
 
 
@@ -34,7 +32,7 @@ def recoded(
     """A matrix's state with its momentum in the form that a dtype asks for.
 
     Args:
-        state: whole tensors or DTensors, of which every rank of the mesh must ask then. It may lack
+        state: whole tensors, or DTensors; then every rank of the mesh must call this. It may lack
             the momentum, or have it in the right form already.
         param: the parameter.
         view: how it becomes matrices.
@@ -61,11 +59,11 @@ def recoded(
 
 
 def whole_momentum(state: Mapping[str, Tensor], param: Tensor, view: MatrixView | None) -> Tensor:
-    """A matrix's whole momentum as numbers, however it is kept.
+    """A matrix's whole momentum as numbers, also if it is kept in codes.
 
     Args:
         state: of a parameter of a `normuon` or `muon` group.
-        param: the parameter; if it is sharded, every rank of its mesh must ask.
+        param: the parameter; if it is sharded, every rank of its mesh must call this.
         view: its group's; None: a matrix as it is.
     """
     view = view if view is not None else MatrixView.linear()

@@ -380,18 +380,18 @@ class NorMuon(Optimizer):
         return self._sharded_steps
 
     def record_statistics(self, every: int | None = None) -> None:
-        """Measures the next step for `statistics`, or every so many steps from there.
+        """Measures the next step for `statistics`, or one step in every ``every``.
 
-        What is measured stays on the device and makes nothing wait: a step's Gram matrices and rows
-        are reduced where they are at hand, the weights are read once more, and ranks that share
-        parameters sum a few numbers per matrix in one all-reduce. So every rank must call this
-        alike. Other steps cost nothing.
+        Measurements stay on the device, and nothing waits for them. A measured step reduces the
+        Gram matrices and rows that it computes anyway, reads the weights once more, and sums a
+        few numbers per matrix over ranks that share parameters in one all-reduce. So all ranks
+        must call this with the same ``every``. Other steps cost nothing.
 
         Args:
             every: None for the next step alone, 1 for every step from now on, 0 for none.
 
         Raises:
-            ValueError: a negative number, or no whole one.
+            ValueError: ``every`` is negative or not a whole number.
         """
         if every is None:
             self._recorder.measure_next()

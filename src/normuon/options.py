@@ -284,7 +284,7 @@ def check_options(group: Mapping[str, Any]) -> None:
 
 
 def check_params(params: object) -> None:
-    """Checks what the optimizer was given to train.
+    """Checks that the optimizer did not get a module.
 
     Raises:
         TypeError: a module.

@@ -87,7 +87,7 @@ def stats_dtype(param: Tensor) -> torch.dtype:
 
 
 def keeps_residual(param: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether the group sums a parameter with compensation: one that is rounded noticeably."""
+    """Whether the group keeps the rounding error of a parameter: only in less than 32 bits."""
     return bool(group["kahan_sum"]) and param.dtype.itemsize < 4
 
 
@@ -218,7 +218,7 @@ def _recode_live_(state: State, param: Tensor, group: Mapping[str, Any]) -> None
     """Changes the form of a momentum whose group's ``momentum_dtype`` was changed in a run.
 
     Raises:
-        ValueError: of a sharded parameter, of which a rank does not have all that it takes.
+        ValueError: the parameter is sharded, so a rank has only a part of it.
     """
     if is_dtensor(param):
         index = next(index for index, other in enumerate(group["params"]) if other is param)
@@ -260,7 +260,7 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
     """Checks that a group still has the ``neuron_axis`` and the view for which its state was made.
 
     Raises:
-        ValueError: another one, with which the second moments would have other shapes.
+        ValueError: one of them has changed, so the second moments would have other shapes.
     """
     if group["algorithm"] == "adamw":
         return
@@ -329,8 +329,8 @@ def follow_param_(state: State, param: Tensor, group: Mapping[str, Any]) -> bool
         Whether anything was changed.
 
     Raises:
-        ValueError: the group's ``momentum_dtype`` has become int8, or is no more, and the parameter
-            is sharded; names it.
+        ValueError: the group's ``momentum_dtype`` changed to or from int8, and the parameter is
+            sharded; names it.
     """
     followed = _largest(state, group)  # The others have gone wherever it went.
     is_adamw = group["algorithm"] == "adamw"

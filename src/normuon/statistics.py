@@ -18,7 +18,7 @@ from normuon.step.record import GroupRecord, Noted, Place
 SUMS = ("dead_rows", "skipped_steps")
 MEANS = ("effective_rank", "effective_rank_share", "momentum_row_spread", "update_row_spread")
 OF_VECTORS = ("update_rms", "weight_rms", "update_to_weight", "momentum_norm", "skipped_steps")
-"""What is told of `adamw` groups."""
+"""The figures of `adamw` groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Statistics:
     same on each of them; nothing is read until `to_dict`, which needs one transfer. Only matrices
     that the step moved count, not those without gradients or with skipped ones.
 
-    With W the weights after the step, U what the step subtracted from them beside weight decay, and
+    With W the weights after the step, U what the step subtracted apart from weight decay, and
     M the momentum as Newton-Schulz takes it (one step ahead under ``nesterov``):
 
     - ``update_rms``: the root mean square of U; ``0.2 lr`` by construction for `normuon` groups.
@@ -53,7 +53,7 @@ class Statistics:
       ``exp_avg``.
     - ``effective_rank``: ``(sum s^2)^2 / sum s^4`` over M's singular values s, between 1 and
       ``min(m, n)``: R_0 of Bartlett et al. (arXiv 1906.11300, definition 3), also called
-      participation ratio. Of M once evened, if ``equilibrate`` is on; in ``ns_dtype``.
+      participation ratio. With ``equilibrate``, of M after it; in ``ns_dtype``.
     - ``effective_rank_share``: the same over ``min(m, n)``.
     - ``momentum_row_spread``, ``update_row_spread``: standard deviation over mean of the norms of
       the rows of M and of U. Rows are output neurons.
@@ -99,14 +99,14 @@ class Statistics:
         return {owner.name: self._figures(owner, self._tables) for owner in self._matrices}
 
     def to_dict(self, *, per_matrix: bool = False) -> dict[str, float]:
-        """All figures as numbers, by ``NAME/FIGURE``: the one place where the host waits.
+        """All figures as numbers, by ``NAME/FIGURE``. Only this call waits for the device.
 
         Args:
-            per_matrix: also those of every matrix, and not of groups alone.
+            per_matrix: add the figures of every matrix to those of groups.
 
         Returns:
-            What a logger takes. Of a group or matrix that the step did not move, ``skipped_steps``
-            is all there is.
+            What a logger takes. A group or matrix that the step did not move has only
+            ``skipped_steps``.
         """
         tables = [table.cpu() for table in self._tables]
         owners = [*self._groups, *(self._matrices if per_matrix else ())]
@@ -215,7 +215,7 @@ class Recorder:
             record.begin_()
 
     def record_of(self, number: int, group: Mapping[str, Any]) -> GroupRecord:
-        """Where the parameters of a group are noted that no other rank shares."""
+        """The record for a group's parameters that no other rank shares."""
         if number not in self._records:
             view = view_of(group)
             counts = [
@@ -237,7 +237,7 @@ class Recorder:
         self._noted_at = self._step
 
     def forget_layouts(self) -> None:
-        """Rows are numbered anew where parameters or groups were replaced."""
+        """Numbers rows anew, because parameters or groups were replaced."""
         self._records = {}
 
     def statistics(self, groups: Sequence[Mapping[str, Any]]) -> Statistics:

@@ -317,8 +317,8 @@ def axes_with_idle_ranks(
 ) -> list[int]:
     """Mesh axes along which a rank may hold second moments of a parameter it stores nothing of.
 
-    Those that split a dim outside `kept_dims`, if the layout leaves any rank empty: which axis
-    does cannot be told from its size alone, since another may have split the dim before.
+    Those that split a dim outside `kept_dims`, if the layout leaves any rank empty: its
+    size alone does not say which axis does, because another may have split the dim before.
     """
     if len(layout.storing_ranks) == layout.world_size:
         return []

@@ -1,4 +1,4 @@
-"""The largest attention logit of every head, in blocks of queries, under the mask that is used."""
+"""The largest attention logit of every head under the mask in use, block by block of queries."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BLOCK_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which keys a query sees. What is None or False forbids nothing.
+    """Which keys a query sees. None and False forbid nothing.
 
     Args:
         full: bool ``[B or 1, H or 1, T, S]``.
         causal: keys after the query are hidden.
-        window: so are keys as many places before it, or more.
+        window: so are keys this many places or more before it.
         real: bool ``[B, T]``: False for padding, as a query and as a key.
         document: int ``[B or 1, T]``: only keys of the query's own document are seen.
     """
@@ -67,8 +67,8 @@ class Mask:
 def max_logits(query: Tensor, key: Tensor, *, scaling: float, mask: Mask) -> Tensor:
     """``max_{b, i, j} scaling <q_i, k_j>`` of every head, over the pairs that the mask allows.
 
-    Products are taken in float32, or float64 where the queries are; memory is that of a block of
-    logits, whatever the length.
+    Products are in float32, or in float64 for float64 queries. The memory is that of one block of
+    logits, for any length.
 
     Args:
         query: ``[B, H, T, d]``, as it enters the softmax's product: after rotary embeddings.
@@ -121,7 +121,7 @@ def mask_in_use(
     options: Mapping[str, Any],
     implementation: str,
 ) -> Mask:
-    """What an attention function of transformers makes of its arguments.
+    """The mask that an attention function of transformers builds from its arguments.
 
     Args:
         label: the attention module's name, the start of messages.
@@ -133,7 +133,7 @@ def mask_in_use(
         implementation: its name in transformers.
 
     Raises:
-        ValueError: a mask whose pairs cannot be told here.
+        ValueError: a mask of a kind that this module cannot read.
     """
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)

@@ -1,4 +1,4 @@
-"""Which neurons of an attention module's projections make which head's queries and keys."""
+"""Finds which neurons of an attention module's projections make which head's queries and keys."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Attention:
         num_heads: query heads of the whole model, H.
         num_key_heads: G, a divisor of H.
         projections: see `Projection`.
-        query_child: the layer whose neurons are heads of queries one after another.
+        query_child: the layer whose neurons are the queries, head after head.
         neurons_per_head: of that layer; None where tensor parallelism cannot cut it by heads.
     """
 
@@ -73,7 +73,7 @@ class Attention:
     neurons_per_head: int | None
 
     def parameters(self) -> Iterator[tuple[str, Projection, Tensor, int]]:
-        """Name, projection, parameter and neuron dim of all that makes queries and keys."""
+        """Name, projection, parameter and neuron dim of everything that makes queries and keys."""
         for projection in self.projections:
             layer: Any = self.module.get_submodule(projection.child)
             name = f"{self.name}.{projection.child}"

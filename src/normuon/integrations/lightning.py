@@ -39,8 +39,8 @@ def unfreeze_and_add_param_groups(
     Args:
         root: the LightningModule, whose names the parameters keep.
         modules: what is unfrozen; parts of ``root``.
-        optimizer: a NorMuon, as Lightning hands it over.
-        lr: of the new groups; None for the first group's present one over ``initial_denom_lr``.
+        optimizer: a NorMuon, as Lightning passes it.
+        lr: of the new groups; None: the first group's current one over ``initial_denom_lr``.
         initial_denom_lr: see ``lr``.
         overrides: as for `normuon.param_groups`.
         hidden: as for `normuon.param_groups`.
@@ -87,8 +87,8 @@ def statistics_callback(
 ) -> Any:
     """A Lightning callback that logs the statistics of NorMuon's steps to the Trainer's loggers.
 
-    They are in ``trainer.callback_metrics`` too, by the same names. Several NorMuons have their
-    place among the Trainer's optimizers in front: ``normuon/optimizer1/group0.normuon/...``.
+    They are in ``trainer.callback_metrics`` too, by the same names. With several NorMuons each name
+    has the index of its optimizer: ``normuon/optimizer1/group0.normuon/...``.
 
     Args:
         every: steps between measurements; None for the Trainer's ``log_every_n_steps``.
@@ -101,7 +101,7 @@ def statistics_callback(
     from lightning.pytorch.callbacks import Callback
 
     class StatisticsCallback(Callback):
-        """Measures steps, and logs what was measured at the end of the batch."""
+        """Measures steps, and logs the figures at the end of the batch."""
 
         def __init__(self) -> None:
             self._measured: dict[str, Statistics] = {}

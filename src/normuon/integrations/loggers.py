@@ -1,4 +1,4 @@
-"""Statistics of steps in TensorBoard, or wherever a function puts numbers."""
+"""Logs statistics of steps to TensorBoard, or to any function that takes numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normuon.statistics import Statistics
 
 
 class ScalarWriter(Protocol):
-    """What torch.utils.tensorboard's ``SummaryWriter`` has."""
+    """The method of torch.utils.tensorboard's ``SummaryWriter`` that is used."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
         """Writes one number."""
@@ -29,11 +29,11 @@ def log_statistics(
     prefix: str = "normuon/",
     step: int = 0,
 ) -> MeasuredSteps:
-    """Logs the statistics of every so many steps, without another line in the training loop.
+    """Logs the statistics of one step in every ``every``; the training loop stays as it is.
 
-    Of what is logged, only the transfer of a few numbers per matrix makes the host wait, at those
-    steps. Under several ranks call it on all of them, since they measure together; where only one
-    is to write, give the others ``lambda numbers, step: None``.
+    At those steps the host waits for the transfer of a few numbers per matrix. Call it on all
+    ranks, because they measure together; if only one should write, pass
+    ``lambda numbers, step: None`` on the others.
 
     Args:
         optimizer: a NorMuon, perhaps in a framework's wrapper.
@@ -42,13 +42,13 @@ def log_statistics(
         every: steps between measurements: at steps ``every``, ``2 every``, and so on.
         per_matrix: also log every matrix and `adamw` parameter, not groups alone.
         prefix: of all names.
-        step: how many steps have been taken before, in a run that is resumed.
+        step: how many steps a resumed run has already taken.
 
     Returns:
-        What ends it, by `remove`.
+        A handle whose `remove` ends the logging.
 
     Raises:
-        TypeError: what is given holds no NorMuon.
+        TypeError: ``optimizer`` is not a NorMuon and wraps none.
         ValueError: ``every`` is below 1.
 
     Example:
@@ -79,7 +79,7 @@ def log_statistics(
 
 
 class MeasuredSteps:
-    """Measures every so many steps of an optimizer, and hands on what they did."""
+    """Measures one step of an optimizer in every ``every``, and passes its statistics on."""
 
     def __init__(
         self, optimizer: Any, use: Callable[[Statistics, int], None], *, every: int, step: int = 0
@@ -102,7 +102,7 @@ class MeasuredSteps:
         )
 
     def remove(self) -> None:
-        """Ends it."""
+        """Ends the measuring."""
         for handle in self._handles:
             handle.remove()
 
@@ -117,7 +117,7 @@ class MeasuredSteps:
 
 
 def normuon_in(optimizer: Any) -> NorMuon:
-    """The NorMuon inside of a framework's wrappers.
+    """The NorMuon inside a framework's wrappers.
 
     Raises:
         TypeError: there is none.

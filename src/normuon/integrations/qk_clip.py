@@ -22,8 +22,8 @@ class QKClip:
     With ``S_h`` the largest logit of head h since the last step, over all tokens of all ranks, and
     ``gamma_h = min(1, tau / S_h)``, `step` scales the rows (and biases) of head h's queries by
     ``gamma_h ** alpha`` and those of its keys by ``gamma_h ** (1 - alpha)``, after the optimizer's
-    step; the head's logits on the same tokens scale by ``gamma_h``. Weights alone are scaled, as in
-    Kimi K2: momentum and second moments stay as they are.
+    step; the head's logits on the same tokens scale by ``gamma_h``. As in Kimi K2,
+    only weights are scaled, not momentum and second moments.
 
     - Grouped queries: a shared key head takes the smallest gamma of its heads, to the power
       ``1 - alpha``, and each query head the rest. So every head's logits scale by its own gamma,
@@ -41,12 +41,12 @@ class QKClip:
 
     Args:
         model: a transformers model, before or after it is sharded; not compiled.
-        tau: the largest logit that is let pass. Kimi K2 has 100.
+        tau: the largest logit that is allowed. Kimi K2 has 100.
         alpha: how much of the scaling the queries take, from 0 to 1.
         every: measure and scale at every so many steps; the other steps cost nothing.
         only: a pattern (`fnmatch`) of names of the attention modules to watch; None for all.
-        process_group: the ranks that hold this model, all their tokens and heads; None for all
-            ranks there are. With pipeline parallelism the ranks of one stage.
+        process_group: the ranks that hold this model's tokens and heads; None: all ranks. With
+            pipeline parallelism the ranks of one stage.
 
     Raises:
         ValueError: an attention that cannot be clipped exactly, such as one that normalises its
@@ -102,9 +102,9 @@ class QKClip:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Scales the weights by what has been measured; call it after every optimizer step.
+        """Scales the weights by the measured logits; call it after every optimizer step.
 
-        All ranks of the group must call it, as often as each other.
+        All ranks of the group must call it equally often.
 
         Raises:
             ValueError: no training pass has been seen, or ranks watch different modules.
@@ -137,7 +137,7 @@ class QKClip:
         return {"num_steps": self._num_steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a `state_dict`."""
+        """Continues from a `state_dict`."""
         self._num_steps = state["num_steps"]
 
     def _record(self, attention: Attention, logits: Tensor, first_head: int) -> None:
@@ -203,7 +203,7 @@ class QKClip:
 
 
 def scaling_factors(logits: Tensor, num_key_heads: int, *, tau: float, alpha: float) -> Tensor:
-    """What each head's queries and keys are scaled by.
+    """The factors of each head's queries and keys.
 
     Args:
         logits: ``[H]``, the largest of each head.
@@ -262,7 +262,7 @@ class _Watch:
             handle.remove()
 
     def before(self, module: nn.Module, _: Any, options: dict[str, Any]) -> None:
-        """Puts the measurement in front of whichever attention function the module looks up."""
+        """Puts the measurement before the attention function that the module looks up."""
         # A pass inside the backward one is activation checkpointing's, of logits seen before.
         recomputes = torch._C._current_graph_task_id() != -1
         if not module.training or not self.clip.is_measuring or recomputes:
@@ -301,7 +301,7 @@ class _Watch:
         interface_class.get_interface = look_up
 
     def after(self, _: nn.Module, __: Any, output: Any) -> None:
-        """Takes it away again, also after an error in between."""
+        """Removes the measurement, also after an error."""
         if self.plain is None:
             return
         import transformers
@@ -342,10 +342,10 @@ class _Watch:
 
 
 def first_head_here(attention: Attention, num_heads_here: int) -> int:
-    """Which head of the model is the first of those that this rank computes.
+    """The index of the first head that this rank computes.
 
     Raises:
-        ValueError: tensor parallelism has cut the projection, and not between heads.
+        ValueError: tensor parallelism has cut the projection within a head.
     """
     if num_heads_here == attention.num_heads:
         return 0

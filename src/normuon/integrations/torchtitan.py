@@ -20,7 +20,7 @@ def build_optimizers(
     overrides: Mapping[Pattern, Override] | None = None,
     **options: Any,
 ) -> Any:
-    """torchtitan's `build_optimizers`, with NorMuon: one for each pipeline stage's part.
+    """torchtitan's `build_optimizers` with NorMuon: one optimizer per model part.
 
     Set it as the TrainSpec's ``build_optimizers_fn``, with `functools.partial` for overrides or
     options. The job's ``[optimizer]`` section gives ``lr``,
@@ -28,7 +28,7 @@ def build_optimizers(
     ``implementation`` are ignored.
 
     Args:
-        model_parts: what torchtitan has parallelised.
+        model_parts: the parallelised parts of the model, one per pipeline stage on this rank.
         optimizer_config: torchtitan's ``Optimizer`` config.
         parallel_dims: unused, because parameters carry their meshes.
         ft_manager: torchtitan's ``FTManager``; fault tolerance must be off.

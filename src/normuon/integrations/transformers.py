@@ -23,16 +23,16 @@ def trainer_optimizer(
     quiet: bool = False,
     **options: Any,
 ) -> tuple[type[TrainerOptimizer], dict[str, Any]]:
-    """What ``Trainer(optimizer_cls_and_kwargs=...)`` takes: NorMuon by the Trainer's arguments.
+    """NorMuon with the Trainer's arguments, for ``Trainer(optimizer_cls_and_kwargs=...)``.
 
     The optimizer is built when the Trainer asks for it, from the model as it is then; if the model
     is sharded afterwards, as under FSDP2, Accelerate puts the shards into the groups. Trainers
     whose constructor does not have this argument, such as TRL's DPOTrainer, take it as their
     attribute ``optimizer_cls_and_kwargs`` before ``train()``.
 
-    ``args.learning_rate`` is the rate of the whole model and ``args.weight_decay`` that of hidden
-    matrices; ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The schedule is
-    the Trainer's. ``args.optim`` is ignored.
+    ``args.learning_rate`` holds for the whole model and ``args.weight_decay`` for hidden matrices.
+    ``args.adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are AdamW's. The schedule is the
+    Trainer's. ``args.optim`` is ignored.
 
     Args:
         args: the ``TrainingArguments`` that the Trainer gets.
@@ -73,7 +73,7 @@ class TrainerOptimizer:
     """The factory that the Trainer calls; see `trainer_optimizer`."""
 
     def __init__(self, *params: Any, **kwargs: Any) -> None:
-        """Takes nothing: a Trainer that passes parameters knows no factories.
+        """Takes no arguments; a Trainer that passes some is too old for factories.
 
         Raises:
             ImportError: transformers is too old.
@@ -111,12 +111,12 @@ class TrainerOptimizer:
         }
         optimizer = NorMuon(param_groups(model, **grouping), **given)
         if not quiet and args.should_log:
-            print(told(optimizer, options, args))
+            print(summary_of(optimizer, options, args))
         return optimizer
 
 
-def told(optimizer: NorMuon, options: Mapping[str, Any], args: Any) -> str:
-    """What was built and where its rates are from, for people."""
+def summary_of(optimizer: NorMuon, options: Mapping[str, Any], args: Any) -> str:
+    """The table of the groups, and a line that says where the rates come from."""
 
     def source(name: str, argument: str) -> str:
         value = optimizer.defaults[name]
@@ -140,7 +140,7 @@ def log_statistics(
     per_matrix: bool = False,
     prefix: str = "normuon/",
 ) -> None:
-    """Logs the statistics of NorMuon's steps with the Trainer's own logs, wherever these go.
+    """Logs the statistics of NorMuon's steps with the Trainer's own logs.
 
     They are in ``trainer.state.log_history`` too.
 

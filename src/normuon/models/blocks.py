@@ -1,4 +1,4 @@
-"""Blocks of neighbouring elements of a parameter, as 8-bit momentum is scaled by.
+"""Blocks of neighbouring elements of a parameter: 8-bit momentum has one scale for each.
 
 Blocks depend on shapes alone, never on how a parameter is sharded. A parameter is cut into lines,
 and every line into blocks of `BLOCK` elements, of which the last may have fewer.
@@ -23,9 +23,9 @@ BLOCK = 128
 class BlockGrid:
     """The lines and blocks of one parameter.
 
-    Lines are a matrix's rows, and blocks follow its columns. Only where a matrix is stored
-    ``[in, out]`` it is the other way round, so that blocks run along the last dim of memory and
-    sharding the first dim, as FSDP2 does, never cuts one. No block spans two matrices.
+    Lines are a matrix's rows, and blocks follow its columns; the other way round in a matrix stored
+    ``[in, out]``. So blocks run along the last dim of memory, and sharding the first dim, as
+    FSDP2 does, never cuts one. No block spans two matrices.
 
     Args:
         line_dims: the parameter's dims that count lines.

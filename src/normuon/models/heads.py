@@ -1,10 +1,10 @@
 """Output heads: the matrices whose output leaves the model.
 
-Four kinds of evidence, in this order; what one finds, the others need not:
+Four kinds of evidence are tried in this order:
 
 1. the model names its head: transformers' ``get_output_embeddings()``, timm's ``get_classifier()``;
-2. a transformers model for a task: what lies outside its base model and nothing there reads;
-3. names: `HEAD_NAMES` and their like; in a module of such a name, what nothing later in it reads;
+2. in a transformers task model: layers outside its base model whose output no layer there reads;
+3. names: `HEAD_NAMES` and similar ones; in a module of such a name, layers that no later one reads;
 4. structure: logits over an embedding's vocabulary, and the last matrices of the model if no other
    layer reads their output.
 
@@ -53,7 +53,7 @@ class Layer:
         name: within the innermost model, without what wrappers put into it.
         module: itself.
         reads: the numbers of features that it may read.
-        gives: how many features it gives; None for norms and whatever is no single matrix.
+        gives: how many features it gives; None for norms and others that are not a single matrix.
         in_block: whether it lies within an item of a ``ModuleList``.
     """
 
@@ -147,7 +147,7 @@ def _gives(module: nn.Module) -> int | None:
 
 
 def _reads(module: nn.Module) -> frozenset[int]:
-    """How many features a module may take: of an unknown one, any size of its parameters."""
+    """How many features a module may take: for an unknown class, any size of its parameters."""
     if isinstance(module, nn.Linear):
         return frozenset((module.in_features,))
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -177,7 +177,7 @@ def _named_by_the_model(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _outside_base_models(model: nn.Module, layers: Sequence[Layer]) -> Iterator[Layer]:
-    """Outermost task models only: a base model may hold others, heads and all, as its parts."""
+    """Of outermost task models only: a base model may contain others with their heads."""
     for module in model.modules():
         base = getattr(module, "base_model", None)
         if not isinstance(getattr(module, "base_model_prefix", None), str):
@@ -200,7 +200,7 @@ def _unread_later(layers: Sequence[Layer]) -> Iterator[Layer]:
 
 
 def _heads_by_name(layers: Sequence[Layer]) -> Iterator[Layer]:
-    """In each module of a head's name, what nothing later in it reads."""
+    """In each module with a head's name, the layers that no later one in it reads."""
     modules: dict[str, list[Layer]] = {}
     for layer in layers:
         name = _head_module(layer)
@@ -211,7 +211,7 @@ def _heads_by_name(layers: Sequence[Layer]) -> Iterator[Layer]:
 
 
 def _head_module(layer: Layer) -> str | None:
-    """The name of the outermost module around a layer, or itself, that is called a head."""
+    """The name of the outermost module with a head's name: the layer's own or one around it."""
     segments = layer.name.split(".")
     for depth, segment in enumerate(segments):
         lower = segment.lower()

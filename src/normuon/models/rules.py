@@ -123,9 +123,9 @@ def _where(owner: Owner) -> str:
 
 
 def _judge_parametrized(owner: Owner) -> Verdict | None:
-    """Weight norm, spectral norm and other parametrizations, in torch's old spelling and its new.
+    """Weight norm, spectral norm and other parametrizations, under torch's old and new names.
 
-    The layer does not multiply by what they train.
+    The layer does not multiply by the tensors that they train.
     """
     stem, _, ending = owner.param_name.rpartition("_")
     if isinstance(owner.module, ParametrizationList):
@@ -137,7 +137,7 @@ def _judge_parametrized(owner: Owner) -> Verdict | None:
 
 
 def _judge_router(param: Tensor, owner: Owner) -> Verdict | None:
-    """By class, of the module itself or the one around it; or beside as many experts as outputs."""
+    """By the class of the module or its parent, or as many outputs as experts beside it."""
     around = [owner.module, *owner.parents[:1]]
     for module in around:
         if any(name.endswith(ROUTER_ENDINGS) for name in _class_names(module)):

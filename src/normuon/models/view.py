@@ -161,7 +161,7 @@ class MatrixView:
         return self.native(tensor, part).reshape(part.batch, part.m, part.n)
 
     def runs(self, shape: Sequence[int]) -> Iterator[MatrixRun]:
-        """The matrices of a parameter of this shape, neighbours that are alike together.
+        """The matrices of a parameter of this shape, equal neighbours as one run.
 
         In the order of `matrices`: block after block, in a block by batch dims and then by heads.
 
@@ -191,9 +191,9 @@ class MatrixView:
     def vector_dims(self, shape: Sequence[int], dim_of: DimOf) -> tuple[int, ...] | None:
         """The parameter's dims along which a vector of every matrix lies: the shape of its state.
 
-        The parameter's dims without the inputs where rows have the entries in every block, and
-        without the neurons where columns have them and the parameter is whole. None where it is a
-        flat list, block after block: in a split parameter of which some columns have entries.
+        If every block has an entry per row, these are the parameter's dims without the inputs; if a
+        whole parameter has one per column, without the neurons. None if a split parameter has
+        entries for columns: its state is then a flat list, block after block.
 
         Example:
             >>> MatrixView.experts().vector_dims((8, 4, 3), lambda m, n: -2)
@@ -244,11 +244,11 @@ class MatrixRun:
     """Matrices of one parameter that follow one another along one of its dims.
 
     Args:
-        block: the block that they are of.
+        block: their block.
         offsets: where the first begins in the parameter.
         shape: what each spans of the parameter.
         dim: the parameter's dim along which they follow one another.
-        step: how far the next lies from the last.
+        step: distance from one to the next.
         count: how many there are.
         first: place of the first among the parameter's matrices.
     """

@@ -33,7 +33,7 @@ def bare_name(name: str) -> str:
 
 
 def innermost(model: nn.Module) -> tuple[str, nn.Module]:
-    """The model inside of its wrappers, with its name there.
+    """The model inside its wrappers, with its name there.
 
     A module that has no parameter of its own and only one child with any is a wrapper: DDP, a
     compiled module, or an outer class with ``self.net = resnet()``.

@@ -79,8 +79,8 @@ def orthogonalize(
         scratch: contiguous memory of the shape that may be overwritten, ``x_BMN`` itself perhaps;
             it saves a copy where its dtype is that of `normalize_frobenius`'s division.
         sum_squares_B: each matrix's sum of squares in float64, where it is known.
-        effective_rank_B: where to write each matrix's `effective_rank`, once evened if
-            ``equilibrate`` asks for that; None for nowhere. It costs a reduction where a Gram
+        effective_rank_B: where to write each matrix's `effective_rank`, after ``equilibrate``
+            if that is on; None for nowhere. It costs a reduction where a Gram
             matrix is at hand, and a product under a callable, ``"kernels"`` and ``"compile"``.
         fused: False to normalise by torch's own operations where Triton kernels would run.
 

@@ -59,7 +59,7 @@ def why_not_importable() -> str | None:
     """What the import of the installed package's kernels says against it, or None."""
     try:
         importlib.import_module(KERNEL_MODULE)
-    except Exception as error:  # Whatever it is, the kernels do not run; the reason is told.
+    except Exception as error:  # Whatever it is, the kernels do not run; it is the reason given.
         return f"gram-newton-schulz's kernels cannot be imported: {type(error).__name__}: {error}"
     return None
 

@@ -1,4 +1,4 @@
-"""What is done to a matrix before it is orthogonalised: its scale goes, its sides may be evened."""
+"""Normalises a matrix before it is orthogonalised, and equilibrates it if asked."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ def passes_for(batch: PieceBatch, fused: bool | None) -> Passes | None:
 
     Args:
         batch: the pieces.
-        fused: the group's option; True to be told why they cannot.
+        fused: the group's option; True to raise with the reason if they cannot.
 
     Raises:
         ValueError: they were asked for and cannot.
