@@ -72,7 +72,7 @@ def check_momentum_is_of_gradients(source: Any) -> None:
     if any(group["weight_decay"] for group in source.param_groups):
         raise ValueError(
             f"{type(source).__name__} with weight_decay_method='l2' has the decay inside its first "
-            "moment, which cannot be carried over; only with decoupled decay, or without"
+            "moment, which cannot be carried over: decoupled decay, or none, can be converted"
         )
 
 

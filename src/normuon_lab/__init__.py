@@ -1,1 +1,1 @@
-"""The pretraining lab: what trains and compares optimizers."""
+"""The pretraining lab: trains models and compares optimizers."""

@@ -1,4 +1,4 @@
-"""`python -m normuon_lab`, which is `normuon`: what torchrun's `-m` starts."""
+"""`python -m normuon_lab`, the same as `normuon`, for torchrun's `-m`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files of ours, JSON and text, that are written whole or not at all."""
+"""JSON and text files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from normuon_lab.errors import InputError, require
 
 PROBE = ".normuon."
-"""How the name of a file begins that only finds out whether a folder can be written."""
+"""Prefix of the temporary files that check whether a folder can be written."""
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -37,17 +37,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def prove_file(path: Path, what: str) -> None:
-    """Makes the file's folder and finds out whether the file could be written, before any work.
+    """Makes the file's folder and checks that the file can be written, before any work.
 
     Raises:
-        InputError: it could not; the message begins with `what`, such as ``"--out tuned.json"``.
+        InputError: it cannot be; the message begins with `what`, such as ``"--out tuned.json"``.
     """
     require(not os.path.isdir(path), f"{what} is a folder; give a file")
     prove_folder(path.parent, what)
 
 
 def prove_folder(folder: Path, what: str) -> None:
-    """Makes a folder and finds out whether files can be written in it, before any work.
+    """Makes a folder and checks that files can be written in it, before any work.
 
     Raises:
         InputError: they cannot; the message begins with `what`, such as ``"--out runs/compare"``.
@@ -66,7 +66,7 @@ def prove_folder(folder: Path, what: str) -> None:
 
 
 def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
-    """Read a file of ours.
+    """Read a JSON file that `write_json` wrote.
 
     Raises:
         InputError: it is unreadable, of another kind, or of another schema version.

@@ -34,10 +34,10 @@ EXIT_INTERRUPTED = 130
 
 
 class Runnable(Protocol):
-    """A command line that has been understood."""
+    """A parsed command line."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
 
 
 COMMANDS: dict[str, type[Runnable]] = {
@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(words: list[str]) -> Runnable:
-    """The command that the words ask for.
+    """Parses the words of a command line.
 
     Raises:
-        InputError: they are not understood; tyro's boxes become one line.
+        InputError: they are not valid; tyro's boxes become one line.
     """
     shown = io.StringIO()
     # The defaults of these flags are those of --preset and --config, which are read first.
@@ -107,7 +107,7 @@ def parse(words: list[str]) -> Runnable:
 
 
 def _words_for(box: str, words: Sequence[str]) -> str:
-    """What was not understood of a command line, from tyro's box, and where to read on."""
+    """What is wrong with a command line, from tyro's box, and which help to read."""
     text = _first_message(box)
     name = _subcommand(words)
     unknown = re.match(r"Unrecognized (?:or misplaced )?options: (.+)", text)
@@ -130,7 +130,7 @@ def _words_for(box: str, words: Sequence[str]) -> str:
 
 
 def _subcommand(words: Sequence[str]) -> str:
-    """The command as far as it was named right: ``normuon``, ``normuon train``."""
+    """The valid part of the command: ``normuon``, ``normuon train``."""
     named = ["normuon"]
     for word in words:
         if word not in _known_words(" ".join(named)) or word.startswith("-"):
@@ -157,7 +157,7 @@ def _known_words(name: str) -> tuple[str, ...]:
 
 
 def _first_message(box: str) -> str:
-    """The message inside one of tyro's boxes: what stands above its first rule, on one line."""
+    """The message inside one of tyro's boxes: the text above its first rule, on one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()]
     is_rule = re.compile("[╭╰─-]{3,}.*|[╭╰].*").fullmatch
     # Above the first is nothing, or where the output is not UTF-8 the title.

@@ -1,4 +1,4 @@
-"""The command line as it was given: for the record, and once more with an option added."""
+"""The command line, for the record and with another option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def recorded_command() -> str:
 
 
 def command_with(option: str, words: Sequence[str] | None = None) -> str:
-    """The same command with one more option, as it can be typed where the first one was.
+    """The same command with one more option, as a user would type it.
 
     The words are what followed ``normuon``, by default the process's own.
     """
@@ -34,7 +34,7 @@ def command_with(option: str, words: Sequence[str] | None = None) -> str:
 
 
 def _program() -> str:
-    """How a shell finds this program: by name on the PATH, or by the path it was called by."""
+    """How a shell finds this program: by name on the PATH, or by the path of this call."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{_by_name_or_path(Path(sys.executable))} -m normuon_lab"

@@ -1,4 +1,4 @@
-"""Where two configurations differ: what a run that goes on, or a cache, is refused for."""
+"""Where two configurations differ, for runs that continue and for caches."""
 
 from __future__ import annotations
 

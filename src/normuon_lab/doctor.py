@@ -1,6 +1,6 @@
-"""`normuon doctor`: versions, devices, what NorMuon chooses on each, and what is proved of it.
+"""`normuon doctor`: versions, devices, what NorMuon chooses on each, and what was tested there.
 
-What it says is what a report of a problem should begin with: no host name, no user, no paths.
+Its output is the start of a bug report, so it has no host name, user or paths.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ NOT_PROVED_ELSEWHERE = ("anything on a real device of this kind: none has ever b
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
-    """Print versions, devices, what NorMuon would choose on them, and what is proved of them."""
+    """Print versions, devices, what NorMuon would choose on them, and what was tested on them."""
 
     json: bool = False
     """Print everything as JSON."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         found = examine()
         print(json.dumps(found, indent=2) if self.json else as_text(found))
         return 0
@@ -109,7 +109,7 @@ def examine() -> dict[str, Any]:
 
 
 def _device(device: torch.device) -> dict[str, Any]:
-    """A device, what is chosen on it for float32 weights, and what is proved of its kind."""
+    """A device, what is chosen on it for float32 weights, and what was tested on its kind."""
     import torch
 
     from normuon.orthogonalize import (
@@ -164,7 +164,7 @@ def _version(package: str) -> str | None:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What `examine` found, for people."""
+    """The output of `examine` as text."""
     lines = [f"Python {found['python']} on {found['system']}"]
     for area, packages in found["packages"].items():
         versions = (f"{name} {version or '-'}" for name, version in packages.items())
@@ -190,7 +190,7 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 def fused_choice(unavailable: str | None) -> str:
-    """What ``fused=None`` takes, in words."""
+    """What ``fused=None`` chooses, in words."""
     if unavailable is None:
         return "Triton kernels"
     return f"torch's own operations: {unavailable}"

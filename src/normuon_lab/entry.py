@@ -13,7 +13,7 @@ from importlib import metadata
 
 EXIT_BAD_INPUT = 2
 EXIT_NOBODY_READS = 141
-"""As a shell says it of a process that SIGPIPE ended."""
+"""A shell's exit code for a process that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def extra_with(package: str) -> str | None:
-    """The extra of this distribution that brings a package; None if none does.
+    """The extra of this distribution that installs a package; None if there is none.
 
     >>> extra_with("tyro"), extra_with("torch")
     ('lab', None)

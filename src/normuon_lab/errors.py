@@ -1,9 +1,9 @@
-"""The errors that the command line turns into one line and an exit code, and their wording."""
+"""The errors that the command line prints as one line with an exit code, and their wording."""
 
 from __future__ import annotations
 
 MAX_WORDS = 300
-"""Characters of a text of others that a record keeps."""
+"""Characters of an error's text that a record keeps."""
 
 
 class InputError(ValueError):

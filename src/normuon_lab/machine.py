@@ -1,4 +1,4 @@
-"""The machine: what a result must say about where it was made, and how its processor is set."""
+"""The machine of a result: its description, and settings of its processor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def describe_machine(*, num_workers: int) -> dict[str, Any]:
 
 
 def default_num_workers(num_jobs: int) -> int:
-    """As many workers as cores this process may use, and no more than jobs."""
+    """As many workers as cores that this process may use, at most one per job."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, num_jobs))
 
@@ -46,7 +46,7 @@ def has_cpp_compiler() -> bool:
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """This thread rounds denormal numbers, which are slow on CPUs, to zero; undone at the end."""
+    """Inside, this thread rounds denormal numbers, which are slow on CPUs, to zero."""
     import torch
 
     flushed_before = sys.float_info.min / 2 == 0.0
@@ -63,7 +63,7 @@ def utc_now() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed distribution; None for what no package manager installed."""
+    """The version of an installed distribution; None if no package manager installed it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

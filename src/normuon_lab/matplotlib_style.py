@@ -1,4 +1,4 @@
-"""How matplotlib's figures look, and how they become the same bytes every time.
+"""The look of matplotlib's figures, and how they are saved as the same bytes every time.
 
 Colours, markers and dashes of arms are `plot_style.py`'s.
 """

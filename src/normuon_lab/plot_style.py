@@ -1,4 +1,4 @@
-"""How every figure looks: each arm has a colour, a marker and a dash of its own in all of them.
+"""The look of all figures: each arm always has the same colour, marker and dash.
 
 Figures are drawn by plotly (the report) and by matplotlib (the documentation); a style has both
 libraries' names.

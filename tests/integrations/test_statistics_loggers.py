@@ -79,7 +79,9 @@ def test_two_loggers_do_not_disturb_each_other_or_the_users_own():
 
 def test_other_optimizers_are_refused():
     _, optimizer = model_and_optimizer()
-    with pytest.raises(TypeError, match=r"statistics are NorMuon's, and this optimizer is a SGD"):
+    with pytest.raises(
+        TypeError, match=r"only NorMuon has statistics, but this optimizer is a SGD"
+    ):
         log_statistics(torch.optim.SGD([nn.Parameter(torch.ones(2))]), print)
     with pytest.raises(ValueError, match=r"every=0 must be at least 1"):
         log_statistics(optimizer, print, every=0)
@@ -226,7 +228,7 @@ def test_lightning_with_another_optimizer_says_so(tmp_path):
     pytest.importorskip("lightning")
     from normuon.integrations.lightning import statistics_callback
 
-    with pytest.raises(TypeError, match="statistics are NorMuon's, and this optimizer is a SGD"):
+    with pytest.raises(TypeError, match="only NorMuon has statistics, but this optimizer is a SGD"):
         lightning_trained(
             tmp_path,
             statistics_callback(every=1),

@@ -49,7 +49,7 @@ def test_a_finished_comparison_is_shown_again_and_not_run_again(
     before = (out / "results.json").read_bytes()
     again = run_command("compare", *tiny_options, *RATES, "--seeds", 2, "--out", out)
     assert again.code == 0, again.stderr
-    assert again.stdout.startswith(f"All 6 runs of this comparison are in {out} already")
+    assert again.stdout.startswith(f"All 6 runs of this comparison are already in {out}, made")
     table = first.stdout[first.stdout.index("Final validation loss and steps") :]
     assert again.stdout.endswith(table)
     assert (out / "results.json").read_bytes() == before

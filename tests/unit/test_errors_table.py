@@ -272,7 +272,7 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "statistics of another optimizer": (
         lambda: log_statistics(torch.optim.SGD([matrix()]), print),
         TypeError,
-        "statistics are NorMuon's, and this optimizer is a SGD; train with "
+        "only NorMuon has statistics, but this optimizer is a SGD; train with "
         "normuon.NorMuon(normuon.param_groups(model))",
     ),
     # Coming from another optimizer.

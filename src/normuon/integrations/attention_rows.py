@@ -160,8 +160,8 @@ def _check(
     for option in ("clip_qkv", "attn_logit_softcapping"):
         if getattr(config, option, None) is not None:
             raise ValueError(
-                f"{name}: config.{option}={getattr(config, option)} bounds the logits already, and "
-                "they are no product of the weights any more: this attention needs no QK-clip"
+                f"{name}: config.{option}={getattr(config, option)} bounds the logits already, so "
+                "they do not scale with the weights: this attention needs no QK-clip"
             )
 
 
@@ -243,8 +243,8 @@ def _by_layout(
         )
     if [len(layout) for layout in layouts] != total or num_heads % max(1, num_key_heads):
         raise ValueError(
-            f"{name}: its projections of {total} neurons are no {num_heads} query and "
-            f"{num_key_heads} key heads"
+            f"{name}: its projections have {total} neurons, which do not split into {num_heads} "
+            f"query and {num_key_heads} key heads"
         )
     projections = tuple(
         Projection(maker, tuple(layout)) for maker, layout in zip(makers, layouts, strict=True)
@@ -262,5 +262,5 @@ def _places(num_heads: int, num_key_heads: int) -> tuple[range, range, range]:
 def _size(name: str, module: nn.Module, attribute: str) -> int:
     size = getattr(module, attribute, None)
     if not isinstance(size, int):
-        raise ValueError(f"{name}: {type(module).__name__} does not say its {attribute}")
+        raise ValueError(f"{name}: {type(module).__name__} has no attribute {attribute}")
     return size

@@ -127,7 +127,7 @@ def normuon_in(optimizer: Any) -> NorMuon:
         inner = inner.optimizer
     if not isinstance(inner, NorMuon):
         raise TypeError(
-            f"statistics are NorMuon's, and this optimizer is a {type(optimizer).__name__}; train "
-            "with normuon.NorMuon(normuon.param_groups(model))"
+            f"only NorMuon has statistics, but this optimizer is a {type(optimizer).__name__}; "
+            "train with normuon.NorMuon(normuon.param_groups(model))"
         )
     return inner

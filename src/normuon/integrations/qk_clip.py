@@ -172,8 +172,8 @@ class QKClip:
             dist.all_reduce(logits, dist.ReduceOp.MAX, group=group)
         if seen is None and not bool((logits > -torch.inf).any()):
             raise ValueError(
-                "QKClip.step() comes after a training pass and none was seen: call model.train() "
-                "and the model before it"
+                "QKClip.step() has seen no training pass: call model.train() and run the model "
+                "before it"
             )
         return logits
 
@@ -270,8 +270,8 @@ class _Watch:
         for source in ("key_value_states", "encoder_hidden_states"):
             if options.get(source) is not None:
                 raise ValueError(
-                    f"{self.attention.name} is cross-attention, of which QK-clip cannot tell the "
-                    "padding; leave it out with only='pattern of module names'"
+                    f"{self.attention.name} is cross-attention, whose padding QK-clip cannot see; "
+                    "leave it out with only='pattern of module names'"
                 )
         import transformers
 
@@ -324,8 +324,8 @@ class _Watch:
         for refused in ("softcap", "position_bias"):
             if options.get(refused) is not None:
                 raise ValueError(
-                    f"{attention.name}: with {refused} the logits are no product of queries and "
-                    "keys alone, and QK-clip cannot bound them by their weights"
+                    f"{attention.name}: with {refused} the logits depend on more than queries "
+                    "and keys, so QK-clip cannot bound them"
                 )
         if isinstance(query, DTensor) or isinstance(key, DTensor):
             raise ValueError(

@@ -1,1 +1,1 @@
-"""`normuon bench`: what an optimizer step costs on this machine, beside installed peers."""
+"""`normuon bench`: what an optimizer step costs on this machine, next to installed peers."""

@@ -1,8 +1,8 @@
 """How accurate each way to orthogonalise is: singular values out, and error against float64.
 
-Every figure is against the polynomial itself, evaluated by plain Newton-Schulz in float64 on the
-very input that the dtype can hold; how far that polynomial is from the polar factor is the
-coefficient table's affair, and its range of output singular values says it.
+Every figure is relative to the polynomial itself, evaluated by plain Newton-Schulz in float64 on
+the input as the dtype holds it. The polynomial's own distance from the polar factor depends on the
+coefficient table: see its range of output singular values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`normuon bench`: its options, what it checks, and where its answer goes."""
+"""`normuon bench`: its options and checks, and where its results go."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class BenchCommand:
     shapes: str | None = None
     """In place of a model: matrices as [COUNTx]ROWSxCOLS, such as 4x768x768,3072x768."""
     layers: int | None = None
-    """Keep the first so many layers of the model."""
+    """Use only this many of the model's first layers."""
     dtype: tuple[Literal["auto", "float32", "bfloat16"], ...] = ("auto",)
-    """Of our Newton-Schulz; peers that take a dtype get the first."""
+    """Dtypes of our Newton-Schulz; peers that take a dtype get the first."""
     coefficients: tuple[Literal["jordan", "polar_express", "you", "cans"], ...] = ("jordan",)
     """Tables of our Newton-Schulz's polynomial."""
     only: tuple[str, ...] = ()
@@ -42,11 +42,11 @@ class BenchCommand:
     threads: int | None = None
     """CPU threads; by default torch's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the steps run; auto is a CUDA device where there is one."""
+    """Device of the steps; auto is CUDA if there is a device."""
     peers: bool = True
     """With --no-peers, only NorMuon takes part."""
     peer_seconds: float = 60.0
-    """A peer that would take longer, compiling apart, is left out, and the table says so."""
+    """A peer that would take longer, without compiling, is left out with a note."""
     polar: bool = True
     """With --no-polar, nothing is compared with the polar factor, which takes long on large
     matrices."""
@@ -55,25 +55,25 @@ class BenchCommand:
     authors: Path | None = None
     """The paper's authors' normuon.py, of github.com/zichongli5/NorMuon."""
     seed: int = 0
-    """Of weights and gradients."""
+    """Seed of weights and gradients."""
     out: Path | None = None
     """Folder for the results; by default runs/bench, or runs/gpu with --suite."""
     suite: Literal["gpu"] | None = None
     """In place of a model: tests, step table, accuracy, training step and loss on one GPU, written
     as gpu.json and gpu.html; a dry run on a CPU."""
     seconds: float = 540.0
-    """With --suite: for all of it."""
+    """With --suite: seconds for the whole run."""
     parts: tuple[str, ...] = ()
     """With --suite: only these of machine, tests, step, accuracy, training and comparison."""
     tests: bool = True
     """With --suite: --no-tests leaves tests/gpu out."""
     tokens_per_step: int = 65_536
-    """With --suite: of the training step."""
+    """With --suite: tokens of the training step."""
     lr: float = 1e-3
-    """With --suite: of both optimizers whose losses are compared."""
+    """With --suite: learning rate of the comparison of losses."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         if self.suite is not None:
             return self._run_suite()
         self._check()
@@ -133,7 +133,7 @@ class BenchCommand:
         return exit_code(run_suite(SuiteOptions(**given, command=recorded_command())))
 
     def _check(self) -> None:
-        """Everything that can be wrong without knowing the machine."""
+        """Checks that do not depend on the machine."""
         require(
             (self.model is None) != (self.shapes is None),
             "give either --model or --shapes, such as --model gpt2-124m --layers 2",

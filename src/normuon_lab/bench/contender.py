@@ -1,4 +1,4 @@
-"""What a contender is, and NorMuon's own: every orthogonaliser, backend, dtype and table."""
+"""Defines a contender, and NorMuon's own ones: every orthogonaliser, backend, dtype and table."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Contender:
         coefficients: a table's name, in `normuon`'s words.
         compiles: whether its first steps are slow because something is compiled.
         captured: whether its step is captured in a CUDA graph and replayed.
-        missing: why it cannot run here, and what would help; None where it can.
-        note: where it runs otherwise than as released.
+        missing: why it cannot run here, and how to mend it; None if it can.
+        note: how it differs from its release.
         orthogonalize: its orthogonaliser alone, ``[B, m, n] -> [B, m, n]``, where that has no
             scale of its own; None where it is not called apart.
         flops_per_matrix: FLOPs that its own model counts for m x n; None without one.
@@ -83,7 +83,7 @@ class Contender:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is one of NorMuon's ways, and not a peer."""
+        """Whether the contender is NorMuon and not a peer."""
         return self.package == OWN
 
     def flops_by_model(self, matrices: Iterable[MatrixClass]) -> int | None:
@@ -111,7 +111,7 @@ def builder(
 
 
 def chosen(everyone: Sequence[Contender], only: Sequence[str]) -> list[Contender]:
-    """Those whose names match a pattern, as a shell matches them; all without patterns.
+    """The contenders whose names match a shell pattern; all if there is no pattern.
 
     Raises:
         InputError: no name matches; lists the names.
@@ -137,7 +137,7 @@ def own_contenders(
     Args:
         dtypes: of Newton-Schulz, as torch names them; ``"auto"`` is what the optimizer would
             choose. The first goes with every orthogonaliser and backend.
-        coefficients: tables' names, of which the same holds.
+        coefficients: tables' names; the first goes with every orthogonaliser and backend, too.
         device: where the steps run.
 
     Returns:

@@ -25,7 +25,7 @@ LEGEND = (
 
 
 def print_bench(contents: Mapping[str, Any], console: Console) -> None:
-    """What was stepped, two lines per contender, where ours spends its time, and who is missing."""
+    """The matrices, two lines per contender, where ours spends its time, and who is missing."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -57,7 +57,7 @@ def print_bench(contents: Mapping[str, Any], console: Console) -> None:
 
 
 def memory_sentence(contents: Mapping[str, Any]) -> str:
-    """State and scratch of the first contender, against what they should be."""
+    """State and scratch of the first contender, and what they should be."""
     first = contents["contenders"][0]
     scratch = first["scratch_bytes"] / contents["largest_class_bytes"]
     return (

@@ -1,8 +1,8 @@
 """Bytes that the elementwise passes of a step move through memory, beside the fewest possible.
 
 Counted pass by pass: every operand that a pass reads and every result that it writes, once each.
-Of the matrix products only what they take and give is counted: the least is what any step must move
-whose products are somebody else's.
+Of matrix products only inputs and outputs are counted: the least is what any step must move apart
+from its products.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _plain_passes(ns: int) -> dict[str, tuple[int, int]]:
 
 
 def elementwise_bytes(rows: int, cols: int, *, fused: bool, ns_bytes: int = 2) -> dict[str, int]:
-    """What the passes over one matrix move, and the least.
+    """Bytes that the passes over one matrix move, and the minimum.
 
     The least reads the gradient and O, reads and writes the momentum and the weight, and writes
     Newton-Schulz's input, whose dtype has `ns_bytes`. Fused passes are the Triton kernels.

@@ -1,1 +1,1 @@
-"""Text becomes tokens, and tokens the batches of a pretraining run."""
+"""From text to tokens, and from tokens to the batches of a pretraining run."""

@@ -1,9 +1,9 @@
-"""The batches of a training run: which sequences each rank gets, and where the run is.
+"""The batches of a training run: each rank's sequences, and the position in the data.
 
-A step's sequences are the same on any number of ranks, and a saved position says nothing of ranks.
-Processes load ahead, and only the training process can end them: Ctrl-C and a scheduler's SIGTERM
-reach every process of a job, and a loading process that obeyed would take away the batches of the
-last steps before a checkpoint.
+A step's sequences are the same on any number of ranks, and a saved position does not depend on
+ranks. Processes load ahead, and only the training process can end them: Ctrl-C and a scheduler's
+SIGTERM reach every process of a job, and without a loading process the last steps before a
+checkpoint would have no batches.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")
 
 @contextmanager
 def starting_processes() -> Iterator[None]:
-    """Start processes inside: they, and every thread of theirs, begin with SIGTERM held back.
+    """Processes that start inside, and all their threads, begin with SIGTERM blocked.
 
-    A library's thread that took the signal instead would end the process by it. What comes for this
-    process meanwhile arrives afterwards.
+    Otherwise a library's thread that gets the signal would end the process. Signals to this process
+    arrive afterwards.
     """
     if not _KNOWS_SENDERS:
         yield
@@ -120,7 +120,7 @@ class LoadedBatch:
         tokens: ``[micro_batch, sequence + 1]``, int64; None with an error.
         error: why there are no tokens. It travels as a value, because an exception would arrive
             wrapped in the traceback of the process.
-        source_state: where the source is after the last micro batch of a step, if it has to say.
+        source_state: the source's position after the last micro batch of a step, if it has one.
     """
 
     tokens: Tensor | None
@@ -141,9 +141,9 @@ class TrainBatches:
 
     Args:
         share: how a step's sequences are divided.
-        identity: what must be equal in a saved position, in plain values.
-        micro_batches: this rank's, from a step's first sequence in the global order on, and from
-            what the last micro batch before it said of the source; None at the start.
+        identity: plain values that must be equal in a saved position.
+        micro_batches: makes this rank's, from a step's first sequence in the global order and the
+            ``source_state`` of the micro batch before it; None at the start.
         workers: loading processes; 0 loads in this one.
         prefetch: batches that each process has ready.
         start_method: of the processes; None is the platform's.
@@ -197,7 +197,7 @@ class TrainBatches:
         """The position, in plain values, for any number of ranks.
 
         Raises:
-            RuntimeError: in the middle of a step, where ranks differ.
+            RuntimeError: a step is not finished, so ranks differ.
         """
         if self._taken_in_step:
             raise RuntimeError(
@@ -264,7 +264,7 @@ class PretrainData(ABC):
 
     Attributes:
         vocab_size: token numbers are below it.
-        fingerprint: of the training data, whatever is read of it.
+        fingerprint: of all training data, also of parts that are not read.
     """
 
     vocab_size: int
@@ -277,7 +277,7 @@ class PretrainData(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What a run records of its data, in plain values."""
+        """Plain values that a run records about its data."""
 
     @abstractmethod
     def _batches(self, share: BatchShare) -> TrainBatches:
@@ -285,7 +285,7 @@ class PretrainData(ABC):
 
     @abstractmethod
     def _validation_tokens(self, num_tokens: int) -> TokenArray:
-        """Validation data, of which so many tokens or more are read."""
+        """Validation data of at least this many tokens."""
 
     def _described(self, kind: str, tokenizer: str | None) -> dict[str, Any]:
         return {

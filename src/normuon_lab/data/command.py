@@ -1,4 +1,4 @@
-"""`normuon data prepare` and `verify`: their options, and what they show while they work."""
+"""`normuon data prepare` and `verify`: their options and progress."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DEFAULTS = DataConfig()
 class Prepare:
     """Tokenise text into .bin shards, in modded-nanogpt's format, with a manifest.
 
-    The same source gives the same bytes, whatever the number of processes. What is interrupted goes
-    on with the same command.
+    The same source gives the same bytes for any number of processes. After an interruption, the
+    same command continues.
     """
 
     source: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -55,7 +55,7 @@ class Prepare:
     """Print the manifest as JSON."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from rich.console import Console
 
         from normuon_lab.data.prepare import prepare
@@ -93,13 +93,13 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Check every byte of a prepared folder against its manifest, after a copy, say."""
+    """Check every byte of a prepared folder against its manifest, for example after a copy."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A folder of `normuon data prepare`."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from normuon_lab.data.prepare import verify
 
         manifest = verify(self.folder)
@@ -118,7 +118,7 @@ class DataCommand:
     ]
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         return self.action.run()
 
 

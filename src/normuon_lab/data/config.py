@@ -1,4 +1,4 @@
-"""What a run reads, as one frozen and validated value.
+"""The data of a run, as one frozen and validated value.
 
 Nothing here imports torch.
 """
@@ -25,9 +25,8 @@ class DataConfig:
     validation: tuple[str, ...] = ()
     """Another source for validation, as above. Without it a part of `source` is held out."""
     validation_fraction: float = 0.02
-    """Share of the documents to hold out where there is no `validation`: chosen by the hash of
-    their text; of a single text file the last part, of shards without a manifest the last
-    tokens."""
+    """Share of the documents to hold out if there is no `validation`: by the hash of their text; of
+    a single text file the last part, of shards without a manifest the last tokens."""
     tokenizer: str = "bytes"
     """bytes (256 tokens, nothing to download), a `tokenizers` JSON file, or the folder or Hub name
     of a transformers tokenizer. Prepared folders bring their own."""

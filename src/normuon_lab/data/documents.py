@@ -1,4 +1,4 @@
-"""Reads documents, in order, through `datasets`, and says which of them are held out.
+"""Reads documents in order through `datasets`, and holds some out.
 
 Every reader streams: nothing is copied into a cache of `datasets`, and a position can be saved.
 """
@@ -51,7 +51,7 @@ class DocumentGroup:
     hold_out: HoldOut
 
     def open(self) -> IterableDataset:
-        """The rows as a streaming data set.
+        """Opens the rows as a streaming data set.
 
         Raises:
             InputError: all its files are empty.
@@ -172,7 +172,7 @@ def groups_of(
 
 
 class DocumentReader:
-    """Iterates over the rows of groups, as lists of documents, from any position it has given.
+    """Iterates over the rows of groups, as lists of documents, from any saved position.
 
     Raises:
         InputError: while iterating: a file cannot be read, or rows lack the field.

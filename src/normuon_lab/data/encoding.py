@@ -1,4 +1,4 @@
-"""Documents become tokens, in this process or in several, in the order of the documents."""
+"""Encodes documents as tokens, in one process or several, in the order of the documents."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def pieces_of(document: Document) -> Iterator[TextPiece]:
 
 
 def batches_of(rows: Iterable[tuple[list[Document], dict[str, Any]]]) -> Iterator[TextBatch]:
-    """Pieces in batches of about a megabyte, so that processes have work that is worth sending."""
+    """Pieces in batches of about a megabyte, so that sending them to processes pays."""
     pieces: list[TextPiece] = []
     characters, position = 0, None
     for documents, position in rows:

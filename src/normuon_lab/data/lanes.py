@@ -1,7 +1,7 @@
 """One lane of a stream: sequences of tokens from every n-th file, from any saved position.
 
-A lane reads rows in blocks and shuffles each block by a permutation of its own, so that a position
-is a block, a document in it and a token in that: nothing has to be stored but numbers.
+A lane reads rows in blocks and shuffles each block separately, so that a position is three numbers:
+a block, a document in it and a token in that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LaneOptions:
 
     Attributes:
         group: what is read.
-        rows: all of them, of which a lane takes its files.
+        rows: of all lanes; a lane takes its files.
         tokenizer: makes them tokens.
         num_lanes: how many lanes read side by side.
         block_documents: documents that are shuffled among themselves; 1 keeps their order.
@@ -50,7 +50,7 @@ class LaneOptions:
 
 @dataclass(slots=True)
 class _OpenDocument:
-    """A document of which some tokens are left, and where it is: block, rows before it, place."""
+    """A document with tokens left, and its position: block, rows before it, place."""
 
     position: dict[str, Any]
     tokens: Ids

@@ -56,7 +56,7 @@ class PrepareRequest:
 
     Attributes:
         config: the source and how it becomes tokens.
-        out: the folder; absent, empty, or one that the same request began or finished.
+        out: the folder; absent, empty, or from an earlier call with the same request.
         shard_tokens: tokens of every shard but the last.
     """
 
@@ -69,13 +69,13 @@ class PrepareRequest:
 
 
 def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> dict[str, Any]:
-    """Tokenise, or finish what was begun, and return the manifest.
+    """Tokenise, or continue an interrupted run, and return the manifest.
 
     Several processes may ask for the same folder; one works and the others wait for it.
 
     Raises:
         InputError: the source cannot be read, the folder belongs to something else, or the disk is
-            full. What was done is kept, and the same request goes on with it.
+            full. Finished work is kept, and the same request continues.
     """
     source = resolve_source(request.config.source)
     if not isinstance(source, (TextFiles, Stream)):
@@ -313,16 +313,16 @@ def _check_same_job(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None
 
 
 def tokenizer_of_run(config: DataConfig) -> TextTokenizer | None:
-    """The tokenizer of a run's data; None for shards that nobody named one for.
+    """The tokenizer of a run's data; None for shards without a named one.
 
     Raises:
-        InputError: the data is not there any more, and its tokenizer with it.
+        InputError: the data, which names its tokenizer, is gone.
     """
     try:
         source = resolve_source(config.source)
     except InputError as error:
         raise InputError(
-            f"the run's data says which tokenizer it has, and cannot be found: {error}; name the "
+            f"the run's data, which names its tokenizer, cannot be found: {error}; name the "
             "tokenizer"
         ) from error
     if isinstance(source, PreparedFolder):

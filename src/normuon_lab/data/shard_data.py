@@ -30,7 +30,7 @@ from normuon_lab.errors import InputError, counted, require
 
 @dataclass(frozen=True, slots=True)
 class OpenedShards:
-    """Tokens of both parts, and what they are numbers of."""
+    """Tokens of both parts, and their vocabulary."""
 
     train: TokenShards
     validation: TokenShards
@@ -59,10 +59,10 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def open_shards(config: DataConfig, source: PreparedFolder | ShardFiles) -> OpenedShards:
-    """Both parts of shards, the held-out part from `config.validation` where it names one.
+    """Both parts of shards; the held-out part is `config.validation`'s, if given.
 
     Raises:
-        InputError: they are missing or damaged, or nothing says how large their vocabulary is.
+        InputError: they are missing or damaged, or the size of their vocabulary is unknown.
     """
     if isinstance(source, PreparedFolder):
         opened = open_folder(source.folder)
@@ -103,7 +103,7 @@ def open_validation_shards(source: PreparedFolder | ShardFiles) -> TokenShards:
 
 
 def _vocabulary(config: DataConfig, source: ShardFiles) -> tuple[int, str | None]:
-    """Size of the vocabulary of shards that do not say it, and the tokenizer where it is known."""
+    """Size of the vocabulary of shards without a manifest, and the tokenizer if it is known."""
     if config.tokenizer == BYTES:
         if config.vocab_size is None:
             raise InputError(
@@ -117,7 +117,7 @@ def _vocabulary(config: DataConfig, source: ShardFiles) -> tuple[int, str | None
 
 @dataclass(frozen=True, eq=False)
 class _ShuffledBatches(IterableDataset[LoadedBatch]):
-    """A rank's micro batches from a position in the endless global order on.
+    """A rank's micro batches from a position in the endless global order.
 
     That is epoch after epoch, each shuffled. Loading processes take the micro batches in turn.
     """

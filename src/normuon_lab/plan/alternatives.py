@@ -1,6 +1,6 @@
-"""What other ways of distributing the same matrices would cost, for comparison with a plan.
+"""The cost of other ways to distribute the same matrices, for comparison with a plan.
 
-Counts FLOPs, bytes and memory; nothing here is ever executed.
+Counts FLOPs, bytes and memory without running anything.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def compute_everywhere(plan: Plan) -> Figures:
 
 
 def pad_to_world_size(plan: Plan) -> Figures:
-    """Same-shape matrices in groups of one per rank, the last group filled up with dummies.
+    """Same-shape matrices in groups of one per rank, the last group padded with dummies.
 
     Every rank sends a shard of every member of a group to its owner, dummies included, and gets one
-    back; shards are padded to the largest. Replicas each work for themselves when the parameter is
-    sharded too; matrices that ranks store whole are computed there, or, when all ranks do, spread
-    and sent to all.
+    back; shards are padded to the largest. If the parameter is sharded too, each replica works
+    alone. Matrices that some ranks store whole are computed there; those that all ranks store are
+    spread and sent to all.
     """
     groups: dict[object, list[int]] = {}
     for index, task in enumerate(plan.tasks):
@@ -88,8 +88,8 @@ def reduce_over_shards(plan: Plan) -> Figures:
     """Plain Newton-Schulz on every rank's own shard, one all-reduce of a Gram matrix per step.
 
     Nothing is gathered: a rank multiplies its shard by polynomials of the Gram matrix over the side
-    that is not cut, which every rank repeats. Where both sides are cut, the shorter one is taken.
-    Matrices that ranks store whole they compute alone. The plan must be one without teams.
+    that is not cut, which every rank repeats. If both sides are cut, it is over the shorter one.
+    Ranks compute alone what they store whole. The plan must be one without teams.
     """
     model = plan.cost_model
     loads = [0] * plan.world_size
@@ -125,7 +125,7 @@ def reduce_over_shards(plan: Plan) -> Figures:
 
 
 def _uncut_side(task: MatrixTask) -> int:
-    """Rows or columns, whichever every shard has all of; the shorter where shards cut both."""
+    """The side that no shard cuts, rows or columns; the shorter one if shards cut both."""
     assert task.split is not None
     region = task.region
     pieces = [piece.region.shape for piece in tiling_of(task).pieces]

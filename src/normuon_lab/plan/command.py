@@ -1,4 +1,4 @@
-"""`normuon plan`: its options, what it checks, and where its answer goes."""
+"""`normuon plan`: its options and checks, and where its results go."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MAX_RANKS = 16_384
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Say who would orthogonalise which matrix on a mesh, and what that costs.
+    """Show which rank would orthogonalise which matrix on a mesh, and what that costs.
 
-    Needs no GPU, no processes and no weights. Assumed are float32 weights under FSDP2, which
-    shards dim 0 over dp_shard and replicates over dp_replicate, and the tensor-parallel plan that
-    transformers has for the model: q, k, v, gate and up are split by outputs, o and down by inputs,
+    Needs no GPU, no processes and no weights. It assumes float32 weights under FSDP2, which shards
+    dim 0 over dp_shard and replicates over dp_replicate, and transformers' tensor-parallel plan for
+    the model: q, k, v, gate and up are split by outputs, o and down by inputs,
     experts each by their intermediate width, GPT-2 as Megatron-LM splits it.
     """
 
@@ -57,7 +57,7 @@ class PlanCommand:
     """Dtype of matrices on the wire."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from normuon_lab.plan.mesh import Mesh
 
         mesh = Mesh.parse(self.mesh)
@@ -105,7 +105,7 @@ class PlanCommand:
         return 0
 
     def _check(self, world_size: int) -> None:
-        """Everything that can be wrong without knowing the model."""
+        """Checks that do not depend on the model."""
         require(
             world_size <= MAX_RANKS, f"--mesh has {world_size:,} ranks; give at most {MAX_RANKS:,}"
         )

@@ -1,4 +1,4 @@
-"""Everything that `normuon plan` says, as plain values: the plan, its rivals, traffic, memory."""
+"""The output of `normuon plan` as plain values: the plan, alternatives, traffic, memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A plan, what it adds up to, and the seconds that it took to draw up."""
+    """A plan, its totals, and the seconds that planning took."""
 
     plan: Plan
     figures: Figures
@@ -78,10 +78,10 @@ class PlannedModel:
 
 
 def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
-    """Draw up the plan and, from the same matrices, the paper's.
+    """Make the plan and, from the same matrices, the paper's.
 
     Raises:
-        InputError: the mesh splits tensors and nothing says how this architecture is split.
+        InputError: the mesh splits tensors, but this architecture has no tensor-parallel plan.
     """
     mesh = request.mesh
     if mesh.tp > 1 and not model.has_tp_plan:
@@ -193,7 +193,7 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
 def _scheme(
     drawn: Drawn, *, bound: int, packing: int, least: int, description: str | None = None
 ) -> dict[str, Any]:
-    """The values that every way of distributing has; `least` is one yardstick for all."""
+    """The values that every way of distributing has; `least` is the same bound for all."""
     figures, plan = drawn.figures, drawn.plan
     busiest = max(figures.flops_by_rank)
     by_rank = figures.bytes_sent_by_rank

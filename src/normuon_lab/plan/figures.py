@@ -1,4 +1,4 @@
-"""What a plan adds up to: bytes by rank, FLOPs, memory and predicted time, bucket by bucket."""
+"""The totals of a plan: bytes by rank, FLOPs, memory and predicted time, bucket by bucket."""
 
 from __future__ import annotations
 
@@ -234,9 +234,9 @@ def batch_bytes(task: MatrixTask, number: int) -> int:
 class Traffic:
     """Bytes on the wire by rank for some of a plan's matrices; local copies are not counted.
 
-    Counted without listing routes. Matrices that a layout cuts alike move the same bytes but for
-    what their owners store themselves, so the work is per tiling and per owner, never per matrix
-    and rank: whole vectors of bytes by rank are added once at the end, corrections as they come.
+    Counted without listing routes. Matrices with the same tiling move the same bytes, apart from
+    what their owners store themselves. So the work is per tiling and per owner, not per matrix and
+    rank: vectors of bytes by rank are added once at the end, corrections immediately.
 
     Attributes:
         gather_sent: by the ranks that store, to owners.
@@ -274,7 +274,7 @@ class Traffic:
                     sums[rank] += count * num_bytes
 
     def _gather(self, task: MatrixTask, owner: int) -> PeerBytes:
-        """What travels to one owner; its own pieces are taken off at once."""
+        """Counts what is sent to one owner, without its own pieces."""
         tiling = tiling_of(task)
         table = tiling.gather_bytes(task, tiling.layout.replicas[owner])
         received = table.total

@@ -97,9 +97,9 @@ class Mesh:
 def tp_placement(style: str | None, *, num_dims: int) -> Placement:
     """Where a style of transformers' tensor-parallel plans puts a parameter on the TP axis.
 
-    Of a weight `[out, in]` or experts `[E, out, in]`, `colwise` shards the outputs and `rowwise`
-    the inputs; `packed_` weights hold gate and up one after the other and shard each of the two.
-    transformers' Conv1D stores `[in, out]`. Styles that say nothing of weights replicate them.
+    For a weight `[out, in]` or experts `[E, out, in]`, `colwise` shards the outputs and `rowwise`
+    the inputs. `packed_` weights hold gate and up one after the other, and each of the two is
+    sharded. transformers' Conv1D stores `[in, out]`. Other styles replicate weights.
 
     Example:
         >>> tp_placement("colwise", num_dims=3), tp_placement("rowwise", num_dims=2)

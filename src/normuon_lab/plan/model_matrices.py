@@ -1,6 +1,6 @@
-"""A model's parameters by shape alone: built on the meta device, no weight is ever allocated.
+"""The shapes of a model's parameters, built on the meta device without allocating weights.
 
-Which parameters are hidden matrices is `normuon.param_groups`' verdict.
+`normuon.param_groups` decides which parameters are hidden matrices.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ModelParam:
         shape: whole, not a shard's.
         view: how a hidden matrix is seen as matrices; None for what AdamW takes.
         reason: why it is what it is.
-        tp_style: what the model's tensor-parallel plan says of it; None when nothing.
+        tp_style: its style in the model's tensor-parallel plan; None if it is not there.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ModelShapes:
         model_type: transformers' name of the architecture.
         params: every trainable parameter.
         groups: its param groups, of parameters on the meta device.
-        split_heads: whether heads are matrices of their own in them.
+        split_heads: whether heads are separate matrices in them.
         has_tp_plan: whether tensor parallelism is known for the architecture.
     """
 
@@ -103,7 +103,7 @@ def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> Mode
     """The shapes of a transformers model, which may be on the meta device.
 
     Raises:
-        InputError: parameters that nothing but their shape could place.
+        InputError: a parameter is ambiguous, because only its shape is known.
     """
     from normuon import param_groups
 
@@ -129,7 +129,7 @@ def shapes_of(model: nn.Module, *, name: str, split_heads: bool = False) -> Mode
 
 
 def tp_style_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """What a tensor-parallel plan says of a parameter: by its module, or by its own name.
+    """A parameter's style in a tensor-parallel plan, by its module or its own name.
 
     Example:
         >>> tp_style_of("h.3.mlp.up_proj.weight", {"h.*.mlp.up_proj": "colwise"})

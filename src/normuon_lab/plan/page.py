@@ -111,7 +111,8 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
 
 
 def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
-    """Busiest rank, bytes over the least, predicted seconds of every way; logarithmic axes."""
+    """Busiest rank, bytes over the minimum and predicted seconds of every way, on logarithmic
+    axes."""
     least, labels = contents["bytes_least_total"], plan_text.schemes_of(contents)
     panels = {
         "busiest rank / mean": lambda scheme: scheme["busiest_over_mean"],
@@ -165,7 +166,7 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
 def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
     """What each bucket takes on its busiest rank: gather, compute, return.
 
-    What needs no exchange stands before bucket 0.
+    Matrices without exchange come before bucket 0.
     """
     figure = go.Figure()
     buckets = contents["buckets"]

@@ -1,6 +1,6 @@
-"""Named model configurations: the paper's, those that plans are usually asked for, and small ones.
+"""Named model configurations: the paper's, common ones for plans, and small ones.
 
-Only sizes are here; building a model from a configuration is the caller's.
+Only sizes: callers build models from them.
 """
 
 from __future__ import annotations

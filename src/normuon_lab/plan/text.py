@@ -1,4 +1,4 @@
-"""A plan's contents for the terminal, and the words and units that the page shares."""
+"""A plan's contents for the terminal, and words and units that the page uses too."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def schemes_of(contents: Mapping[str, Any]) -> dict[str, str]:
-    """The ways of distributing that a plan is shown beside, and their labels."""
+    """The ways of distributing that a plan is compared with, and their labels."""
     return {n: label for n, label in SCHEMES.items() if n in ("plan", *contents["alternatives"])}
 
 
@@ -113,7 +113,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
 
 
 def imbalance_sentence(contents: Mapping[str, Any]) -> str:
-    """What the imbalance is measured by, and whether more was possible."""
+    """The bound of the imbalance, and whether a better plan was possible."""
     text = (
         f"The mean is {format_flops(contents['mean_flops'])} a rank. The bound, "
         f"{format_flops(contents['makespan_bound'])}, is what no assignment of whole matrices "

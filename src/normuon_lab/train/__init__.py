@@ -1,1 +1,1 @@
-"""Training: the optimizers that are compared, small runs in one process, and pretraining."""
+"""Training: the compared optimizers, small runs in one process, and pretraining."""

@@ -1,4 +1,4 @@
-"""What the terminal shows of training: progress bars, and lines where there is no terminal."""
+"""Progress of training: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 class _Display:
-    """Bars with a note, an elapsed time and a time left; shown on a terminal, while it is open."""
+    """Bars with a note, the elapsed and the remaining time, on an open terminal."""
 
     def __init__(self, console: Console, *, enabled: bool = True) -> None:
         self._console = console
@@ -74,15 +74,15 @@ class RunDisplay(_Display):
 
 
 class RunsDisplay(_Display):
-    """Many runs: a bar for each that is going on and one for all, and a line for each that ends.
+    """Many runs: a bar for each running one and one for all, and a line for each that ends.
 
     Args:
         console: where to show it.
         num_runs: those of the whole experiment.
-        num_done: those that were done before.
+        num_done: runs that were done before.
         steps: of all runs; their sum is the total, so that its time left means something before a
             run is finished.
-        steps_done: those of the runs that were done before.
+        steps_done: of the runs that were done before.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 class Probe(Protocol):
-    """What measures an optimizer step from outside; it changes nothing."""
+    """Measures optimizer steps without changing them."""
 
     def before_step(self, step: int) -> None:
         """Called with gradients ready; `step` counts from 0."""
@@ -35,13 +35,13 @@ class Probe(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FinishedStep:
-    """What a step leaves behind.
+    """The results of a step.
 
     Attributes:
         number: finished steps, this one included.
         loss: mean over this rank's part of the batch, before the step, float32 `[]`.
         gradient_norm: global norm before clipping, float64 `[]`; None where it is not taken.
-        measured: what the probe found, to be logged.
+        measured: the probe's numbers, to be logged.
     """
 
     number: int
@@ -148,7 +148,7 @@ def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, decay_step
 
     It rises from 1/warmup_steps to 1 over the warmup, stays, and falls in equal parts over the last
     `decay_steps` towards zero, which it would reach one past the last step. It depends on the step
-    alone, so there is nothing of it to save.
+    alone, so it needs no state in checkpoints.
 
     Example:
         >>> [learning_rate_factor(t, steps=6, warmup_steps=2, decay_steps=4) for t in range(6)]

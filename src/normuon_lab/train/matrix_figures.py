@@ -1,7 +1,4 @@
-"""What matrices and the updates of a step look like in numbers.
-
-Of whole matrices on one device.
-"""
+"""Figures of matrices and of the updates of a step, for whole matrices on one device."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from normuon.models.view import MatrixView
 from normuon.step.figures import spread
 
 MAX_CONDITION_NUMBER = 1e8
-"""What stands for all larger ones: singular values come from a Gram matrix in float64, whose
+"""Larger ones are cut to it: singular values come from a Gram matrix in float64, whose
 rounding hides those below 1e-8 of the largest."""
 
 
@@ -77,7 +74,7 @@ def figures_by_block(tensor: Tensor, view: MatrixView) -> list[MatrixFigures | N
 
 
 def measuring_flops(shape: torch.Size, view: MatrixView) -> float:
-    """About how many operations `figures_by_block` takes: a Gram matrix and its eigenvalues."""
+    """Estimates the operations of `figures_by_block`: a Gram matrix and its eigenvalues."""
     flops = 0.0
     for batch, m, n in view.shapes(shape):
         short, long = sorted((m, n))

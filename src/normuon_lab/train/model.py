@@ -1,4 +1,4 @@
-"""The model of a run: a transformers causal language model, its loss, and what a token costs."""
+"""The model of a run: a transformers causal language model, its loss, and its FLOPs per token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The processes of a run: who they are, how they are arranged, and how they agree.
+"""The processes of a run: their ranks, their mesh, and how they agree.
 
-One process is the case of one rank: nothing is started, and agreeing costs nothing.
+One process is one rank: nothing is started, and agreeing costs nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether it is the one that writes files and speaks."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
     @property
@@ -72,7 +72,7 @@ class Ranks:
         return values
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """What `function` gives on rank 0, handed to all; an error of its is raised on all."""
+        """The result of `function` on rank 0, sent to all; its error is raised on all."""
         if self.mesh is None:
             return function()
         outcome: list[Result | Exception | None] = [None]
@@ -88,7 +88,7 @@ class Ranks:
         return found  # type: ignore[return-value]
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise on all ranks what any of them met, that of the lowest rank.
+        """Raise an error of any rank on all ranks; the lowest rank's, if there are several.
 
         Raises:
             RunsFailedError: with the text of the error.

@@ -125,7 +125,7 @@ def test_an_unfinished_folder_says_how_to_go_on_and_a_finished_one_needs_no_leav
     write_json(tmp_path / RESULTS_FILE, kept.to_json())
     monkeypatch.setenv(MAKE_TARGET, "compare")
     monkeypatch.setattr("sys.argv", ["normuon", "compare"])
-    hint = "holds 1 of the 2 runs of this comparison; go on with: make compare ARGS=--resume, or"
+    hint = "holds 1 of the 2 runs of this comparison; continue with: make compare ARGS=--resume, or"
     with pytest.raises(InputError, match=hint):
         open_results(tmp_path, make_results(arms=["adamw"]), resume=False)
     kept.records.append(record("adamw", 1, 2.0))

@@ -53,7 +53,7 @@ class Arm:
 
 
 def run(context: PartContext) -> dict[str, Any]:
-    """Both arms step for step, so that a run that is cut has as many of each."""
+    """Steps both arms in turn, so that a run that is cut has as many steps of each."""
     size, options = context.sizes.comparison, context.options
     context.say("reading Python's own library")
     text = local_text(context.sizes.text_bytes)

@@ -1,4 +1,4 @@
-"""What a run of the suite is asked for, and the sizes that its parts take."""
+"""The options of a run of the suite, and the sizes of its parts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RUNNING = "running"
 DONE = "done"
 FAILED = "failed"
 CUT = "cut"
-"""It was ended, because it took far longer than its time."""
+"""Status of a part that was ended because it took far longer than its time."""
 NOT_RUN = "not run"
 
 NO_TIME = "no time left"
-"""Why a part, or a contender in one, was not begun."""
+"""Why a part, or a contender in one, was not started."""
 
 MODEL_SHAPES = {
     "gpt2-124m": "12x2304x768,12x768x768,12x3072x768,12x768x3072",
@@ -90,7 +90,7 @@ class SuiteOptions:
         return cls(**given)
 
     def left_out(self, part: str) -> str | None:
-        """Why a part was not asked for, or None."""
+        """Why a part is not wanted, or None."""
         if self.parts and part not in self.parts:
             return "not asked for"
         if part == "tests" and not self.tests:

@@ -73,7 +73,7 @@ def run(context: PartContext) -> dict[str, Any]:
 
 
 def make_optimizer(name: str, model: nn.Module, *, lr: float) -> Optimizer:
-    """AdamW fused, or NorMuon as it comes with AdamW for all but matrices; no weight decay."""
+    """Fused AdamW, or NorMuon by default with AdamW for all but matrices; no weight decay."""
     if name == "AdamW":
         return torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True

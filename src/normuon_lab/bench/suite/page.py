@@ -69,7 +69,7 @@ def bar_percent(ratio: float) -> float:
 
 
 def not_run_of(model: Mapping[str, Any]) -> dict[str, str]:
-    """Who did not run on a model, and why."""
+    """The contenders that did not run on a model, and why."""
     found: dict[str, str] = {}
     for race in model["races"]:
         found.update(race["not_run"])

@@ -1,4 +1,4 @@
-"""One part of the suite: what it is given, how it runs, and what its failure leaves behind.
+"""One part of the suite: its input, its run, and the record of a failure.
 
 As a program, the process of one part, so that a crash or a hang costs no other part: the first line
 on standard input says what to do, and the input's end says that the suite is gone.
@@ -53,8 +53,8 @@ class PartContext:
         device: where.
         deadline: when the part should have ended, on `time.monotonic`'s clock.
         found: the values of parts that have run, by name.
-        keep: writes down what the part has found so far.
-        say: tells the user what is being done.
+        keep: records the part's results so far.
+        say: prints progress.
     """
 
     options: SuiteOptions
@@ -86,7 +86,7 @@ def run_part(
     budget_seconds: float,
     run: Run | None = None,
 ) -> None:
-    """Runs a part and writes its findings into gpu.json; a failure is a finding too.
+    """Runs a part and writes its results, or its failure, into gpu.json.
 
     `run` is called in place of the part's own module.
     """

@@ -1,6 +1,6 @@
-"""gpu.json: what a run has found so far, and the page made from it.
+"""gpu.json, the results of a run so far, and the page made from it.
 
-The file is written whole after every finding, so that a run that is killed keeps what it has.
+The file is written whole after every result, so that a killed run keeps them.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ def write_record(record: Mapping[str, Any], out: Path) -> None:
 
 
 def page_note(out: Path) -> str:
-    """What to say about the page at the end."""
+    """The message about the page at the end."""
     if page_path(out).exists():
         return f"Page: {page_path(out)}"
     return "No page: jinja2 is not installed, and gpu.json has everything."
 
 
 def plain(value: Any) -> Any:
-    """The same without what JSON has no word for: infinities and NaN become None.
+    """The same for JSON, which has no infinities and NaN: they become None.
 
     Example:
         >>> plain({"loss": [1.5, float("nan")], "shape": (2, 3)})

@@ -1,4 +1,4 @@
-"""What the device is and what it can do at most: memory bandwidth and rate of products."""
+"""The device and its limits: memory bandwidth and rate of products."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def device_values(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, CUDA and the packages that matter; None for what is missing."""
+    """Versions of Python, CUDA and the packages that matter; None for missing ones."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -101,7 +101,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _driver() -> str | None:
-    """The driver's version, where nvidia-smi tells it."""
+    """The driver's version, if nvidia-smi prints it."""
     if shutil.which("nvidia-smi") is None:
         return None
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""Contenders made ready one after another and timed in turn, round by round."""
+"""Prepares contenders one after another and times them in turn, round by round."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROUNDS_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What is known of a race.
+    """The results of a race so far.
 
     Attributes:
         runners: with a time of each round; the first is the reference.
@@ -47,13 +47,13 @@ def timed_in_turn(
     *,
     may_diverge: bool = False,
 ) -> Iterator[Timed]:
-    """Times all contenders that can be made ready, all in the same rounds.
+    """Times all contenders that can be prepared, all in the same rounds.
 
-    Whoever compiles may take all the time that is left, so what is known is yielded before each of
-    them, and in the end.
+    A contender that compiles may take all the time that is left, so the results are yielded before
+    each of them, and at the end.
 
     Args:
-        contenders: who; those that compile come last.
+        contenders: those that compile come last.
         params: one set of weights serves all, because a step's time does not depend on their values
             and eight sets of a large model do not fit.
         gradients: of every step.
@@ -124,7 +124,7 @@ def ready(
 def why_not(
     contender: Contender, context: PartContext, reckoned: Mapping[str, float]
 ) -> str | None:
-    """Why a contender is not even begun, or None; one that compiles needs time for that."""
+    """Why a contender is not started, or None; one that compiles needs time for that."""
     needed = 0.0
     if contender.compiles:
         needed = reckoned.get(contender.name, context.sizes.compile_seconds)
@@ -139,7 +139,7 @@ def take_rounds(
     *,
     most: int,
 ) -> int:
-    """Times everyone anew and in turn: the fewest rounds in any case, more while there is time."""
+    """Times all contenders again in turn: the fewest rounds, and more while there is time."""
     fewest = context.sizes.rounds[0]
     until = context.seconds_left() * (1 - ROUNDS_SHARE)
     taken = 0
@@ -156,7 +156,7 @@ def take_rounds(
 
 
 def give_back(device: torch.device) -> None:
-    """Frees what nobody holds any more."""
+    """Frees memory that is no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

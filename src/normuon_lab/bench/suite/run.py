@@ -1,4 +1,4 @@
-"""The suite from first to last part: who gets how much time, in a process of its own."""
+"""Runs the parts of the suite, each in its own process and time."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _because(entry: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A polite end of the suite ends the part that runs, too."""
+    """When the suite is asked to end, the running part ends, too."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""One rank of many on this one GPU: its sharded step, while the other ranks only pretend.
+"""One rank of many on this one GPU: its sharded step, with a fake process group.
 
 Collectives return at once and write nothing. So the network's time is left out, and what arrives is
 whatever was in memory; launches, packing, the rank's own products and the host's work are real.
@@ -40,7 +40,7 @@ DION = "dion NorMuon"
 
 
 def run(context: PartContext) -> dict[str, Any]:
-    """Times rank 0's step of everyone who shards, for every number of ranks."""
+    """Times rank 0's step of every contender that shards, for every number of ranks."""
     matrices = matrices_of(MODEL, tiny=context.is_dry)
     values: dict[str, Any] = {"model": MODEL, "elements": sum(m.numel for m in matrices)}
     values["cases"] = [
@@ -72,7 +72,7 @@ def run(context: PartContext) -> dict[str, Any]:
 
 @contextmanager
 def first_of(ranks: int, device: torch.device) -> Iterator[DeviceMesh]:
-    """A mesh of ranks that only pretend, seen from its first."""
+    """A mesh of a fake process group, seen from its first rank."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield init_device_mesh(device.type, (ranks,))

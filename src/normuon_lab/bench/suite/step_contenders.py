@@ -1,4 +1,4 @@
-"""Whose steps the step table times: NorMuon in several ways, peers, and AdamW for reference."""
+"""The contenders of the step table: NorMuon in several ways, peers, and AdamW for reference."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Keep = Callable[[dict[str, Any]], None]
 def run(context: PartContext) -> dict[str, Any]:
     """Two races on every model: first those that do not compile, then those that do.
 
-    NorMuon takes part in both, and everyone is compared with it in the same race.
+    NorMuon takes part in both, and the others are compared with it in the same race.
     """
     first, *others = step_contenders(
         context.device, dion=context.options.dion, only=context.options.only
@@ -62,7 +62,7 @@ def _race_on(
     *,
     keep: Callable[[], None],
 ) -> None:
-    """Adds a race to a model's, and to the record whatever is known of it."""
+    """Adds a race to a model's, and its results so far to the record."""
     matrices = tuple(MatrixClass(**one) for one in model["matrices"])
     context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
     races = model["races"]

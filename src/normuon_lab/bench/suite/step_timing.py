@@ -54,7 +54,7 @@ class Runner:
         self.host_ms.append(host_ms)
 
     def forget_rounds(self) -> None:
-        """As if no round had been taken."""
+        """Drops the times of all rounds."""
         self.step_ms.clear()
         self.host_ms.clear()
 
@@ -66,8 +66,8 @@ class UnusableStepError(RuntimeError):
 def timed_step(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Milliseconds of one step, on the device and until it returned to the host.
 
-    On CUDA by events around it, with nothing queued before, so that a step that the host cannot
-    launch fast enough is charged for that.
+    On CUDA by events around it, with nothing queued before, so that slow launches by the host
+    count.
     """
     if device.type != "cuda":
         started = time.perf_counter()
@@ -157,7 +157,7 @@ def captured(
     gradients: Gradients,
     device: torch.device,
 ) -> Callable[[], object]:
-    """The step as a CUDA graph, which reads gradients where `gradients` always lays them."""
+    """The step as a CUDA graph, which reads gradients where `gradients` puts them."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -190,7 +190,7 @@ def profiled(step: Callable[[], object], device: torch.device) -> dict[str, Any]
 
 
 def no_check(_: Sequence[nn.Parameter]) -> None:
-    """For weights of which nothing is asked."""
+    """Accepts any weights."""
 
 
 def check_finite(params: Sequence[nn.Parameter]) -> None:

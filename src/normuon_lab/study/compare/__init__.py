@@ -1,1 +1,1 @@
-"""`normuon compare`: arms against each other on equal terms, as a file, a report and a table."""
+"""`normuon compare`: compares arms on equal terms, as a file, a report and a table."""

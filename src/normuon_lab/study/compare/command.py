@@ -1,4 +1,4 @@
-"""`normuon compare`: its options, and what it prints."""
+"""`normuon compare`: its options and its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from normuon_lab.train.runs.config import ExperimentOptions
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(ExperimentOptions):
-    """Train one small model per arm and seed; say how many fewer steps each arm needs."""
+    """Train one small model per arm and seed, and report how many fewer steps each arm needs."""
 
     arms: tuple[str, ...] = MAIN_ARMS
     """Optimizers to compare."""
@@ -29,7 +29,7 @@ class CompareCommand(ExperimentOptions):
     """Run only what OUT lacks."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         experiment = self.experiment()
         rates = parse_rates(self.lr)
         check_arms(self.arms)

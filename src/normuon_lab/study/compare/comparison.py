@@ -1,4 +1,4 @@
-"""Plans a comparison, does the runs it is still missing, and keeps everything in one folder."""
+"""Plans a comparison, does its missing runs, and keeps everything in one folder."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def planned(
     Without a path, tuned rates are those that the package ships.
 
     Raises:
-        InputError: an arm has neither a given nor a tuned rate, or the comparison's seeds are among
-            those its rates were tuned on.
+        InputError: an arm has neither a given nor a tuned rate, or its rate was tuned on one of the
+            comparison's seeds.
     """
     chosen: dict[str, dict[str, Any]] = {}
     for arm, value in given_rates.items():
@@ -48,7 +48,7 @@ def planned(
         require(
             not shared,
             f"{tuned.source} was tuned on seed {shared[0] if shared else ''}, which this "
-            "comparison would claim on: never tune and claim on the same seeds",
+            "comparison uses too: tune on other seeds",
         )
         for arm in untuned:
             chosen[arm] = {
@@ -74,20 +74,20 @@ def planned(
 def run_comparison(
     new: Results, experiment: Experiment, task: Task, *, out: Path, resume: bool, console: Console
 ) -> Results:
-    """Do what is missing of a comparison and write results, metrics and report.
+    """Do the missing runs of a comparison and write results, metrics and report.
 
-    Of a finished one the report alone is written anew.
+    Of a finished comparison only the report is written again.
 
     Raises:
         InputError: the request cannot be served; nothing was written.
-        RunsFailedError: some runs failed; what the others found was written.
+        RunsFailedError: some runs failed; the others' results were written.
         InterruptedRunsError: Ctrl-C came; finished runs are kept.
     """
     results = open_results(out, new, resume=resume)
     if results.is_complete:
         console.print(
-            f"All {len(results.records)} runs of this comparison are in {out} already, of "
-            f"{results.created}; another --out runs them anew.",
+            f"All {len(results.records)} runs of this comparison are already in {out}, made "
+            f"{results.created}; to run them again, give another --out.",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -1,4 +1,4 @@
-"""The file a comparison writes, results.json, whose schema is docs/lab/results-schema.md."""
+"""results.json, the file of a comparison; docs/lab/results-schema.md has its schema."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Results:
     """Everything a comparison knows; `records` grows as runs finish.
 
     Attributes:
-        config: arms, seeds, learning rates, model, training and data; decides what `--resume` may
-            go on with.
+        config: arms, seeds, learning rates, model, training and data; `--resume` requires
+            it to be equal.
         learning_rates: per arm the rate, where it comes from and the trials it was chosen from.
     """
 
@@ -57,7 +57,8 @@ class Results:
 
     @property
     def reference_arm(self) -> str:
-        """The arm whose final loss is the target: AdamW, or the first where it is not there."""
+        """The arm whose final loss is the target: AdamW, or the first if AdamW is not among
+        them."""
         return "adamw" if "adamw" in self.arms else self.arms[0]
 
     @property
@@ -88,7 +89,7 @@ class Results:
         return [(arm, seed) for arm, seed in pairs if self.record(arm, seed) is None]
 
     def comparisons(self) -> list[Comparison]:
-        """Every arm against every arm named before it, the reference first of all."""
+        """Every arm against every arm named before it, the reference first."""
         order = sorted(self.arms, key=lambda arm: arm != self.reference_arm)
         return [
             compare_arms(arm, baseline, self.records)
@@ -97,7 +98,7 @@ class Results:
         ]
 
     def points(self) -> list[PointsBetween]:
-        """Differences of efficiency between the arms that are held against the reference."""
+        """Differences of efficiency between the arms that are compared with the reference."""
         against_reference = [c for c in self.comparisons() if c.baseline == self.reference_arm]
         return [
             points_between(ours, theirs)
@@ -127,7 +128,7 @@ class Results:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Results:
-        """The inverse of `to_json`; the analysis is made anew from the runs."""
+        """The inverse of `to_json`; the analysis is computed again from the runs."""
         return cls(
             config=values["config"],
             corpus=values["corpus"],
@@ -139,7 +140,7 @@ class Results:
 
 
 def open_results(out: Path, new: Results, *, resume: bool) -> Results:
-    """The results to go on with in folder `out`: what it holds, or `new`.
+    """The results to continue in folder `out`: those it holds, or `new`.
 
     The folder is made if it is not there. A finished comparison needs no `resume`.
 
@@ -173,7 +174,7 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
     require(
         resume or old.is_complete,
         f"--out {out} holds {len(old.records)} of the {old.num_runs} runs of "
-        f"this comparison; go on with: {command_with('--resume')}, or give another --out",
+        f"this comparison; continue with: {command_with('--resume')}, or give another --out",
     )
     return old
 

@@ -1,4 +1,4 @@
-"""The table that a comparison ends with, in the terminal and at the top of the report."""
+"""The table of a comparison, in the terminal and at the top of the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def label_of(arm: str) -> str:
 
 
 def standing(estimate: Estimate, *, digits: int, less_is_better: bool = False) -> str:
-    """What an interval says of its sign: "better", "worse", or "too close to call".
+    """The sign that an interval shows: "better", "worse", or "too close to call".
 
     Too close to call is an interval that touches zero as it is printed, with so many digits, or a
     mean that has no interval.

@@ -1,1 +1,1 @@
-"""The evidence: which runs the claims rest on, and the tables and figures made from them."""
+"""The evidence: the runs behind the claims, and the tables and figures made from them."""

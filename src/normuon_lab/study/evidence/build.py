@@ -1,4 +1,4 @@
-"""From the files under ``results`` to the tables, the figures and the page, all of them anew."""
+"""Makes the tables, the figures and the page from the files under ``results``."""
 
 from __future__ import annotations
 

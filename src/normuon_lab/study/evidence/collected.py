@@ -1,4 +1,4 @@
-"""What the results' folder holds, cell by cell, as the tables and figures want it."""
+"""The contents of the results' folder, cell by cell, for the tables and figures."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Updates = Mapping[tuple[str, int], Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellEvidence:
-    """What was run of one cell; any part may be missing.
+    """The runs of one cell; any part may be missing.
 
-    `runs` are the claim runs; `tuning` is, by arm, what the sweep's export says of it.
+    `runs` are the claim runs; `tuning` is each arm's part of the sweep's export.
     """
 
     cell: Cell
@@ -47,7 +47,7 @@ class CellEvidence:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of the cell is there."""
+        """Whether the cell has no files."""
         return not (self.runs or self.sensitivity or self.tuning)
 
     @property
@@ -74,7 +74,7 @@ class CellEvidence:
         return {seed: steps for seed, steps in found.items() if steps is not None}
 
     def missed_accuracy(self, arm: str) -> list[int]:
-        """Seeds on which an arm never came to the target accuracy."""
+        """Seeds on which an arm never reached the target accuracy."""
         accuracy = self.target_accuracy
         assert accuracy is not None
         return [r.seed for r in self.full_runs(arm) if r.steps_to_accuracy(accuracy) is None]
@@ -107,7 +107,7 @@ class CellEvidence:
         )
 
     def measured_updates(self) -> dict[str, Updates]:
-        """By arm, what was measured of one seed's full-length run; `momentum` is among them."""
+        """By arm, the measurements of one seed's full-length run, `momentum` included."""
         updates: dict[str, Updates] = {}
         for arm in UPDATES_OF:
             for run in self.full_runs(arm):
@@ -123,7 +123,7 @@ class CellEvidence:
 
 
 def shortfalls(what: str, counts: Mapping[str, int], wanted: int) -> list[str]:
-    """A sentence for each count below what is wanted, with the arms that have it.
+    """A sentence for each incomplete count, with the arms that have it.
 
     Example:
         >>> shortfalls("Claim runs", {"adamw": 6, "muon": 3, "normuon": 3}, 6)
@@ -140,7 +140,7 @@ def shortfalls(what: str, counts: Mapping[str, int], wanted: int) -> list[str]:
 
 
 def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEvidence]:
-    """Read everything there is of the cells, in their order.
+    """Read all files of the cells, in their order.
 
     Raises:
         InputError: a file is not what it should be.

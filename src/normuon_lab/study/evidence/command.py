@@ -1,4 +1,4 @@
-"""`normuon evidence`: does the runs of the protocol, shows what they say, and repeats a few."""
+"""`normuon evidence`: does the protocol's runs, shows their results, and repeats a few."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Stage = Literal["tune", "claim", "sensitivity"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvidence:
-    """Do what is missing of the evidence: tuning, claim runs, sensitivity.
+    """Do the missing runs of the evidence: tuning, claim runs, sensitivity.
 
-    What the results' folder holds is not run again, so an interrupted command goes on where it was.
+    Runs in the results' folder are not run again, so an interrupted command continues.
     The whole protocol takes many hours; docs/lab/protocol.md says which runs it has.
     """
 
@@ -27,14 +27,14 @@ class RunEvidence:
     arms: tuple[str, ...] = ()
     """Arms of the cells; all that a cell has unless given."""
     stages: tuple[Stage, ...] = ("tune", "claim", "sensitivity")
-    """Which runs to do; sensitivity is for the first two cells alone."""
+    """Which runs to do; only the first two cells have sensitivity runs."""
     results: Path = Path("results")
     """Folder of the published runs."""
     storage: Path = Path("runs/evidence.db")
     """SQLite database of the tuning's Optuna studies."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from rich.console import Console
 
         from normuon_lab.study.evidence.protocol import CELLS, cell_of
@@ -66,7 +66,7 @@ class RunEvidence:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRivals:
-    """Do what is missing of the runs of the rivals of 2026: their tuning, then seeds beside Muon's.
+    """Do the missing runs of the rivals of 2026: their tuning, then seeds paired with Muon's.
 
     Their budget is smaller than that of the protocol's arms: docs/lab/protocol.md says how small.
     """
@@ -81,7 +81,7 @@ class RunRivals:
     """Folder of the published runs."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from rich.console import Console
 
         from normuon_lab.study.evidence.protocol import RECENT_CELLS, RECENT_RIVALS, cell_of
@@ -101,7 +101,7 @@ class RunRivals:
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceEvidence:
-    """Train a few published runs anew and compare their losses with the published ones."""
+    """Train a few published runs again and compare their losses with the published ones."""
 
     cell: str = "bytes-small"
     """Which cell."""
@@ -111,7 +111,7 @@ class ReproduceEvidence:
     """Folder of the published runs."""
 
     def run(self) -> int:
-        """Do it and return the exit code: 1 where a loss differs by more than the tolerance."""
+        """Run the command and return its exit code: 1 if a loss differs too much."""
         from rich.console import Console
 
         from normuon_lab.study.evidence.protocol import cell_of
@@ -125,7 +125,7 @@ class ReproduceEvidence:
         differ = [repeat for repeat in repeats if repeat.verdict == "differs"]
         if differ:
             names = ", ".join(f"{r.published.arm} seed {r.published.seed}" for r in differ)
-            raise RunsFailedError(f"more than {TOLERANCE} nats from what is published: {names}")
+            raise RunsFailedError(f"more than {TOLERANCE} nats from the published loss: {names}")
         return 0
 
 
@@ -141,7 +141,7 @@ class MeasureTable2:
     """Folder of the published runs, where table2.json is written."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         require(self.rounds >= 1, f"--rounds must be at least 1, got {self.rounds}")
         from rich.console import Console
 
@@ -160,7 +160,7 @@ class MeasureTable2:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildEvidence:
-    """Make table1.json, the figures and the results page anew from the published runs."""
+    """Make table1.json, the figures and the results page from the published runs."""
 
     results: Path = Path("results")
     """Folder of the published runs, where table1.json is written."""
@@ -168,7 +168,7 @@ class BuildEvidence:
     """Folder of the documentation."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         from normuon_lab.study.evidence.build import build
 
         for path in build(self.results, self.docs):
@@ -190,5 +190,5 @@ class EvidenceCommand:
     ]
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         return self.action.run()

@@ -1,6 +1,6 @@
-"""The pages whose numbers come from the files under ``results``: the results, and a table.
+"""The documentation from the files under ``results``: the results page, and a table.
 
-The words are the templates'; code fills in every number and every verdict.
+Templates have the words; code fills in every number and verdict.
 """
 
 from __future__ import annotations

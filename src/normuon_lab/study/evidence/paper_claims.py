@@ -29,7 +29,7 @@ EARLY = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellVerdict:
-    """What one cell says of a claim: where, the verdict there, its figure, and that in words."""
+    """One cell's result for a claim: the cell, the verdict, the figure, and the figure in words."""
 
     where: str
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""What is tuned, run and claimed: fixed before the runs that count, and described in the docs.
+"""The protocol: what is tuned, run and claimed, fixed before the runs that count.
 
 A cell is one task at one size. In every cell each arm is tuned with the same number of trials, on
 seeds that no claim uses, and then trained on the claim seeds with complete schedules of several

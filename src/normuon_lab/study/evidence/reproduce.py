@@ -1,4 +1,4 @@
-"""Trains a few of the published runs anew and holds them against the published losses."""
+"""Trains a few of the published runs again and compares their losses."""
 
 from __future__ import annotations
 

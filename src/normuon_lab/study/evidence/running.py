@@ -1,4 +1,4 @@
-"""Does what is missing of the evidence, cell by cell: tuning, then the runs that claims rest on.
+"""Does the missing runs of the evidence, cell by cell: tuning, then the runs behind claims.
 
 Every arm runs the full length on every claim seed. Then lengths are added, one rung of the ladder
 of complete schedules at a time, until the crossing of each target lies between two neighbouring
@@ -85,7 +85,8 @@ def tune_cell(
 
 
 def final_losses_alone(experiment: Experiment) -> Experiment:
-    """Without evaluations on the way, which take a seventh of a small run and change nothing."""
+    """Without evaluations before the end, which take a seventh of a small run and change
+    nothing."""
     training = dataclasses.replace(experiment.training, num_evals=1)
     return dataclasses.replace(experiment, training=training)
 

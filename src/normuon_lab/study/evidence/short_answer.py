@@ -1,4 +1,4 @@
-"""What the page says first: where NorMuon was ahead or behind, and what mattered more than that."""
+"""The first lines of the page: where NorMuon was ahead or behind, and what mattered more."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Table 1: by how many percent fewer steps each arm reaches its baselines' final loss.
 
-Also Muon-rescale, which is the same question the other way round: how many more steps Muon needs to
-reach NorMuon's.
+Also Muon-rescale, the reverse: how many more steps Muon needs to reach NorMuon's final loss.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
 
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
-    """What an arm saves of a baseline's steps in a cell."""
+    """The share of a baseline's steps that an arm saves in a cell."""
     counts_losses = found.target_accuracy is None
     runs = {name: found.full_runs(name) for name in (arm, baseline)}
     if counts_losses:

@@ -1,4 +1,4 @@
-"""Whether a claim of the paper holds here: a rule over numbers, never a judgement by hand.
+"""Decides by a rule whether a claim of the paper holds here.
 
 In one cell a claim is *shown* when two things agree: the bootstrap interval lies wholly on the
 claimed side of zero, and the paired t test on the same seeds gives p < 0.05 (the bootstrap alone
@@ -16,7 +16,7 @@ ALPHA = 0.05
 
 
 class Verdict(Enum):
-    """What a claim came to."""
+    """The verdict on a claim."""
 
     REPRODUCED = "reproduced"
     WEAKER = "weaker"
@@ -27,15 +27,15 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What one cell says about a claim; positive is the claimed side.
+    """One cell's result for a claim; positive is the claimed side.
 
     Attributes:
         estimate: None where there is none.
         low: lower end of its interval; None: open, or no interval.
         high: upper end; None: open, or no interval.
         p_value: of a paired test of no difference; None without one.
-        was_run: whether all runs are there. A cell that is half done says nothing yet: a verdict
-            that comes and goes with the seeds so far is not one.
+        was_run: whether all runs are there. An incomplete cell has no verdict yet, because it would
+            change with every seed.
     """
 
     estimate: float | None

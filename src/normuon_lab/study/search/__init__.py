@@ -1,1 +1,2 @@
-"""`normuon tune` and `normuon sweep`: each arm's hyperparameters, until its best are interior."""
+"""`normuon tune` and `normuon sweep`: search each arm's hyperparameters until the best are
+interior."""

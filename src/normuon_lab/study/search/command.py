@@ -1,4 +1,4 @@
-"""`normuon tune` and `normuon sweep`: their options, what they print, and when they fail."""
+"""`normuon tune` and `normuon sweep`: their options, output and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TuneCommand(ExperimentOptions):
     arms: tuple[str, ...] = MAIN_ARMS
     """Optimizers to tune; every one gets the same number of trials."""
     lrs: tuple[float, ...] = (0.002, 0.004, 0.008, 0.016, 0.032)
-    """The first grid of peak learning rates; it grows where the best is at an end."""
+    """The first grid of peak learning rates; it grows if the best is at an end."""
     seeds: int = 2
     """Tuning seeds, counted from 1000."""
     rounds: int = 2
@@ -35,7 +35,7 @@ class TuneCommand(ExperimentOptions):
     """File for the result; rewritten after every round."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         experiment = self.experiment()
         from rich.console import Console
 
@@ -66,8 +66,8 @@ class TuneCommand(ExperimentOptions):
 class SweepCommand(ExperimentOptions):
     """Tune several hyperparameters of each arm, all with the same number of trials.
 
-    Every arm's grid grows until its best setting is interior. Resumes by itself: what the database
-    or the export holds is not run again.
+    Every arm's grid grows until its best setting is interior. Resumes by itself: trials in the
+    database or the export are not run again.
     """
 
     arms: tuple[str, ...] = MAIN_ARMS
@@ -81,14 +81,14 @@ class SweepCommand(ExperimentOptions):
     seeds: int = 2
     """Tuning seeds, counted from 1000; each setting is tried with all of them."""
     name: str = "sweep"
-    """Of the sweep: a database may hold several."""
+    """Name of the sweep; a database may hold several."""
     storage: Path = Path("runs/sweep.db")
     """SQLite database of Optuna studies, one per arm; optuna-dashboard shows it."""
     out: Path = Path("runs/sweep.json")
     """The export; rewritten after every round."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         experiment = self.experiment()
         from rich.console import Console
 

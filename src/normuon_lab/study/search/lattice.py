@@ -1,10 +1,10 @@
-"""Which settings a sweep tries next: pure logic over the places tried and their losses.
+"""Chooses the settings that a sweep tries next, from the places tried and their losses.
 
 A coordinate search on a lattice. Axis by axis, the best place gets its two neighbours; whenever
 one of them is better, it is the new best place, with neighbours of its own. So every grid is
-extended until the best place is interior: worse neighbours on both sides along every axis. Trials
-that are left after that refine: half a step along each axis, towards the better neighbour. A place
-is better if its loss is lower by a thousandth: less is a tie, and the place tried first stays.
+extended until the best place is interior: worse neighbours on both sides along every axis. The
+remaining trials refine it by half a step along each axis, towards the better neighbour. A place is
+better if its loss is lower by a thousandth; otherwise the place tried first stays.
 
 Every arm gets the same number of trials: at least `min_trials`, more as long as the best place of
 any arm is not interior, and then for all.
@@ -26,7 +26,7 @@ TIE = 1e-3
 
 
 def best_place(losses: Losses) -> Place:
-    """The place of the lowest loss; of several that are equal but for `TIE`, the first tried.
+    """The place of the lowest loss; of several within `TIE`, the first tried.
 
     Along a flat axis, such as a weight decay that does nothing, a search would otherwise follow
     noise to ever smaller values.
@@ -72,9 +72,9 @@ def next_round(
     min_trials: int,
     max_trials: int,
 ) -> dict[str, list[Place]]:
-    """The places that each arm tries next; empty once all are interior and had as many trials.
+    """The places that each arm tries next; empty once all are interior with equal trials.
 
-    At `max_trials` an arm gives up looking for an interior best place.
+    At `max_trials` an arm stops, even if its best place is not interior.
     """
     budget = max(min_trials, *(len(losses) for losses in losses_by_arm.values()))
     wanted: dict[str, list[Place]] = {}

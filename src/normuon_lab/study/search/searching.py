@@ -1,6 +1,5 @@
-"""Does a search round by round, and keeps its file: the one path of `normuon tune` and `sweep`.
-
-What is tried next, and what the file says of it, is the request's.
+"""Does a search round by round and keeps its file, for `normuon tune` and `sweep`. The request
+decides what is tried next and what the file says.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def tuning_seeds(number: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest(ABC):
-    """What to search, and where to keep it.
+    """What to search, and the file of the results.
 
     Attributes:
         seeds: each setting is tried with all of them.
@@ -69,10 +68,10 @@ class SearchRequest(ABC):
 
     @abstractmethod
     def contents(self, task: Task) -> dict[str, Any]:
-        """What the file says besides its arms: of the file that is gone on with, or of a new one.
+        """The file's contents besides its arms, from the file that is continued or for a new one.
 
         Raises:
-            InputError: there is a file that cannot be gone on with.
+            InputError: there is a file that cannot be continued.
         """
 
     @abstractmethod
@@ -84,14 +83,14 @@ class SearchRequest(ABC):
         return {arm: [] for arm in self.arms}
 
     def keep(self, arm: str, trials: Sequence[Trial]) -> None:  # noqa: B027
-        """Keep new trials elsewhere than in the file, if that is asked for."""
+        """Keep new trials also outside the file, if asked."""
 
     def spec(self, arm: str, place: Place, seed: int) -> RunSpec:
         """The run of an arm at a place."""
         return self.setting(arm, place).spec(arm, seed)
 
     def trial(self, arm: str, place: Place, records: Mapping[RunSpec, RunRecord]) -> Trial:
-        """What the finished runs of an arm at a place came to."""
+        """The result of an arm's finished runs at a place."""
         objectives = {
             seed: objective(records[self.spec(arm, place, seed)], self.experiment.training)
             for seed in self.seeds
@@ -106,7 +105,7 @@ def do_rounds(
     run_many: RunMany,
     save: Callable[[], None],
 ) -> None:
-    """Round by round, try what every arm wants next, until none wants more; `tried` grows."""
+    """Try each arm's next places, round by round, until no arm has any; `tried` grows."""
     while wanted := request.next_round(tried):
         records = run_many(
             [
@@ -130,7 +129,7 @@ def run_search(
     command: str,
     show: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Do what is missing of a search, and write its file, whose contents are returned.
+    """Do the missing runs of a search, write its file and return the contents.
 
     `command` is the command line, for the record; `show` gets the contents after every round.
 

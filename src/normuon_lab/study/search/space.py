@@ -20,7 +20,7 @@ class Axis:
         name: as in `RunSpec` or `ArmOptions`.
         base: the value at k = 0.
         ratio: between neighbouring values.
-        start: the k where a search begins unless it is told otherwise.
+        start: the k where a search begins by default.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Trial:
     """One setting, tried with every tuning seed.
 
     Attributes:
-        place: where the search has put it.
+        place: its place in the search.
         objectives: by seed; None for a run that diverged.
     """
 

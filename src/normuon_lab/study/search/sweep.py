@@ -1,4 +1,4 @@
-"""What `normuon sweep` tries, where it keeps its trials, and the file it writes."""
+"""`normuon sweep`: its search, its database of trials, and its file."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class Studies:
     """Optuna studies that keep a sweep's trials in SQLite, one per arm: a sweep resumes from them.
 
     Optuna's dashboard shows them: ``optuna-dashboard sqlite:///runs/sweep.db``. A file of exported
-    trials fills an empty database again, so that a sweep can go on where only its export is at
-    hand.
+    trials fills an empty database, so that a sweep can continue from its export.
 
     Args:
         storage: the SQLite file; made if it is not there.
@@ -91,7 +90,7 @@ class SweepRequest(SearchRequest):
         axes: hyperparameters to tune, of `space.AXES`.
         storage: the SQLite file.
         fixed: by arm, the values of the axes that are not tuned.
-        starts: by arm, the place where its search begins; the axes' own where an arm has none.
+        starts: by arm, the place where its search begins; by default the axes' starts.
     """
 
     name: str
@@ -178,7 +177,7 @@ class SweepRequest(SearchRequest):
 
 
 def read_tuned_arms(path: Path) -> dict[str, Any]:
-    """What a sweep's file says of the arms that were tried; nothing where there is no file.
+    """The tried arms in a sweep's file; empty if there is no file.
 
     Raises:
         InputError: the file is not what it should be.

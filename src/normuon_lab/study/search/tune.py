@@ -1,4 +1,4 @@
-"""What `normuon tune` tries, the file it writes, and reading the learning rates of such a file.
+"""`normuon tune`: its search, its file, and reading the learning rates of such a file.
 
 First every arm gets the same grid. Then, round by round, every arm gets one more rate, so that the
 budgets stay equal: an arm whose best rate is at an end of what it tried gets one beyond that end;
@@ -94,7 +94,7 @@ class TuneRequest(SearchRequest):
     Attributes:
         rates: the first grid.
         min_rounds: rounds after the grid, one more rate per arm each.
-        max_rounds: where to give up looking for an interior best rate.
+        max_rounds: the rounds after which a search stops without an interior best rate.
     """
 
     rates: tuple[float, ...]
@@ -163,7 +163,7 @@ def _finite(value: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class TunedRates:
-    """A tuning file that was read: what it chose, and for what."""
+    """The contents of a tuning file."""
 
     source: str
     values: Mapping[str, Any]

@@ -1,1 +1,1 @@
-"""What runs say in numbers: means over seeds, steps saved, intervals and paired tests."""
+"""Statistics of runs: means over seeds, steps saved, intervals and paired tests."""

@@ -1,4 +1,4 @@
-"""What the curves of one comparison say: steps to a target loss, and paired differences.
+"""Statistics of a comparison's curves: steps to a target loss, and paired differences.
 
 Intervals are Student's t over seeds, on paired values (same seed, same initial weights, same
 batches).
@@ -45,8 +45,8 @@ class Comparison:
     Attributes:
         loss_difference: the arm's final validation loss minus the baseline's; negative is better.
         fewer_steps_percent: the training efficiency, over the seeds that reached the target.
-        seeds_not_reached: seeds whose curve never came down to the baseline's final loss. Where
-            there are any, the efficiency has no mean: it would leave out the worst seeds.
+        seeds_not_reached: seeds whose curve never fell to the baseline's final loss. If there are
+            any, the efficiency has no mean, which would leave out the worst seeds.
     """
 
     arm: str
@@ -61,7 +61,7 @@ class Comparison:
 class PointsBetween:
     """By how many percentage points an arm's training efficiency exceeds another's.
 
-    Both are held against the same reference, as in the paper's Table 1; paired by seed.
+    Both are compared with the same reference, as in the paper's Table 1, and paired by seed.
     """
 
     arm: str

@@ -1,9 +1,9 @@
 """Intervals and tests over seeds: Student's t, the bootstrap, and paired tests, by scipy.
 
-With two to five seeds Student's t interval is wide, and honest: a bootstrap over so few values can
-only return combinations of them and covers less than it says. With one seed there is no interval.
-In the bootstrap a seed is the unit that is resampled: its runs of every arm and length stay
-together, because they share initial weights and batches.
+With two to five seeds Student's t interval is wide but correct. A bootstrap over so few values can
+only return combinations of them, and covers less than it claims. With one seed there is no
+interval. In the bootstrap a seed is the unit that is resampled: its runs of every arm and length
+stay together, because they share initial weights and batches.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedTest:
-    """Whether paired differences could be none: two tests, both two-sided.
+    """Tests of zero mean difference between pairs, both two-sided.
 
     Attributes:
         mean_difference: of the values, first minus second.
         p_value: Student's t test on the differences.
         sign_flip_p_value: permutation test that flips the signs of all subsets of differences; it
             assumes no distribution.
-        smallest_sign_flip_p_value: what that test gives at best, 2 / 2^S with S pairs.
+        smallest_sign_flip_p_value: the smallest that this test can give, 2 / 2^S with S pairs.
     """
 
     mean_difference: float
@@ -101,8 +101,8 @@ def bootstrap_interval(statistic: Statistic, num_seeds: int) -> Interval | None:
     BCa, which corrects the bias and skew of a ratio. It does not exist where resamples without one
     seed are all equal, or where the estimate is at the end of all resamples: there the percentiles
     are taken. In the simulated experiments of tests/lab/study/test_schedules.py, over six seeds,
-    either covers the truth in 0.85 of the cases, not in 0.95; Student's t over seeds covers it in
-    0.96: read the two side by side.
+    either covers the truth in 0.85 of the cases, not in 0.95; Student's t over seeds in 0.96. Read
+    both.
     """
     if num_seeds < 2:
         return None

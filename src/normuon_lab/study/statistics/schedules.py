@@ -1,4 +1,4 @@
-"""Steps saved by complete schedules: how much shorter an arm's own schedule may be.
+"""Steps saved by complete schedules: how much shorter an arm's schedule may be.
 
 The target is the baseline's mean final loss at the full length N. Each arm is trained with complete
 schedules of several lengths, so that its learning rate has decayed wherever its loss is read; n* is
@@ -40,8 +40,8 @@ class StepsSaved:
             curve does not meet its own target within the lengths run.
         test: on what the target is made of (final losses at the full length).
         reason: why there is no percentage.
-        at_least: where the shortest schedule is better than needed: it saves more than this.
-        at_most: where the longest schedule is not enough: less than this is saved.
+        at_least: if the shortest schedule is better than needed, the saving is more than this.
+        at_most: if the longest schedule is not enough, the saving is less than this.
         notes: what a reader should know about the figure.
     """
 

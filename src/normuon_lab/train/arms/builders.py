@@ -1,4 +1,4 @@
-"""Builds the optimizers of each arm: which parameters its own rule trains, and at which rates.
+"""Builds the optimizers of each arm, with their parameters and rates.
 
 The partition is `normuon.param_groups`', the same in every arm: hidden matrices on one side;
 embeddings, head, norms and biases, which AdamW trains, on the other.

@@ -84,7 +84,7 @@ def _check_keywords(given: Sequence[str], *, known: Set[str]) -> None:
 
 
 MAIN_ARMS = ("adamw", "muon", "normuon")
-"""What subcommands compare and tune unless they are told otherwise."""
+"""The arms that subcommands compare and tune by default."""
 
 ARMS: dict[str, Arm] = {
     arm.name: arm

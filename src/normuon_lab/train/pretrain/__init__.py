@@ -1,1 +1,1 @@
-"""`normuon train`: language models trained on one process or many, from checkpoints that last."""
+"""`normuon train`: trains language models in one process or many, with checkpoints."""

@@ -1,4 +1,4 @@
-"""The folder of a run and its checkpoints: how they look on disk, are found, checked and resumed.
+"""The folder of a run and its checkpoints: layout, search, checks and resuming.
 
     RUN/checkpoints/step-00000120/     complete: a folder gets this name only when all is written
         checkpoint.json                step, configuration, data position, size and SHA-256 of files
@@ -93,13 +93,13 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def newest_complete(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None; torn and half deleted ones are not seen."""
+    """The newest complete checkpoint of a run, or None; incomplete ones are ignored."""
     found = find_checkpoints(run_dir)
     return found[-1] if found else None
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that a user means: a checkpoint's folder, or the newest of a run's.
+    """The checkpoint of a path: a checkpoint's folder, or the newest one of a run's folder.
 
     Raises:
         InputError: there is none.
@@ -210,7 +210,7 @@ def begin(run_dir: Path, config: PretrainConfig) -> None:
     """Make the folder and save the resolved configuration in it.
 
     Raises:
-        InputError: the disk does not let us.
+        InputError: the folder cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

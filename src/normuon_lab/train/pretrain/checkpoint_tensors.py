@@ -1,11 +1,11 @@
-"""The tensors of a checkpoint: which there are, and how they are read without running code.
+"""The tensors of a checkpoint, and reading them without running code.
 
 A checkpoint holds weights, optimizer state and the states of random generators. Hyperparameters
 come from the configuration, and the learning rate from the step.
 
-torch's own reader unpickles `.metadata` freely. Here only the classes that describe tensors are
-admitted, entries that are not tensors are refused, and data is read from the folder's own files;
-the tensors themselves are read by torch with `weights_only=True`.
+torch's own reader unpickles anything in `.metadata`. Here only the classes that describe tensors
+are allowed, other entries are refused, and data is read from the folder's own files; torch reads
+the tensors with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """A storage reader for `torch.distributed.checkpoint.load` that trusts nothing it reads.
+    """A storage reader for `torch.distributed.checkpoint.load` that does not trust its files.
 
     Raises:
-        InputError: `read_metadata` found something else than the description of tensors.
+        InputError: `.metadata` has more than the description of tensors.
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -168,8 +168,7 @@ def restore_(
 ) -> None:
     """Load weights, optimizer state and RNG from a checkpoint, written by any number of ranks.
 
-    The states of random generators belong to ranks: with another number of ranks they stay as they
-    were seeded.
+    Random states belong to ranks: with another number of ranks they are not restored.
 
     Raises:
         InputError: the checkpoint is of another model or optimizer; nothing is changed then.
@@ -189,7 +188,7 @@ def restore_(
 
 
 def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Of all optimizers together, by parameter name; made, at zero, where no step has made it."""
+    """The state of all optimizers by parameter name; zero if no step has made it."""
     return dict(get_optimizer_state_dict(model, list(optimizers)))
 
 
@@ -207,7 +206,7 @@ def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.Module:
-    """A model of the checkpoint's shapes, in float32, whose weights mean nothing yet.
+    """A float32 model of the checkpoint's shapes, with arbitrary weights.
 
     Raises:
         InputError: this version of transformers cannot build it.

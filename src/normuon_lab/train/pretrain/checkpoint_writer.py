@@ -1,4 +1,4 @@
-"""Writes checkpoints so that a torn one is never taken for whole, and keeps as many as asked.
+"""Writes checkpoints so that an incomplete one is never used, and keeps as many as asked.
 
 All ranks write their tensors into a hidden folder; rank 0 adds the description, which names every
 file with its digest, makes all of it durable, and renames the folder.
@@ -36,7 +36,7 @@ from normuon_lab.train.ranks import Ranks
 
 
 class _Storage(dcp.FileSystemWriter):
-    """torch's writer of files, whose errors keep their cause on the way to the other ranks.
+    """torch's file writer, whose errors keep their cause when sent to other ranks.
 
     One file per rank, flushed to the disk before the rename that makes it count.
     """
@@ -59,7 +59,7 @@ class CheckpointWriter:
     Args:
         run_dir: the run's folder.
         config: how many to keep, and whether to write beside training.
-        ranks: who writes. All of them must make theirs together.
+        ranks: the writing ranks, which must make their writers together.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
@@ -75,11 +75,11 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo") if has_own_group else None
 
     def save(self, tensors: dict[str, Any], description: CheckpointDescription) -> None:
-        """Write a checkpoint; with `async_checkpoint` only begin to.
+        """Write a checkpoint, or with `async_checkpoint` start writing it.
 
         Args:
             tensors: nested dictionaries of tensors; free to change when this returns.
-            description: the rest; its files are found here.
+            description: the rest; this method fills in its files.
 
         Raises:
             RunsFailedError: it, or the one before, could not be written; on all ranks. Earlier
@@ -103,17 +103,17 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._finish, written, partial, description)
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until all writing is done.
 
         Raises:
-            RunsFailedError: what was being written could not be; on all ranks.
+            RunsFailedError: writing failed; on all ranks.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._together(pending.result, self._pending_step)
 
     def close(self) -> None:
-        """Wait for what is being written, without complaint; for a run that has failed already."""
+        """Wait for the writing and ignore its errors, for a run that has already failed."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
 
@@ -125,7 +125,7 @@ class CheckpointWriter:
         self._publish(partial, description)
 
     def _together(self, function: Callable[[], object], step: int) -> None:
-        """Call `function` on every rank; what fails on one is raised, as one line, on all."""
+        """Call `function` on every rank; an error on one is raised, as one line, on all."""
         failure: Exception | None = None
         try:
             function()
@@ -146,7 +146,7 @@ class CheckpointWriter:
             partial.mkdir()
 
     def _publish(self, partial: Path, description: CheckpointDescription) -> None:
-        """Describe what was written, make it durable, and give it its name. Rank 0 only."""
+        """Write the description, flush everything and rename the folder. Rank 0 only."""
         if not self._ranks.is_main:
             return
         files = sorted(path for path in partial.iterdir() if path.name != DESCRIPTION_FILE)
@@ -191,7 +191,7 @@ def superseded(checkpoints: list[Path], config: CheckpointConfig) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -200,7 +200,7 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's words, where it is the one that refused; else the error's first."""
+    """The operating system's message for an OSError, else the first line of the error."""
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, OSError) and cause.strerror:
@@ -210,7 +210,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _causes(error: BaseException) -> Iterable[BaseException]:
-    """An error and what led to it, on whichever rank."""
+    """An error and its causes, on any rank."""
     waiting = [error]
     while waiting:
         current = waiting.pop(0)

@@ -1,4 +1,4 @@
-"""`normuon train`: its options, where their values come from, and what it checks.
+"""`normuon train`: its options, the source of their values, and its checks.
 
 A value is a flag's, else --config's, else the preset's.
 """
@@ -35,7 +35,7 @@ class Train:
     out: Path = Path("runs/train")
     """Folder of the run: config.toml, metrics.jsonl, checkpoints and TensorBoard's files."""
     resume: str = "never"
-    """auto: go on from the newest complete checkpoint of --out, if there is one. Or a checkpoint's
+    """auto: continue from the newest complete checkpoint of --out, if any. Or a checkpoint's
     folder. never: --out must be new."""
     dry_run: bool = False
     """Train nothing; print model, tokens, FLOPs, memory, plan and time on the hardware given."""
@@ -44,7 +44,7 @@ class Train:
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         require(self.dry_run or not self.json, "--json goes with --dry-run")
         from rich.console import Console
 
@@ -64,7 +64,7 @@ class Train:
 
 
 def default_command(words: Sequence[str]) -> Train:
-    """What `normuon train` means before its other flags are read: the preset and the file.
+    """The command from the preset and the file, before the other flags are read.
 
     Raises:
         InputError: an unknown preset, or a file that cannot be used.

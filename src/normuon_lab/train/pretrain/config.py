@@ -1,4 +1,4 @@
-"""What a training run is made of, as frozen and validated values; each field is a flag.
+"""The configuration of a training run, as frozen and validated values; each field is a flag.
 
 Nothing here imports torch: the command line reads and checks a configuration before anything slow
 starts.
@@ -234,12 +234,12 @@ class MetricsConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """What --dry-run reckons with, besides --device-tflops."""
+    """The hardware that --dry-run assumes, besides --device-tflops."""
 
     num_ranks: int = 8
-    """Devices, unless --dp-shard says how many."""
+    """Number of devices, unless --dp-shard gives it."""
     bandwidth: float = 50.0
-    """What one device sends, in GB/s."""
+    """GB/s that one device sends."""
     mfu: float = 0.4
     """Share of the peak that forward and backward reach."""
 
@@ -250,7 +250,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
-    """One training run, completely: what a preset, a file and flags come to."""
+    """The resolved configuration of one training run."""
 
     preset: str = "llama-tiny"
     """Source of all values that neither a flag nor --config gives."""
@@ -302,7 +302,7 @@ _FREE_FIELDS = {
 
 
 def trajectory(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration's values, those that decide the trajectory and so must stay on resuming.
+    """The values of a configuration that affect the numbers, which must match on resuming.
 
     Example:
         >>> trajectory({"seed": 1, "metrics": {"log_every": 1}, "batch": {"steps": 9}})

@@ -141,7 +141,7 @@ class MatrixDiagnostics:
         return found
 
     def _measure(self, matrix: HiddenMatrix, before: Tensor) -> Tensor:
-        """``[blocks, figures]`` float64; a figure that does not exist is 0, and all of others'."""
+        """``[blocks, figures]`` float64; 0 for missing figures and for matrices of other ranks."""
         param = matrix.param.detach()
         group = self._group_of[matrix.param]
         momentum = _momentum_of(self._optimizer, matrix.param, group)
@@ -187,7 +187,7 @@ def _hidden_matrices(
 ) -> list[tuple[str, Tensor, MatrixView]]:
     """Hidden matrices with names and views, in the model's order.
 
-    NorMuon knows its own; of any other optimizer's parameters `normuon.param_groups` tells.
+    NorMuon's groups name them; for other optimizers `normuon.param_groups` finds them.
     """
     if isinstance(optimizer, NorMuon):
         views = {
@@ -206,7 +206,7 @@ def _hidden_matrices(
 def _rounds(
     hidden: Sequence[tuple[str, Tensor, MatrixView]], *, num_ranks: int, max_flops: float
 ) -> list[list[HiddenMatrix]]:
-    """Matrices in rounds, each with owners among whom the least busy takes the next."""
+    """Matrices in rounds, with owners: the least busy rank takes the next matrix."""
     rounds: list[list[HiddenMatrix]] = []
     load: list[float] = []
     for name, param, view in hidden:
@@ -234,7 +234,7 @@ def _rms_ratio(update: Tensor, weight: Tensor) -> float:
 
 
 def _placed_like(local: Tensor, param: Tensor) -> Tensor:
-    """A local tensor as a DTensor that is placed as a parameter is; a plain one as it is."""
+    """A local tensor as a DTensor placed like a parameter; a plain tensor stays."""
     if not isinstance(param, DTensor):
         return local
     placed: Tensor = torch.empty_like(param, dtype=local.dtype)

@@ -1,7 +1,7 @@
-"""What a run would take, without running it: `normuon train --dry-run`, as plain values and text.
+"""The cost of a run without running it: `normuon train --dry-run`, as plain values and text.
 
-Parameters and optimizer state are counted on the meta device, where tensors have shapes and no
-content. Who would orthogonalise what is the library's plan.
+Parameters and optimizer state are counted on the meta device. The library's plan says which rank
+would orthogonalise what.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _memory(
     micro_size: int,
     mesh: Mesh,
 ) -> dict[str, int]:
-    """Bytes on the fullest rank. Activations are an estimate, all else is counted."""
+    """Bytes on the fullest rank; counted, except an estimate for activations."""
     compute_bytes = 4 if config.model.dtype == "float32" else 2
     # AdamW keeps two numbers per weight, as large as the weight.
     weights = state["adamw_state_bytes_max"] // 2
@@ -198,7 +198,7 @@ def _memory(
 def _activation_bytes(
     config: PretrainedConfig, *, tokens: int, compute_bytes: int, is_recomputed: bool, tp: int
 ) -> int:
-    """What the backward pass needs of the forward pass of one micro batch.
+    """Bytes that the backward pass needs from the forward pass of one micro batch.
 
     Of a layer, per token: the inputs and outputs of two norms and the attention's output (5 h), the
     queries (h), keys and values, and the MLP's inner products: 2 m, or 4 m with a gate. Attention
@@ -220,7 +220,7 @@ def _activation_bytes(
 
 
 def print_dry_run(contents: Mapping[str, Any], console: Console) -> None:
-    """Print what `dry_run` found."""
+    """Print the values of `dry_run`."""
     console.print(_run_table(contents))
     state = Table(
         "optimizer", "elements of state", "per hidden weight", title="State of hidden matrices"

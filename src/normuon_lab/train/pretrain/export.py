@@ -29,23 +29,23 @@ class ExportCommand:
     """Write a checkpoint of `normuon train` as a transformers folder, and a text it generates."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A checkpoint's folder, or a run's, whose newest is taken."""
+    """A checkpoint's folder, or a run's folder for its newest."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write; absent or empty."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the weights are stored in."""
+    """Dtype of the weights."""
     tokenizer: str | None = None
-    """bytes, a `tokenizers` JSON file, or a transformers tokenizer, if the run's data is not there
-    any more; none writes the model alone."""
+    """bytes, a `tokenizers` JSON file, or a transformers tokenizer, if the run's data is gone; none
+    writes only the model."""
     prompt: str = ""
-    """What the sample goes on from; by default the beginning of a document."""
+    """Text that the sample continues; by default the start of a document."""
     sample_tokens: int = 64
     """Length of the sample; 0 generates none."""
     seed: int = 0
-    """Of the sample, which is drawn from the model's distribution."""
+    """Seed of the sample, which is drawn from the model's distribution."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         require(self.sample_tokens >= 0, f"--sample-tokens {self.sample_tokens}: give at least 0")
         _check_out(self.out)
 
@@ -106,7 +106,7 @@ def export(
     Raises:
         InputError: the weights do not fit the model that the checkpoint describes, or the tokenizer
             does not fit the model.
-        OSError: the folder cannot be written; nothing is left of it then.
+        OSError: the folder cannot be written; it is removed then.
     """
     import torch
 
@@ -136,7 +136,7 @@ def export(
 
 
 def sample(folder: Path, *, prompt: str, num_tokens: int, seed: int) -> str:
-    """Load a transformers folder as anybody would, and generate text from it."""
+    """Load a transformers folder as users do, and generate text."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -160,7 +160,7 @@ def sample(folder: Path, *, prompt: str, num_tokens: int, seed: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text whose control characters a terminal would obey replaced: models may draw any byte."""
+    """Replaces control characters, because models may generate any byte."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )

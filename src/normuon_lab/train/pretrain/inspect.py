@@ -1,4 +1,4 @@
-"""`normuon inspect`: what is in a checkpoint, and what its matrices look like."""
+"""`normuon inspect`: the contents of a checkpoint and figures of its matrices."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand:
-    """Check a checkpoint of `normuon train`; tell its step and sizes, and measure its matrices."""
+    """Check a checkpoint of `normuon train`, print its step and sizes, and measure its matrices."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_CHECKPOINT")]
-    """A checkpoint's folder, or a run's, whose newest is taken."""
+    """A checkpoint's folder, or a run's folder for its newest."""
     matrices: str = "*"
     """Pattern of the names of the hidden matrices to measure, such as '*layers.0.*'."""
     json: bool = False
     """Print everything as JSON."""
 
     def run(self) -> int:
-        """Do it and return the exit code."""
+        """Run the command and return its exit code."""
         contents = inspect_checkpoint(self.checkpoint, pattern=self.matrices)
         if self.json:
             from json import dumps

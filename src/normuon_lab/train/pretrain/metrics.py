@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, metrics.jsonl and trackers by name; and what the device says."""
+"""Writes a run's numbers to metrics.jsonl and trackers, and reads the device's."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class MetricsLog:
 
     Args:
         run_dir: the run's folder.
-        step: the step that the run goes on from; rows of later steps, which a run that was killed
-            left behind, are dropped.
+        step: the step from which the run continues; rows of later steps, from a killed run, are
+            dropped.
         trackers: names from `config.TRACKERS`.
         config: what trackers show of the run.
     """
@@ -59,10 +59,10 @@ class MetricsLog:
             tracker.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a row; a value that is no finite number, which JSON does not know, becomes null.
+        """Add a row; values that are not finite become null.
 
         Raises:
-            RunsFailedError: the disk is full, or took the file away.
+            RunsFailedError: the file cannot be written.
         """
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
@@ -81,7 +81,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a torn last line is passed over."""
+    """The rows of a metrics.jsonl without an incomplete last line."""
     if not path.exists():
         return []
     rows = []
@@ -151,7 +151,7 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """Bytes in use now and at most: of the GPU, or of this process on a CPU."""
+    """Bytes in use now and at peak, of the GPU, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     import resource

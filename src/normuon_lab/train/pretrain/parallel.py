@@ -1,4 +1,4 @@
-"""How ranks join, and how a model is spread over them: mesh, FSDP2, tensor parallelism, dtypes."""
+"""Joins ranks and spreads a model over them: mesh, FSDP2, tensor parallelism, dtypes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TIMEOUT = timedelta(minutes=60)
 
 @contextmanager
 def joined(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Take this process's place among those that torchrun started; leave it at the end.
+    """Join the process group of torchrun's ranks, and leave it at the end.
 
     Raises:
         InputError: the sizes of the mesh do not fit the number of ranks.
@@ -58,8 +58,8 @@ def joined(parallel: ParallelConfig) -> Iterator[Ranks]:
 def _join(*, backend: str) -> None:
     """Join the process group. Gloo besides NCCL: flags and checkpoints stay on the CPU.
 
-    When torchrun starts its ranks again they share a store with those that failed, whose addresses
-    are still in it (torch 2.13): names of each attempt are kept apart.
+    When torchrun restarts its ranks, their store still has the addresses of the failed ones (torch
+    2.13), so each attempt uses other names.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -157,10 +157,9 @@ def autocast(config: ModelConfig, ranks: Ranks) -> AbstractContextManager[object
 
 
 def reduce_only_after_last_(model: nn.Module, *, is_last: bool) -> None:
-    """Let copies of the model average their gradients after the last micro batch only.
+    """Replicas of the model average their gradients after the last micro batch only.
 
-    Shards are reduced after each: keeping whole gradients between micro batches would cost their
-    memory.
+    Shards are reduced after each, so that no whole gradients are kept in between.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)

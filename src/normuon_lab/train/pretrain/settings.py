@@ -1,7 +1,7 @@
-"""Where the settings of a run come from: named presets, and TOML files.
+"""The sources of a run's settings: named presets and TOML files.
 
-The presets are the paper's four models with its figures, and small ones that run anywhere. Where
-the paper does not say a value, a comment does.
+The presets are the paper's four models with its figures, and small ones that run anywhere. A
+comment marks each value that the paper does not give.
 """
 
 from __future__ import annotations

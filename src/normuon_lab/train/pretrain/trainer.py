@@ -1,7 +1,4 @@
-"""A run step by step: what it is built of, and what is due between its steps.
-
-That is metrics, evaluations and checkpoints.
-"""
+"""A run step by step, with metrics, evaluations and checkpoints between the steps."""
 
 from __future__ import annotations
 
@@ -56,17 +53,17 @@ class Trainer:
     Args:
         config: resolved.
         out: the run's folder; nothing is written before the first step.
-        ranks: who trains.
+        ranks: the training ranks.
         model: whole, on the CPU; it is spread over the ranks.
         data: opened.
-        display: what the terminal shows.
-        point: a checkpoint to go on from.
+        display: progress on the terminal.
+        point: a checkpoint to continue from.
 
     Attributes:
-        title: what is trained on what, in a line.
+        title: model and data in one line.
         batches: training data, at its position.
         writer: of checkpoints.
-        metrics: where numbers go; None on ranks that write none.
+        metrics: the log of numbers; None on ranks that write none.
 
     Raises:
         InputError: model, data, ranks and checkpoint do not fit together.
@@ -161,13 +158,13 @@ class Trainer:
         return description.step
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
-        """Train; a checkpoint is written at the end, whichever it is.
+        """Train, and write a checkpoint at the end, even if stopped early.
 
         Returns:
             Whether the last step was reached.
 
         Raises:
-            RunsFailedError: the loss stopped being a number, or a checkpoint cannot be written.
+            RunsFailedError: the loss is not finite, or a checkpoint cannot be written.
             InputError: the data cannot be read any more.
         """
         is_done = self._loop.run(
@@ -178,7 +175,7 @@ class Trainer:
         return is_done
 
     def advance(self) -> None:
-        """One step, and what is due after it; `run` without a request to stop."""
+        """One step and the work after it; `run` without a request to stop."""
         self._after_step(self._loop.advance())
 
     def _micro_batches(self) -> Iterator[Batch]:
@@ -193,7 +190,7 @@ class Trainer:
             return next_token_loss(model, inputs, targets)
 
     def _after_step(self, step: FinishedStep) -> None:
-        """What is due at the border between two steps; the loss is checked before it is saved."""
+        """The work between two steps; the loss is checked before a checkpoint is saved."""
         number, config = step.number, self._config
         is_last = number == config.batch.steps
         saves = is_last or _is_due(number, config.checkpoint.save_every)
@@ -309,7 +306,7 @@ def build_optimizers(
 
 
 def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
-    """Sequences that a rank takes at once: those asked for, or all of its share if that is less.
+    """Sequences that a rank takes at once: as many as asked, at most its share.
 
     Raises:
         InputError: the batch does not divide.
@@ -334,7 +331,7 @@ def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
 
 
 def _title(config: PretrainConfig, data: PretrainData, size: int) -> str:
-    """Which model, and how large, on which data, and how much, in a line."""
+    """One line: the model and its size, the data and its size."""
     described = data.describe()
     source = ", ".join(described["source"])
     amount = (

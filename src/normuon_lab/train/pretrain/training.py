@@ -105,12 +105,12 @@ INTERRUPT = "Ctrl-C"
 class StopRequest:
     """A request to stop after the current step, which all ranks then do together.
 
-    SIGTERM, which schedulers send before they take the machine away, counts while this is open;
-    Ctrl-C within `interrupts_noted` alone, so that it ends at once what has no step to keep yet.
-    The signal only sets a flag: a step, or a checkpoint that is being written, ends first.
+    SIGTERM, which schedulers send before they end a job, is noted while this is open. Ctrl-C is
+    noted only within `interrupts_noted`, so that before the first step it ends the process at once.
+    The signal only sets a flag: the current step or checkpoint is finished first.
 
     Attributes:
-        by: what asked, for messages.
+        by: the source of the request, for messages.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,8 @@ class StopRequest:
 
 
 def _resume_command(out: Path) -> str:
-    """What goes on with a stopped run on as many ranks; on several nodes without the rendezvous."""
+    """The command that continues a stopped run on as many ranks; on several nodes without the
+    rendezvous."""
     # torchrun tells its processes.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

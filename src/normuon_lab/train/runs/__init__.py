@@ -1,1 +1,1 @@
-"""Training small models, many side by side: what `normuon compare` and `normuon tune` run."""
+"""Trains small models side by side, for `normuon compare` and `normuon tune`."""

@@ -1,4 +1,4 @@
-"""What a run is made of, as frozen and validated values, and the flags that say it.
+"""The configuration of a run, as frozen and validated values, and its flags.
 
 Nothing here imports torch: the command line reads and checks a configuration before anything slow
 starts.
@@ -48,7 +48,7 @@ _LATER_FIELDS = {
 
 
 def flag_of(field: str) -> str:
-    """The flag that gives a field of a stored configuration; a dotted name's last part counts.
+    """The flag of a field of a stored configuration, from the last part of a dotted name.
 
     >>> flag_of("model.num_layers"), flag_of("training.batch_size")
     ('--layers', '--batch-size')
@@ -201,7 +201,7 @@ class ModularAddition:
 
     @property
     def vocab_size(self) -> int:
-        """The numbers below p, and the sign of equality."""
+        """The numbers below p, and the equals sign."""
         return self.modulus + 1
 
     @property
@@ -270,7 +270,7 @@ class RunSpec:
     """One run of an experiment: which arm, which seed, which hyperparameters.
 
     Attributes:
-        learning_rate: the peak, of hidden matrices and of whatever `options` says nothing about.
+        learning_rate: the peak, of hidden matrices and of all that `options` does not set.
         options: the arm's other hyperparameters.
         steps: length of its schedule; None: the experiment's.
     """
@@ -314,7 +314,7 @@ def _without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
-    """Raise `InputError` unless a text can have such tokens, and as many."""
+    """Raise `InputError` unless a text can have these tokens, and as many."""
     require(
         tokenizer in TOKENIZERS,
         f"--tokenizer {tokenizer}: choose one of {', '.join(TOKENIZERS)}",

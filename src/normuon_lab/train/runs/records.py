@@ -1,4 +1,4 @@
-"""What a finished run leaves behind, and the one number by which runs are tuned and compared."""
+"""The record of a finished run, and the one number by which runs are tuned and compared."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from normuon_lab.train.runs.config import TrainConfig
 
 @dataclass(slots=True, kw_only=True)
 class RunRecord:
-    """What a finished run leaves behind.
-
-    Attributes:
-        options: hyperparameters besides the peak learning rate that are not the arm's defaults.
-        steps: length of the schedule; a run may have stopped before.
-        eval_steps: numbers of finished steps at which the validation loss was taken.
-        eval_losses: those losses, nats per target.
-        eval_seconds: seconds of training, evaluations left out, up to each of them.
-        train_losses: the loss of every step's batch, before the step.
-        final_loss: the last validation loss; None when the run diverged.
-        updates: measurements of update matrices, if they were asked for.
-        eval_accuracies: shares of held-out targets that were predicted, beside `eval_losses`; empty
-            in files from before they were taken.
+    """The record of a finished run. Attributes:
+    options: hyperparameters besides the peak learning rate that are not the arm's defaults.
+    steps: length of the schedule; a run may have stopped before.
+    eval_steps: numbers of finished steps at which the validation loss was taken.
+    eval_losses: those losses, nats per target.
+    eval_seconds: seconds of training, evaluations left out, up to each of them.
+    train_losses: the loss of every step's batch, before the step.
+    final_loss: the last validation loss; None when the run diverged.
+    updates: measurements of update matrices, if they were asked for.
+    eval_accuracies: shares of held-out targets that were predicted, beside `eval_losses`; empty
+        in files from before they were taken.
     """
 
     arm: str
@@ -43,11 +41,12 @@ class RunRecord:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss stopped being a number."""
+        """Whether the loss became not finite."""
         return self.final_loss is None
 
     def steps_to_accuracy(self, accuracy: float) -> float | None:
-        """The step at which the held-out accuracy first is as high, linear between evaluations.
+        """The step at which the held-out accuracy first reaches a value, linear between
+        evaluations.
 
         Example:
             >>> record = RunRecord(arm="muon", seed=0, learning_rate=1.0, num_parameters=1)

@@ -1,4 +1,4 @@
-"""What runs learn from: a text, or the table of a + b mod p.
+"""The tasks of runs: a text, or the table of a + b mod p.
 
 A small model first learns the training pairs of the table by heart and much later, all at once, the
 rule: it groks (arXiv 2201.02177).
@@ -100,7 +100,7 @@ def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 class Task(Protocol):
-    """What a run learns and is tested on; a worker process gets it pickled."""
+    """The training and test data of a run, pickled for worker processes."""
 
     @property
     def digest(self) -> str:

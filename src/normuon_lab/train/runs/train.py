@@ -55,8 +55,7 @@ def train_run(
         on_step: called after every step with its number, from 1, and its training loss.
 
     Returns:
-        The record. A run whose loss is no longer finite stops there, as does one that has reached
-        the accuracy it was to reach.
+        The record. A run stops when its loss is not finite or when it reaches its target accuracy.
     """
     started = time.perf_counter()
     run = _Run(spec, experiment, task, probe_updates=probe_updates, on_step=on_step)
@@ -117,7 +116,7 @@ class _Run:
         )
 
     def train(self) -> None:
-        """Train until the last step, the accuracy to reach, or a loss that is not finite."""
+        """Train until the last step, the target accuracy, or a loss that is not finite."""
         self._evaluate(0)
         try:
             self._loop.run(
@@ -129,7 +128,7 @@ class _Run:
             return
 
     def finish(self) -> RunRecord:
-        """The record; where a loss stopped being a number, the curves end before it."""
+        """The record; the curves end before a loss that is not finite."""
         record = self._record
         losses = [*record.train_losses, *record.eval_losses]
         if all(map(math.isfinite, losses)):
@@ -176,7 +175,7 @@ class _Run:
         record.eval_seconds.append(round(record.train_seconds, 4))
 
     def _has_reached_accuracy(self) -> bool:
-        """Whether the last evaluation was as good as the run was to become."""
+        """Whether the last evaluation reached the target accuracy."""
         wanted = self._training.stop_at_accuracy
         return wanted is not None and self._record.eval_accuracies[-1] >= wanted
 

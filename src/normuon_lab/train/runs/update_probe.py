@@ -1,7 +1,5 @@
-"""What the update matrices of an arm look like: singular values and row norms (the paper's Fig. 1).
-
-The updates are measured as differences of weights around a step, from outside: the trajectory of
-the run is not touched.
+"""Measures an arm's update matrices: singular values and row norms (the paper's Fig. 1). Updates
+are differences of weights around a step, so the run does not change.
 """
 
 from __future__ import annotations

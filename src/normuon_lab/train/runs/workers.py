@@ -1,4 +1,4 @@
-"""Runs training runs in worker processes, one thread each, and reports on them as they go.
+"""Does training runs in worker processes, one thread each, and reports progress.
 
 One thread per worker, whatever the number of workers: results must not depend on how many cores
 there are, and two one-thread workers do more than one worker with two threads.
@@ -78,7 +78,7 @@ def run_jobs(
 ) -> Generator[Event, None, None]:
     """Do all jobs, in order of start, and yield what happens.
 
-    A job that raises, or whose process dies, yields `Failed` and the others go on. Closing the
+    A job that raises, or whose process dies, yields `Failed`; the others continue. Closing the
     iterator, or an exception in the caller's loop, ends the workers.
     """
     waiting = deque(jobs)
@@ -154,7 +154,7 @@ class _Worker:
 
 
 def _work(connection: Connection, experiment: Experiment, task: Task) -> None:
-    """A worker's life: take a job, report on it, until the parent closes the pipe."""
+    """A worker's loop: take a job and report on it, until the parent closes the pipe."""
     import torch
 
     torch.set_num_threads(1)
