@@ -115,16 +115,16 @@ def verdict(contents: Mapping[str, Any]) -> str:
 def imbalance_sentence(contents: Mapping[str, Any]) -> str:
     """The bound of the imbalance, and whether a better plan was possible."""
     text = (
-        f"The mean is {format_flops(contents['mean_flops'])} a rank. The bound, "
-        f"{format_flops(contents['makespan_bound'])}, is what no assignment of whole matrices "
-        "brings the busiest rank below"
+        f"The mean is {format_flops(contents['mean_flops'])} a rank. No assignment of whole "
+        "matrices gives the busiest rank less than the bound, "
+        f"{format_flops(contents['makespan_bound'])}"
     )
     if contents["settings"]["teams"] == "auto":
-        return f"{text}; teams that divide a matrix may."
+        return f"{text}; teams, which divide matrices, can."
     if contents["num_orthogonalisations"] > contents["model"]["num_matrices"]:
         return f"{text}; replicas repeat some matrices, which is quicker here than sending them."
     if contents["imbalance"] > 1.0005 and contents["packing_imbalance"] < 1.0005:
-        least = f"{contents['imbalance']:.3f} of it is the least"
+        least = f"{contents['imbalance']:.3f} times that is the minimum"
         return f"{text}; a bin-packing bound proves that {least}."
     return f"{text}."
 

@@ -344,7 +344,7 @@ def test_replicas_that_repeat_work_by_choice_say_so(capsys: pytest.CaptureFixtur
     assert contents["num_orthogonalisations"] == 8 * 48
     page = render_page(contents, command="normuon plan gpt2-124m")
     assert "every replica orthogonalises for itself" in page
-    assert "Before the first come the matrices that every rank which stores them" in page
+    assert "first come the matrices without exchange, which every rank that stores them" in page
 
 
 def test_the_page_on_the_schema_names_every_key(config_file: Path) -> None:

@@ -150,8 +150,8 @@ def print_summary(results: Results, console: Console) -> None:
             soft_wrap=True,
         )
     console.print(
-        "Read off the curves of this run, whose learning rate has not decayed at the crossing: "
-        "conservative. Intervals: Student's t over paired seeds.",
+        "Conservative: read from curves whose learning rate has not decayed at the crossing. "
+        "Intervals: Student's t over paired seeds.",
         highlight=False,
         style="dim",
         soft_wrap=True,
