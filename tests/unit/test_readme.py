@@ -66,7 +66,9 @@ def test_the_page_about_the_quick_run_explains_its_larger_gap():
     steps = by_pair["normuon", "adamw"]["fewer_steps_percent"]
     loss = by_pair["normuon", "muon"]["loss_difference"]
     words = " ".join((DOCS / "lab" / "compare.md").read_text().split())
-    assert f"{steps['mean']:.1f}% ({steps['low']:.1f} to {steps['high']:.1f}) on four" in words
+    saved = f"{steps['mean']:.1f}% ({steps['low']:.1f} to {steps['high']:.1f})"
+    assert f"{saved} on four" in words
+    assert f"This quick run shows {saved} over AdamW" in " ".join(README.split())
     assert f"{loss['mean']:.3f} nats ({loss['low']:.3f} to {loss['high']:.3f})" in words
     assert loss["low"] < 0 < loss["high"]
     for arm, name, only in (("adamw", "loss falls", ""), ("normuon", "NorMuon's", "only ")):
