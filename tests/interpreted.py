@@ -17,5 +17,6 @@ def interpreted_kernels() -> Iterator[None]:
     with (
         mock.patch("normuon.orthogonalize.fused.why_not_fused", return_value=None),
         mock.patch("normuon.step.fused.why_not_fused", return_value=None),
+        mock.patch("normuon.state.why_not_fused", return_value=None),
     ):
         yield

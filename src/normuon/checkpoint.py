@@ -6,8 +6,9 @@ users add), so that any loader and torch's distributed checkpoints take it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ def _plain(key: str, value: object) -> object:
         return ""
     if key == NAMES_KEY:
         return []
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(key, entry) for entry in value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, Integral) else float(value)  # Such as numpy's.
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if key in PROGRAM_KEYS and not isinstance(value, (str, int, type(None))):
@@ -86,6 +91,11 @@ def merged_groups(
         ValueError: the number of groups or parameters or an algorithm differs, or some names are
             at other positions.
     """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(
+            f"this is not an optimizer's state_dict: it has the keys {sorted(map(str, state_dict))}"
+            ", but not 'state' and 'param_groups'"
+        )
     saved_groups = state_dict["param_groups"]
     if len(live_groups) != len(saved_groups):
         raise ValueError(
@@ -174,6 +184,23 @@ def _places_by_name(here: str, live: Sequence[str], saved: Sequence[str]) -> lis
     return list(range(len(live)))
 
 
+def check_state_is_owned(saved: Mapping[Any, Any], owned: Collection[object]) -> None:
+    """Checks that the state in a checkpoint belongs to its parameters.
+
+    Args:
+        saved: the checkpoint's state.
+        owned: the parameters in its groups.
+
+    Raises:
+        ValueError: none of it does, as after a detour through JSON, whose keys are strings.
+    """
+    if saved and not any(key in saved for key in owned):
+        raise ValueError(
+            f"the checkpoint's state belongs to none of its parameters: its first key is "
+            f"{next(iter(saved))!r}, but the first parameter is {next(iter(owned), None)!r}"
+        )
+
+
 def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any]) -> State:
     """A parameter's state with the values of a checkpoint, on its device and in the group's dtypes.
 
@@ -191,8 +218,12 @@ def loaded_state(group: Mapping[str, Any], index: int, saved: Mapping[str, Any])
         value = saved.get(key)
         if key in ("skipped_steps", "weight_residual", "momentum_roundings") and value is None:
             continue  # Turned on since the checkpoint was written: starts at zero.
-        if key == "step" and isinstance(value, (int, float)):
+        if key == "step" and isinstance(value, Real):
             value = torch.full((), float(value), device=tensor.device)
+        if key in saved and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{label}: the checkpoint's {key!r} is a {type(value).__name__}, not a tensor"
+            )
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{label}: the checkpoint has no {key!r} for it (it has "

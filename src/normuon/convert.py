@@ -275,7 +275,11 @@ def _own_converted(
     """From this library's own state: loading brings a momentum to the form that the group keeps."""
     saved = entry.state
     kept = {"weight_residual"} if group.get("kahan_sum") else set()
-    if group.get("algorithm", "normuon") == "adamw":
+    counts, is_adamw = saved.get("skipped_steps"), group.get("algorithm", "normuon") == "adamw"
+    num_matrices = 1 if is_adamw else sum(p.batch for p in view_of(group).parts(param.shape))
+    if group.get("skip_nonfinite") and counts is not None and counts.numel() == num_matrices:
+        kept.add("skipped_steps")
+    if is_adamw:
         if "exp_avg" not in saved:
             return {}  # A first moment without a second would make AdamW's first steps huge.
         report.count("AdamW's state kept whole")

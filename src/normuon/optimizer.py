@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from normuon.checkpoint import loaded_state, merged_groups, saved_form
+from normuon.changes import Changes
+from normuon.checkpoint import (
+    check_state_is_owned,
+    loaded_state,
+    merged_groups,
+    saved_form,
+)
 from normuon.distributed.assignment import Balance
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES, Sharing
 from normuon.distributed.teams import Teams
@@ -22,6 +28,7 @@ from normuon.options import (
     OPTIONS,
     UNSAVED_KEYS,
     MatrixOptions,
+    check_changed_options,
     check_group,
     check_options,
     check_options_dict,
@@ -33,7 +40,7 @@ from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
 from normuon.state import (
     adopt_params_,
     check_param_fits,
-    check_vectors_fit,
+    check_runs_fused,
     compute_device_of,
     follow_param_,
     initial_state,
@@ -192,13 +199,13 @@ class NorMuon(Optimizer):
         given = {"algorithm": "normuon", **locals()}
         defaults: dict[str, Any] = {name: given[name] for name in OPTIONS}
         check_options(defaults)
-        check_sharing(balance, bucket_bytes, teams)
+        check_sharing(balance, bucket_bytes, teams, process_group)
         check_params(params)
         self._process_group = process_group
         self._lost_process_group = False
         self._sharing = Sharing(balance=balance, bucket_bytes=bucket_bytes, teams=teams)
         self._sharded_steps: list[ShardedStep] | None = None
-        self._recorder = Recorder()
+        self._recorder, self._changes = Recorder(), Changes()
         self._forget_layouts()
         self._workspace, self._stagings = Workspace(), Stagings()
         super().__init__(params, defaults)
@@ -253,15 +260,18 @@ class NorMuon(Optimizer):
                 "optimizer.process_group, and 'process_group' in the groups that had one"
             )
         self._adopt_params()
+        if self._sharded_steps is None:
+            self._changes.check_options(self.param_groups)
         measures = self._recorder.begin_step()
         prepared = [self._prepared(number, group) for number, group in enumerate(self.param_groups)]
-        shares = any(shared for _, shared in prepared)
+        shares = any(shared for _, _, shared in prepared)
         if shares:
             self._agree(measures)
+            self._changes.check_options(self.param_groups)
         if measures:
             self._recorder.begin_()
-        for number, (alone, _) in enumerate(prepared):
-            self._step_alone(number, alone, measures)
+        for number, (alone, is_mine, _) in enumerate(prepared):
+            self._step_alone(number, alone, measures and is_mine)
         if shares:
             self._step_shared()
         if measures:
@@ -271,34 +281,37 @@ class NorMuon(Optimizer):
         return loss
 
     def _adopt_params(self) -> None:
-        if adopt_params_(self.state, self.param_groups):
+        adopted = adopt_params_(self.state, self.param_groups)
+        if self._changes.have_new_params(self.param_groups) or adopted:
             self._forget_layouts()
 
     def _forget_layouts(self) -> None:
         """Drops plans and batches, because parameters, state or groups were replaced."""
         self._sharded_steps = None
         self._local_matrices: dict[int, LocalMatrices] = {}
-        self._structures: dict[int, object] = {}
+        self._changes.forget_layouts()
         self._recorder.forget_layouts()
 
-    def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool]:
-        """The indices of parameters that only this rank steps, and whether others are shared.
+    def _prepared(self, number: int, group: dict[str, Any]) -> tuple[list[int], bool, bool]:
+        """The indices of parameters that this rank steps alone, and which kinds the group has.
 
+        Whether it has any of this rank alone, with a gradient or without, and any that ranks share.
         Checks gradients, and adapts the state to parameters that changed.
         """
-        alone, shares = [], False
-        structure = (group["algorithm"], group["neuron_axis"], group.get("view"))
-        if self._structures.get(number) != structure:
-            check_vectors_fit(group, self.state)
-            if not torch.compiler.is_compiling():  # A traced step that leaves a trace is retraced.
-                self._structures[number] = structure
+        alone, is_mine, shares = [], False, False
+        states = [self.state[param] for param in group["params"]]
+        self._changes.check_structure(number, group, self.state)
+        if self._changes.have_new_states(number, states):
+            self._local_matrices.pop(number, None)
+            for sharded_step in self._sharded_steps or ():
+                sharded_step.shared.take_states(self.state)
         own_group = group.get("process_group", ...)
         asks_for_more = group["skip_nonfinite"] or group["kahan_sum"]
         shares_plain = (self._process_group if own_group is ... else own_group) is not None
-        for index, param in enumerate(group["params"]):
-            state = self.state[param]
+        for index, (param, state) in enumerate(zip(group["params"], states, strict=True)):
             is_shared = shares_plain or is_dtensor(param)
             shares |= is_shared
+            is_mine |= not is_shared and param.numel() > 0
             for key in missing_keys(state, param, group) if asks_for_more else ():
                 state[key] = initial_state(param, group)[key]
             grad = gradient_of(param)
@@ -309,6 +322,8 @@ class NorMuon(Optimizer):
                 alone.append(index)
                 if group["compute_device"] is not None and group["algorithm"] != "adamw":
                     compute_device_of(param_label(group, index), param, group)  # Or it raises.
+            if group["fused"] and group["algorithm"] != "adamw":
+                check_runs_fused(param_label(group, index), param)
             if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{param_label(group, index)}: sparse gradients are not supported; build the "
@@ -317,15 +332,17 @@ class NorMuon(Optimizer):
             if follow_param_(state, param, group):
                 self._forget_layouts()
             check_param_fits(group, index, state)
-        return alone, shares
+        return alone, is_mine, shares
 
     def _step_alone(self, number: int, places: list[int], measures: bool) -> None:
         """Steps the parameters of a group that only this rank has."""
         group = self.param_groups[number]
+        record = self._recorder.record_of(number, group) if measures else None
+        if record is not None:
+            record.open_()
         if not places:
             return
         params = [group["params"][index] for index in places]
-        record = self._recorder.record_of(number, group) if measures else None
         if group["algorithm"] == "adamw":
             states = [self.state[param] for param in params]
             step_adamw_(params, states, group)
@@ -456,6 +473,9 @@ class NorMuon(Optimizer):
                 owned.add(key)
                 loaded = loaded_state(group, index, saved_state.get(key, {}))
                 state[group["params"][index]] = loaded
+        check_state_is_owned(saved_state, owned)
+        for number, group in enumerate(groups):
+            check_changed_options(f"param_groups[{number}]", group)
         state.update({key: value for key, value in saved_state.items() if key not in owned})
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -501,6 +521,7 @@ class NorMuon(Optimizer):
         # torch adds a flag of its own to the defaults here, which no fresh group of ours has.
         self.defaults.pop("differentiable", None)
         self.__dict__.setdefault("_recorder", Recorder())
+        self.__dict__.setdefault("_changes", Changes())
         self._forget_layouts()
         self._workspace, self._stagings = Workspace(), Stagings()
         # Process groups and plans belong to the processes that run, not to what is saved.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -90,9 +92,9 @@ class MatrixOptions:
     def from_group(cls, group: Mapping[str, Any]) -> MatrixOptions:
         """Reads a param group as it stands now, so that schedulers and users may change it."""
         return cls(
-            lr=_without_dims(group["lr"]),
-            weight_decay=_without_dims(group["weight_decay"]),
-            momentum=group["momentum"],
+            lr=scalar(group["lr"]),
+            weight_decay=scalar(group["weight_decay"]),
+            momentum=scalar(group["momentum"]),
             nesterov=group["nesterov"],
             normalizer=normalizer_of(group),
             coefficients=resolve_coefficients(group["ns_coefficients"], group["ns_steps"]),
@@ -120,21 +122,31 @@ class MatrixOptions:
         )
 
 
-def _without_dims(value: float | Tensor) -> float | Tensor:
-    """A number, or a tensor that goes to a kernel by value if it is on the host."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+def scalar(value: Any) -> Any:
+    """A number, or a tensor without dims, which goes to a kernel by value if it is on the host.
+
+    Kernels refuse numpy's numbers, and tensors that require gradients.
+
+    Example:
+        >>> scalar(torch.tensor([0.5])), scalar(0.5)
+        (tensor(0.5000), 0.5)
+    """
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()) if value.ndim or value.requires_grad else value
+    return value if isinstance(value, (int, float)) else float(value)
 
 
 def _number(low: float, below: float = math.inf) -> Check:
     """A number, at least ``low`` and below another; a one-element tensor is not read."""
 
     def check(name: str, value: object) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if isinstance(value, Tensor) and value.numel() == 1:
             return  # Reading it would wait for the device.
         if not number or not low <= value < below:  # type: ignore[operator]
+            bottom = "" if low == -math.inf else f"at least {low:g} and "
             top = "finite" if below == math.inf else f"below {below:g}"
-            raise ValueError(f"{name}={value!r} must be a number, at least {low:g} and {top}")
+            raise ValueError(f"{name}={value!r} must be a number, {bottom}{top}")
 
     return check
 
@@ -154,10 +166,10 @@ def _or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _lr(name: str, value: object) -> None:
+def _lr(name: str, value: object, low: float = 0.0) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but it has {value.numel()} elements")
-    _number(0.0)(name, value)
+    _number(low)(name, value)
 
 
 def _switch(name: str, value: object) -> None:
@@ -166,7 +178,7 @@ def _switch(name: str, value: object) -> None:
 
 
 def _steps(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 100:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) < 100:
         raise ValueError(f"{name}={value!r} must be an integer from 1 to 99")
 
 
@@ -283,6 +295,31 @@ def check_options(group: Mapping[str, Any]) -> None:
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
 
 
+def check_changed_options(
+    what: str, group: Mapping[str, Any], names: Sequence[str] = (*OPTIONS, *GROUP_OPTIONS)
+) -> None:
+    """Checks options of a group that were set after the optimizer was built.
+
+    A learning rate may be negative here: torch's schedulers round their last zero to -1e-19.
+
+    Args:
+        what: the group, the start of the message.
+        group: as it stands now.
+        names: of the options.
+
+    Raises:
+        ValueError: names the option, its value and what is allowed.
+    """
+    checks: dict[str, Check] = {**OPTIONS, **GROUP_OPTIONS, "lr": partial(_lr, low=-math.inf)}
+    try:
+        for name in names:
+            checks[name](name, group.get(name))
+        if "ns_steps" in names or "ns_coefficients" in names:
+            resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
 def check_params(params: object) -> None:
     """Checks that the optimizer did not get a module.
 
@@ -354,7 +391,9 @@ def check_compute_device(label: str, param: Tensor, given: torch.device | str | 
         )
 
 
-def check_sharing(balance: str, bucket_bytes: int, teams: str) -> None:
+def check_sharing(
+    balance: str, bucket_bytes: int, teams: str, process_group: object = None
+) -> None:
     """Checks the options that say how ranks share matrices.
 
     Raises:
@@ -363,6 +402,7 @@ def check_sharing(balance: str, bucket_bytes: int, teams: str) -> None:
     _choice(("flops", "paper"))("balance", balance)
     _number(1)("bucket_bytes", bucket_bytes)
     _choice(("off", "auto"))("teams", teams)
+    GROUP_OPTIONS["process_group"]("process_group", process_group)
     if teams == "auto" and balance == "paper":
         raise ValueError("teams='auto' divides matrices by FLOPs; use balance='flops' with it")
 

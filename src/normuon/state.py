@@ -17,6 +17,7 @@ from normuon.models.view import DimOf, MatrixView
 from normuon.models.wrappers import USE_FSDP2, check_not_flattened
 from normuon.momentum_forms import MOMENTUM_KEYS, is_dtensor, momentum_of, recoded
 from normuon.options import check_compute_device, check_param, param_label
+from normuon.orthogonalize.fused import why_not_fused
 from normuon.step.normalizer import normalizer_of
 from normuon.step.pieces import MatrixParam, State, local_tensor
 
@@ -184,6 +185,17 @@ def compute_device_of(label: str, param: Tensor, group: Mapping[str, Any]) -> to
     return torch.device(wanted.type, index)
 
 
+def check_runs_fused(label: str, param: Tensor) -> None:
+    """Checks that ``fused=True`` can be kept on a parameter's device.
+
+    Raises:
+        ValueError: Triton kernels do not run there; names the parameter.
+    """
+    reason = why_not_fused(local_tensor(param).device.type)
+    if reason is not None:
+        raise ValueError(f"{label}: fused=True, but {reason}; fused=None fuses where possible")
+
+
 def _vector(param: Tensor, view: MatrixView, dim_of: DimOf) -> Tensor:
     dtype = stats_dtype(param)
     dims = view.vector_dims(param.shape, dim_of)
@@ -257,19 +269,26 @@ def check_param_fits(group: Mapping[str, Any], index: int, state: State) -> None
 
 
 def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) -> None:
-    """Checks that a group still has the ``neuron_axis`` and the view for which its state was made.
+    """Checks that a group still has the algorithm, ``neuron_axis`` and view of its state.
 
     Raises:
-        ValueError: one of them has changed, so the second moments would have other shapes.
+        ValueError: one of them has changed, so the state would have other entries or shapes.
     """
-    if group["algorithm"] == "adamw":
-        return
-    view = view_of(group)
+    is_adamw, view = group["algorithm"] == "adamw", view_of(group)
     for index, param in enumerate(group["params"]):
-        if momentum_of(states[param]).shape != param.shape:
+        state = states[param]
+        fits = "exp_avg" in state if is_adamw else any(key in state for key in MOMENTUM_KEYS)
+        vectors = vector_dims_of(group, view, param) if fits and not is_adamw else {}
+        if not fits or any(name not in state for name in vectors):
+            raise ValueError(
+                f"{param_label(group, index)}: its state has {sorted(state)}, which is not that of "
+                f"algorithm={group['algorithm']!r}; the algorithm cannot change after the "
+                "optimizer is built: build another, and give it convert_state(old, to=new) to load"
+            )
+        if is_adamw or momentum_of(state).shape != param.shape:
             continue  # `check_param_fits` says so.
-        for name, dim_of in vector_dims_of(group, view, param).items():
-            shape, needed = states[param][name].shape, view.vector_shape(param.shape, dim_of)
+        for name, dim_of in vectors.items():
+            shape, needed = state[name].shape, view.vector_shape(param.shape, dim_of)
             if shape != needed:
                 raise ValueError(
                     f"{param_label(group, index)}: its {name!r} has shape {list(shape)}, but "
@@ -297,7 +316,7 @@ def adopt_params_(state: dict[Tensor, State], groups: Sequence[Mapping[str, Any]
     adopted = False
     for group in groups:
         for index, param in enumerate(group["params"]):
-            if param in state:
+            if state.get(param):  # An empty one is left by those who only looked.
                 continue
             _check_replacement(group, index)
             state[param] = initial_state(param, group)
@@ -341,8 +360,8 @@ def follow_param_(state: State, param: Tensor, group: Mapping[str, Any]) -> bool
     if not is_adamw and (followed.dtype == torch.int8) != (wanted == torch.int8):
         _recode_live_(state, param, group)
     for key, value in state.items():
-        if key not in fresh:
-            state[key] = value.to(param.device)  # A user's own.
+        if key not in fresh:  # A user's own.
+            state[key] = value.to(param.device) if isinstance(value, Tensor) else value
         elif value.is_meta and not param.is_meta:
             state[key] = fresh[key]
         else:

@@ -166,3 +166,104 @@ def flattened_case(rank, world_size, layers):
 def test_a_flattened_checkpoint_grows_as_its_parameters_do(ranks):
     small, large = (ranks.run(flattened_case, 1, layers=layers)[0] for layers in (10, 40))
     assert large == pytest.approx(4 * small, rel=0.01)
+
+
+def replaced_states(optimizer):
+    for param, state in list(optimizer.state.items()):
+        optimizer.state[param] = {key: value.clone() for key, value in state.items()}
+
+
+def replaced_groups(optimizer):
+    optimizer.param_groups[:] = [
+        {**group, "kahan_sum": True, "momentum": 0.5} for group in optimizer.param_groups
+    ]
+
+
+def fewer_params(optimizer):
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+    optimizer.param_groups[0]["param_names"] = optimizer.param_groups[0]["param_names"][1:]
+
+
+def only_first_rank_replaces(optimizer):
+    """Its own state alone, which changes no plan: nothing is sent for it."""
+    if dist.get_rank() == 0:
+        replaced_states(optimizer)
+
+
+CHANGES = {
+    change.__name__: change
+    for change in (replaced_states, replaced_groups, fewer_params, only_first_rank_replaces)
+}
+
+
+def replaced_case(rank, world_size, change, plain):
+    """Steps of the same gradients on shards or replicas and alone, with a change in between."""
+    dtype = torch.float32 if plain else torch.bfloat16
+    alone, model = model_of().to(dtype), model_of().to(dtype)
+    group = dist.group.WORLD if plain else None
+    if not plain:
+        sharded(model, world_size)
+    pair = [
+        (alone, optimizer_of(alone)),
+        (model, optimizer_of(model, process_group=group, teams="off")),
+    ]
+    for one, optimizer in pair:
+        for step in range(4):
+            if step == 2:
+                CHANGES[change](optimizer)
+            for number, param in enumerate(one.parameters()):
+                torch.manual_seed(100 * step + number)
+                grad = torch.randn(param.shape).to(dtype)
+                if isinstance(param, DTensor):
+                    grad = distribute_tensor(grad, param.device_mesh, param.placements)
+                param.grad = grad
+            optimizer.record_statistics()
+            optimizer.step()
+    weights = [full_values(one) for one, _ in pair]
+    close = {"rtol": 1e-6, "atol": 1e-6}  # torch's fused AdamW rounds a tensor's end otherwise.
+    found = [
+        name
+        for (name, _), a, b in zip(alone.named_parameters(), *weights, strict=True)
+        if not (torch.equal(a, b) if a.ndim == 2 else torch.allclose(a, b, **close))
+    ]
+    for a, b in zip(alone.parameters(), model.parameters(), strict=True):
+        states = pair[0][1].state[a], pair[1][1].state[b]
+        for key, value in states[0].items() if a.ndim == 2 else ():
+            other = states[1][key]
+            other = other.full_tensor() if isinstance(other, DTensor) else other
+            found += [] if torch.equal(value, other) else [key]
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["shards", "replicas"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_was_replaced_between_steps_is_what_ranks_step(ranks, change, plain):
+    assert ranks.run(replaced_case, 2, change=change, plain=plain) == [[], []]
+
+
+def faulty_case(rank, world_size, everywhere):
+    """An option out of range after the plan was made, on all ranks or on one."""
+    model = sharded(model_of(), world_size)
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    if everywhere or rank == 1:
+        optimizer.param_groups[0]["adjust_lr_fn"] = "Original"
+    before = full_values(model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        moved = not all(map(torch.equal, before, full_values(model)))
+        return str(error), moved
+    return "no error", True
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_an_option_set_out_of_range_is_refused_on_every_rank(ranks, everywhere):
+    """Also by the ranks where it is right, which would wait for the others."""
+    texts, moved = zip(*ranks.run(faulty_case, 2, everywhere=everywhere), strict=True)
+    expected = "param_groups[0]: adjust_lr_fn='Original' is not known" if everywhere else "rank 0 a"
+    assert all(text.startswith(expected) for text in texts), texts
+    assert texts[0] == texts[1]
+    assert moved == (False, False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,7 +126,7 @@ PLAIN = (type(None), bool, int, float, str)
 def plain(value) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(plain, value))
-    return isinstance(value, PLAIN)
+    return type(value) in PLAIN  # Numpy's float64 is a float, but not to weights_only loading.
 
 
 @pytest.mark.parametrize("how", [{"full_state_dict": True}, {"cpu_offload": True}, {}], ids=str)
@@ -261,3 +263,178 @@ def test_the_step_of_float16_parameters_is_free_of_scale():
         moved.append(param.detach().float() - start.half().float())
     assert optimizer.state[param]["momentum_buffer"].dtype == torch.float32
     torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=2e-2)
+
+
+def gradients(params, seed):
+    torch.manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape).to(param.dtype)
+
+
+def bfloat16_pair():
+    """Two equal models with optimizers that have taken two steps."""
+    pair = []
+    for _ in range(2):
+        model = model_of().bfloat16()
+        optimizer = optimizer_of(model)
+        for seed in range(2):
+            gradients(model.parameters(), seed)
+            optimizer.step()
+        pair.append((model, optimizer))
+    return pair
+
+
+def differing(pair) -> list[str]:
+    """What differs after two more steps of two optimizers: weights, and state by its key."""
+    for model, optimizer in pair:
+        for seed in range(5, 7):
+            gradients(model.parameters(), seed)
+            optimizer.step()
+    (one, first), (two, second) = pair
+    found = []
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        found += [] if torch.equal(a, b) else ["weight"]
+        states = first.state[a], second.state[b]
+        assert set(states[0]) == set(states[1])
+        found += [key for key in states[0] if not torch.equal(states[0][key], states[1][key])]
+    return found
+
+
+def each_state(optimizer):
+    for param, state in list(optimizer.state.items()):
+        optimizer.state[param] = {key: value.clone() for key, value in state.items()}
+
+
+def all_state(optimizer):
+    copies = {p: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+    optimizer.state = collections.defaultdict(dict, copies)
+
+
+@pytest.mark.parametrize("replace", [each_state, all_state])
+def test_state_that_was_replaced_by_another_dict_is_what_is_stepped(replace):
+    """Batches hold each parameter's dict: the old one would go on, and the new one be saved."""
+    pair = bfloat16_pair()
+    replace(pair[1][1])
+    assert differing(pair) == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"kahan_sum": True}, {"skip_nonfinite": True}, {"maximize": True}], ids=str
+)
+def test_a_group_that_was_replaced_by_another_dict_is_what_is_read(change):
+    pair = bfloat16_pair()
+    pair[0][1].param_groups[0].update(change)
+    pair[1][1].param_groups[0] = {**pair[1][1].param_groups[0], **change}
+    assert differing(pair) == []
+
+
+@pytest.mark.parametrize("touch", [False, True], ids=["cleared", "cleared and looked at"])
+def test_state_that_was_cleared_starts_at_zero(touch):
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    fresh = copy.deepcopy(model)
+    optimizer.state.clear()
+    for param in model.parameters() if touch else ():
+        assert optimizer.state[param] == {}  # Which leaves an empty dict there.
+    train(model, optimizer)
+    train(fresh, optimizer_of(fresh))
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+def test_groups_may_lose_parameters_between_measured_steps():
+    """Rows of figures were numbered by the parameters that a group had."""
+    model = squares()
+    optimizer = NorMuon(named(model, [0, 1, 2]), lr=0.01)
+    norms = []
+    for params in ([0, 1, 2], [2, 0], [1]):
+        weights = list(model.parameters())
+        optimizer.param_groups[0]["params"] = [weights[place] for place in params]
+        optimizer.param_groups[0]["param_names"] = [f"{place}.weight" for place in params]
+        for number, param in enumerate(weights):
+            param.grad = torch.eye(8) * (number + 1)
+        optimizer.record_statistics()
+        optimizer.step()
+        figures = optimizer.statistics().matrices
+        assert list(figures) == [f"{place}.weight" for place in params]
+        norms.append([float(figures[f"{place}.weight"]["momentum_norm"]) for place in params])
+    # Momenta are multiples of the gradients, which are 1, 2 and 3 times the identity.
+    assert norms[0] == pytest.approx([norms[0][0], 2 * norms[0][0], 3 * norms[0][0]])
+    assert norms[1][0] == pytest.approx(3 * norms[1][1])
+
+
+def test_what_users_keep_in_the_state_stays_when_a_parameter_changes_its_dtype():
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    for state in optimizer.state.values():
+        state.update(note="mine", number=3, mask=torch.ones(2))
+    model.double()
+    train(model, optimizer)
+    assert all(
+        (state["note"], state["number"], state["mask"].dtype) == ("mine", 3, torch.float32)
+        for state in optimizer.state.values()
+    )
+
+
+def numbered_by_words(saved):
+    saved["state"] = {str(key): value for key, value in saved["state"].items()}
+
+
+def with_array(saved):
+    saved["state"][0]["momentum_buffer"] = saved["state"][0]["momentum_buffer"].numpy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (numbered_by_words, "the checkpoint's state belongs to none of its parameters: its first "),
+        (with_array, r"0\.weight \[8, 6\]: the checkpoint's 'momentum_buffer' is a ndarray, not"),
+        (lambda saved: saved.pop("param_groups"), "this is not an optimizer's state_dict: it has"),
+        (lambda saved: saved.pop("state"), "this is not an optimizer's state_dict: it has the key"),
+    ],
+)
+def test_a_checkpoint_whose_state_cannot_be_read_is_refused(change, message):
+    """Keys that JSON has turned into words would silently start the state at zero."""
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=f"^{message}"):
+        optimizer.load_state_dict(saved)
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[number][key]) for key, value in state.items())
+
+
+def test_numbers_of_numpy_are_saved_as_numbers():
+    """LambdaLR with a function of numpy leaves them in the groups; weights_only refuses them."""
+    model = model_of()
+    optimizer = optimizer_of(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: np.float32(1 / (step + 1))
+    )
+    train(model, optimizer)
+    scheduler.step()
+    optimizer.param_groups[0]["ns_steps"] = np.int64(5)
+    train(model, optimizer)
+    saved = optimizer.state_dict()
+    assert all(plain(value) for group in saved["param_groups"] for value in group.values())
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("algorithm", ["normuon", "adamw"])
+def test_conversion_keeps_the_count_of_skipped_steps(algorithm):
+    weight = nn.Parameter(torch.ones(4, 4))
+    group = {"params": [weight], "algorithm": algorithm}
+    old = NorMuon([group], skip_nonfinite=True)
+    weight.grad = torch.full((4, 4), float("nan"))
+    old.step()
+    new = NorMuon([group], skip_nonfinite=True, momentum_dtype=torch.int8)
+    new.load_state_dict(convert_state(old, to=new, quiet=True))
+    assert new.state[weight]["skipped_steps"].tolist() == [1]

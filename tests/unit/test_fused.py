@@ -109,6 +109,20 @@ def test_a_fused_step_is_the_step(kernels, options):
 
 
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+def test_a_neuron_that_barely_moves_stops_no_other_without_epsilon(kernels, adjust):
+    """Row 0's O is 1e-25 of the others', so that its v is subnormal."""
+
+    def uneven(step, number, param):
+        param.grad[0] *= 1e-25
+
+    options = {"shapes": [(6, 8)], "grads": uneven, "eps": 0.0, "adjust_lr_fn": adjust}
+    fused, plain = (trained(on, weight_decay=0.0, **options) for on in (True, False))
+    assert_alike(fused, plain)
+    started = torch.randn((6, 8), generator=generator(1)) / 10
+    assert (fused[0][0].detach() - started).abs().amax(1)[1:].min() > 1e-4
+
+
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_a_muon_group_is_fused_too(kernels, adjust):
     def stepped(fused):
         params = [nn.Parameter(torch.randn(12, 20, generator=generator())) for _ in range(2)]

@@ -240,3 +240,24 @@ def test_every_trainable_parameter_is_in_exactly_one_group():
     model = LanguageModel()
     names = [name for group in param_groups(model) for name, _ in group["params"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("normuon", r"^0\.bias \[4\]: a 'normuon' group takes matrices, but this parameter has 1"),
+        (MatrixView.fused(3, 3), r"^0\.weight \[4, 4\]: the group's view does not fit: blocks="),
+    ],
+    ids=["a vector", "another shape"],
+)
+def test_an_override_that_does_not_fit_is_refused_at_once(override, message):
+    """Before the groups are printed: the table shows the matrices of every parameter."""
+    pattern = "0.*" if override == "normuon" else "0.weight"
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=message):
+        param_groups(model, overrides={pattern: override})
+
+
+def test_an_empty_matrix_keeps_its_width_in_the_table():
+    layers = {"empty": nn.Linear(4, 0), "body": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    assert "1 of 0x4" in describe_groups(param_groups(nn.ModuleDict(layers)))

@@ -49,6 +49,7 @@ ORDER = [
     "options",
     "step.pieces",
     "state",
+    "changes",
     "checkpoint",
     "step.coded_momenta",
     "step.fused",

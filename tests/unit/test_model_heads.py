@@ -316,3 +316,12 @@ def test_equal_layers_are_one_line_of_the_collapsed_table():
     assert (
         NorMuon(param_groups(model, overrides={"blocks.*.weight": MatrixView.linear()})) is not None
     )
+
+
+def test_every_cluster_of_an_adaptive_softmax_gives_logits():
+    """Its clusters lie in a ModuleList, whose items are otherwise taken for repeated blocks."""
+    softmax = nn.AdaptiveLogSoftmaxWithLoss(WIDTH, 40, cutoffs=[10, 20], div_value=2.0)
+    found = algorithms(mlp(loss=softmax))
+    heads = {"loss.head.weight", "loss.tail.0.1.weight", "loss.tail.1.1.weight"}
+    assert {name for name in heads if found[name] == "adamw"} == heads
+    assert {found["loss.tail.0.0.weight"], found["loss.tail.1.0.weight"]} == {"normuon"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -187,3 +189,161 @@ def test_an_option_that_would_do_nothing_is_refused(algorithm, options, message)
 def test_keys_of_schedulers_and_frameworks_are_allowed():
     keys = {"initial_lr": 1e-3, "max_lr": 1, "min_lr": 0, "name": "hidden", "amsgrad": False}
     NorMuon([{"params": [matrix()], **keys, "fused": None, "max_momentum": 0.95}])
+
+
+def stepped():
+    """An optimizer of one matrix group and one `adamw` group after a step, gradients set anew."""
+    params = [matrix(4, 3), matrix(3, 5), nn.Parameter(torch.zeros(3))]
+    optimizer = NorMuon(
+        [
+            {"params": [("first", params[0])]},
+            {"params": [("second", params[1])]},
+            {"params": [("bias", params[2])], "algorithm": "adamw"},
+        ],
+        lr=0.01,
+    )
+    for _ in range(2):
+        for number, param in enumerate(params):
+            torch.manual_seed(number)
+            param.grad = torch.randn(param.shape)
+        if not optimizer.state[params[0]]["momentum_buffer"].any():
+            optimizer.step()
+    return params, optimizer
+
+
+def held(params, optimizer):
+    return [
+        tensor.clone()
+        for param in params
+        for tensor in (param.detach(), *optimizer.state[param].values())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "message"),
+    [
+        (1, {"adjust_lr_fn": "Original"}, "adjust_lr_fn='Original' is not known"),
+        (1, {"neuron_axis": "columns"}, "neuron_axis='columns' is not known"),
+        (1, {"algorithm": "adam"}, "algorithm='adam' is not known"),
+        (1, {"orthogonalizer": "svd"}, "orthogonalizer='svd' is not known"),
+        (1, {"ns_backend": "fast"}, "ns_backend='fast' is not known"),
+        (1, {"equilibrate": 1}, "equilibrate=1 must be True or False"),
+        (1, {"momentum": 1.5}, "momentum=1.5 must be a number, at least 0 and below 1"),
+        (1, {"beta2": None}, "beta2=None must be a number, at least 0 and below 1"),
+        (1, {"lr": "fast"}, "lr='fast' must be a number, finite"),
+        (1, {"lr": torch.ones(2)}, "Tensor lr must be 1-element, but it has 2 elements"),
+        (1, {"ns_steps": 0}, "ns_steps=0 must be an integer from 1 to 99"),
+        (1, {"ns_coefficients": "you", "ns_steps": 4}, "ns_coefficients='you' is a table for"),
+        (1, {"view": "conv"}, "view='conv' must be a normuon.MatrixView"),
+        (2, {"betas": (0.9,)}, "betas=(0.9,) must be two numbers"),
+        (2, {"weight_decay": None}, "weight_decay=None must be a number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_an_option_set_out_of_range_later_is_refused_before_anything_moves(
+    number, options, message
+):
+    """Groups are read at every step; the group before the faulty one must not be stepped."""
+    params, optimizer = stepped()
+    optimizer.param_groups[number].update(options)
+    before = held(params, optimizer)
+    with pytest.raises(ValueError, match=rf"^param_groups\[{number}\]: {re.escape(message)}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, held(params, optimizer)))
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "message"),
+    [
+        (1, {"fused": True}, r"^second \[3, 5\]: fused=True, but Triton kernels run on CUDA"),
+        (1, {"algorithm": "adamw"}, r"^second \[3, 5\]: its state has \['momentum_buffer', "),
+        (2, {"algorithm": "normuon"}, r"^bias \[3\]: its state has \['exp_avg', "),
+    ],
+)
+def test_an_option_that_a_parameter_cannot_follow_is_refused_before_anything_moves(
+    number, options, message
+):
+    params, optimizer = stepped()
+    optimizer.param_groups[number].update(options)
+    before = held(params, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, held(params, optimizer)))
+
+
+@pytest.mark.parametrize(
+    ("number", "options"), [(0, {"adjust_lr_fn": "Original"}), (2, {"betas": None})]
+)
+def test_a_checkpoint_with_an_option_out_of_range_is_refused(number, options):
+    params, optimizer = stepped()
+    saved = optimizer.state_dict()
+    saved["param_groups"][number].update(options)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    before = held(params, optimizer)
+    with pytest.raises(ValueError, match=rf"^param_groups\[{number}\]: {next(iter(options))}="):
+        optimizer.load_state_dict(saved)
+    assert all(map(torch.equal, before, held(params, optimizer)))
+    assert groups == [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def test_a_learning_rate_that_a_scheduler_rounds_below_zero_is_taken():
+    params, optimizer = stepped()
+    optimizer.param_groups[0]["lr"] = -1e-19
+    optimizer.step()
+    assert params[0].isfinite().all()
+
+
+NUMBERS = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95, "beta2": 0.5, "eps": 1e-8}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda value: torch.tensor(value),
+        lambda value: torch.tensor([value]),
+        lambda value: nn.Parameter(torch.tensor(value)),
+        np.float64,
+        np.float32,
+    ],
+    ids=["tensor", "one element", "parameter", "float64", "float32"],
+)
+@pytest.mark.parametrize("name", [*NUMBERS, "adamw_eps", "betas"])
+@pytest.mark.parametrize("later", [False, True])
+def test_every_number_may_be_a_tensor_or_numpys(name, form, later):
+    """A kernel that refused one would leave the momentum advanced and the weights unmoved."""
+    value = (form(0.9), form(0.95)) if name == "betas" else form(NUMBERS.get(name, 1e-8))
+    usual = {**NUMBERS, "adamw_eps": 1e-8, "betas": (0.9, 0.95)}
+    expected, reference = setup_of(usual)
+    params, optimizer = setup_of(usual if later else {**usual, name: value})
+    for _ in range(2):
+        if later:
+            for group in optimizer.param_groups:
+                group[name] = value
+        reference.step()
+        optimizer.step()
+    for one, two in zip(params, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)  # float32(0.95) is not 0.95.
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+
+def setup_of(options):
+    params = [nn.Parameter(torch.arange(12.0).reshape(4, 3)), nn.Parameter(torch.ones(3))]
+    groups = [{"params": params[:1]}, {"params": params[1:], "algorithm": "adamw"}]
+    for param in params:
+        param.grad = torch.sin(param.detach())
+    return params, NorMuon(groups, **options)
+
+
+def test_what_is_no_process_group_is_refused():
+    with pytest.raises(ValueError, match=r"^process_group='world' must be a torch\.distributed"):
+        NorMuon([matrix()], process_group="world")
+
+
+def test_an_orthogonalizer_that_returns_nothing_is_named():
+    param = matrix()
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"^orthogonalizer returned NoneType for an input of"):
+        NorMuon([param], orthogonalizer=lambda x: None).step()

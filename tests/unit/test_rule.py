@@ -149,3 +149,15 @@ def test_the_short_axis_is_columns_for_wide_matrices_only():
     assert rule.neuron_dim(4, 4, "short") == -2
     assert rule.neuron_dim(4, 3, "short") == -2
     assert rule.neuron_dim(3, 4, "row") == -2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_neuron_that_barely_moves_stops_no_other_without_epsilon(dtype):
+    """Its v is subnormal; the square of 1 / sqrt(v) would be infinite, and every step zero."""
+    v = torch.tensor([[1.0, torch.finfo(dtype).tiny / 8, 4.0]], dtype=dtype)
+    per_neuron = rule.neuron_scale(v, eps=0.0)
+    assert per_neuron.tolist() == [[1.0, 0.0, 0.5]]
+    sums = rule.neuron_sums(v, per_neuron, adjust_lr_fn="match_rms_adamw")
+    # Two of three neurons have mean square 1: 0.2 sqrt(3 x 4) / sqrt(2 x 4).
+    scale = rule.step_scale(sums, m=3, n=4, num_neurons=3, adjust_lr_fn="match_rms_adamw")
+    torch.testing.assert_close(scale.item(), 0.2 * 1.5**0.5, rtol=1e-6, atol=0)

@@ -334,3 +334,30 @@ def test_a_compiled_step_is_measured():
         eager.step()
     expected = eager.statistics().to_dict()
     assert compiled.statistics().to_dict() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_group_that_has_had_no_gradient_yet_is_there():
+    """As on ranks that share parameters, where its rows are summed with the others."""
+    params = [nn.Parameter(torch.eye(4)) for _ in range(2)]
+    optimizer = NorMuon([{"params": [("first", params[0])]}, {"params": [("second", params[1])]}])
+    optimizer.record_statistics()
+    params[0].grad = torch.eye(4)
+    optimizer.step()
+    figures = optimizer.statistics().to_dict(per_matrix=True)
+    idle = {key: value for key, value in figures.items() if key.startswith(("group1", "second"))}
+    assert idle == {"group1.normuon/skipped_steps": 0.0, "second/skipped_steps": 0.0}
+
+
+def test_short_axis_of_float64_in_a_narrower_newton_schulz_is_measured():
+    """Its factors are float64 and O is bfloat16: their product is wider than O."""
+    param = nn.Parameter(torch.zeros(3, 8, dtype=torch.float64))
+    optimizer = NorMuon(
+        [param], lr=0.1, weight_decay=0.0, neuron_axis="short", ns_dtype=torch.bfloat16
+    )
+    torch.manual_seed(0)
+    param.grad = torch.randn(3, 8, dtype=torch.float64)
+    optimizer.record_statistics()
+    optimizer.step()
+    measured = optimizer.statistics().to_dict()["group0.normuon/update_rms"]
+    # Sums of 24 squares in float64 of the very numbers that are subtracted.
+    assert measured == pytest.approx(float(param.detach().square().mean().sqrt()), rel=1e-6)

@@ -16,7 +16,7 @@ from normuon.models.heads import is_base_model, last_matrix, output_heads
 from normuon.models.rules import Owner, Verdict, judge, owners_of
 from normuon.models.view import MatrixView
 from normuon.models.wrappers import bare_name, check_not_flattened
-from normuon.options import ALGORITHMS, check_options_dict
+from normuon.options import ALGORITHMS, check_matrix_param, check_options_dict
 
 Override = str | MatrixView | Mapping[str, Any]
 """An algorithm's name, a view (with `normuon`), or a dict of group options."""
@@ -105,6 +105,8 @@ def param_groups(
         if verdict is None:
             unplaced.append((name, param, owners[0]))
             continue
+        if verdict.view is not None:
+            check_matrix_param(label, param, {"algorithm": verdict.algorithm, "view": verdict.view})
         preset = dict(hidden or {}) if verdict.view is not None else {"weight_decay": 0.0}
         if verdict.view is None:
             preset.update(other or {})

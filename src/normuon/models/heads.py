@@ -161,8 +161,13 @@ def _reads(module: nn.Module) -> frozenset[int]:
 
 
 def _named_by_the_model(model: nn.Module) -> Iterator[nn.Module]:
-    """What transformers' and timm's models, wrapped or not, call their output layer."""
+    """What transformers' and timm's models, wrapped or not, call their output layer.
+
+    And what torch's adaptive softmax gives logits by: its head, and the last layer of each cluster.
+    """
     for module in model.modules():
+        if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+            yield from (module.head, *(list(cluster.children())[-1] for cluster in module.tail))
         for method in ("get_output_embeddings", "get_classifier"):
             ask = getattr(module, method, None)
             if ask is None:

@@ -275,7 +275,7 @@ def _cut(view: MatrixView, shape: tuple[int, ...]) -> tuple[MatrixBlock, ...]:
         )
     neurons = shape[view.neuron_dim]
     batch = math.prod(shape[: view.batch_dims])
-    columns = math.prod(shape[view.batch_dims :]) // neurons if neurons else 0
+    columns = math.prod([shape[dim] for dim in view.matrix_dims(len(shape), -1)])
     sizes = view.blocks or (neurons,)
     if sum(sizes) != neurons:
         raise ValueError(

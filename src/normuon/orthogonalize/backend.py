@@ -184,9 +184,10 @@ def _by_callable(x_BMN: Tensor, orthogonalizer: Orthogonalizer) -> Tensor:
     # Asked before the call, which may overwrite its argument.
     zero_B11 = largest_magnitude(x_BMN) == 0
     o_BMN = orthogonalizer(x_BMN)
-    if o_BMN.shape != x_BMN.shape:
+    if not isinstance(o_BMN, Tensor) or o_BMN.shape != x_BMN.shape:
+        found = f"shape {list(o_BMN.shape)}" if isinstance(o_BMN, Tensor) else type(o_BMN).__name__
         raise ValueError(
-            f"orthogonalizer returned shape {list(o_BMN.shape)} for an input of "
+            f"orthogonalizer returned {found} for an input of "
             f"{list(x_BMN.shape)}; it must map [B, M, N] to [B, M, N]"
         )
     # Zero has no one polar factor: an SVD gives some orthogonal matrix, and the step must be zero.

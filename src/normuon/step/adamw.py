@@ -13,6 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.adamw import adamw
 from torch.utils import _foreach_utils
 
+from normuon.options import scalar
 from normuon.step.order import GRADIENT, NONFINITE
 from normuon.step.pieces import State, local_tensor
 
@@ -162,7 +163,7 @@ def _decay_cautiously_(
 
     AdamW's step has the sign of its new first moment.
     """
-    decay = _scalar(group["lr"]) * _scalar(group["weight_decay"])
+    decay = scalar(group["lr"]) * scalar(group["weight_decay"])
     for param, grad, state in entries:
         mean = state["exp_avg"].lerp(-grad if group["maximize"] else grad, 1 - group["betas"][0])
         shrinks = param * mean >= 0
@@ -256,8 +257,9 @@ def _call(
     *,
     found_inf: Tensor | None,
 ) -> None:
-    beta1, beta2 = group["betas"]
-    lr, weight_decay = _scalar(group["lr"]), _scalar(group["weight_decay"])
+    beta1, beta2 = map(scalar, group["betas"])
+    eps = scalar(group["adamw_eps"])
+    lr, weight_decay = scalar(group["lr"]), scalar(group["weight_decay"])
     if isinstance(weight_decay, Tensor):
         # torch's kernels take a number, which the host would have to read from the tensor.
         kept = 1 - lr * weight_decay
@@ -274,7 +276,7 @@ def _call(
             lr=lr,
             betas=(beta1, beta2),
             weight_decay=weight_decay,
-            eps=group["adamw_eps"],
+            eps=eps,
             maximize=group["maximize"],
         )
         return
@@ -296,14 +298,9 @@ def _call(
         beta2=beta2,
         lr=lr,
         weight_decay=weight_decay,
-        eps=group["adamw_eps"],
+        eps=eps,
         maximize=group["maximize"],
     )
-
-
-def _scalar(value: float | Tensor) -> float | Tensor:
-    """A number, or a tensor without dims: one element with a dim would have to be on the device."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def step_multi_tensor_(

@@ -141,6 +141,7 @@ def update_row_norms(o_BMN: Tensor, factors: Sequence[Factor], rate: float | Ten
     wide = torch.promote_types(o_BMN.dtype, torch.float32)
     if -1 in by_dim:
         # One matrix at a time: the product takes as much memory as O.
+        wide = torch.promote_types(wide, by_dim[-1].dtype)
         scaled = zip(o_BMN, by_dim[-1], strict=True)
         norms = [torch.linalg.vector_norm(o_MN * f_N, dim=-1, dtype=wide) for o_MN, f_N in scaled]
         norm_BM = torch.stack(norms)

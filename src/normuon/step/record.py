@@ -65,6 +65,12 @@ class GroupRecord:
         for table in self._tables.values():
             table.zero_()
 
+    def open_(self) -> None:
+        """Has rows for all parameters, also before one of them has had a gradient."""
+        for param in self._group["params"]:
+            if not param.is_meta:
+                self._table_on(param.device)
+
     def rows_of(self, batch: PieceBatch) -> Rows:
         """The rows of a batch of whole matrices."""
         device = batch.first.param.device

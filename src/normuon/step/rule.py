@@ -150,12 +150,15 @@ def update_second_moment(v_BV: Tensor, mean_square_BV: Tensor, *, beta2: float) 
 def neuron_scale(v_BV: Tensor, *, eps: float) -> Tensor:
     """Line 5's factor per neuron, ``1 / (sqrt(v) + eps)``; 0 for a neuron that never moved.
 
+    Nor does one count as moved whose v is below the smallest normal number, 1e-38 in float32. With
+    ``eps=0`` the square of its factor, which line 6 sums, would be infinite and stop all neurons.
+
     Example:
         >>> neuron_scale(torch.tensor([[4.0, 0.0]]), eps=0.0)
         tensor([[0.5000, 0.0000]])
     """
     denominator_BV = v_BV.sqrt() + eps
-    never_moved_BV = denominator_BV == 0
+    never_moved_BV = denominator_BV < math.sqrt(torch.finfo(v_BV.dtype).tiny)
     return denominator_BV.reciprocal_().masked_fill_(never_moved_BV, 0.0)  # Alg. 1, line 5
 
 

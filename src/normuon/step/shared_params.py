@@ -143,6 +143,13 @@ class SharedParams:
         first = self.matrices[0].owner.param if self.matrices else self.vectors[0].param
         return local_tensor(first).device
 
+    def take_states(self, states: Mapping[Tensor, State]) -> None:
+        """Takes the state of each parameter anew, because some were replaced by other dicts."""
+        for matrix in self.matrices:
+            matrix.owner.state = states[matrix.owner.param]
+        for vector in self.vectors:
+            vector.state = states[vector.param]
+
     def option_lines(self) -> Iterator[str]:
         """The options of the groups as they stand now, on which ranks must agree at every step."""
         groups = {matrix.place[0]: matrix.owner.group for matrix in self.matrices}

@@ -178,7 +178,8 @@ def apply_kernel(
 def neuron_scale(second_moment, eps):
     """``1 / (sqrt(v) + eps)``; 0 for a neuron that never moved."""
     denominator = tl.sqrt(second_moment) + eps
-    return tl.where(denominator == 0, 0.0, 1.0 / denominator)
+    # The root of the smallest normal number: below it the square of the quotient is infinite.
+    return tl.where(denominator < 1.0842021724855044e-19, 0.0, 1.0 / denominator)
 
 
 @triton.jit
