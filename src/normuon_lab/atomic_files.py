@@ -27,7 +27,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes beside `path` and rename them there."""
+    """Write bytes beside `path` and rename them there; a symbolic link stays, its target is written."""
+    path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         beside.write_bytes(content)
@@ -42,8 +43,13 @@ def prove_file(path: Path, what: str) -> None:
     Raises:
         InputError: it cannot be; the message begins with `what`, such as ``"--out tuned.json"``.
     """
-    require(not os.path.isdir(path), f"{what} is a folder; give a file")
-    prove_folder(path.parent, what)
+    target = Path(os.path.realpath(path))
+    require(not os.path.isdir(target), f"{what} is a folder; give a file")
+    require(not os.path.islink(target), f"{what} is a symbolic link that leads to itself")
+    # Renaming a file onto a device or a pipe would put the file in its place.
+    is_free = not os.path.exists(target) or os.path.isfile(target)
+    require(is_free, f"{what} is a device or a pipe; give a file")
+    prove_folder(target.parent, what)
 
 
 def prove_folder(folder: Path, what: str) -> None:

@@ -32,6 +32,36 @@ EXIT_RUNS_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+MAY_BE_EMPTY = ("--prompt",)
+"""Options whose value may be an empty text; elsewhere it is a variable that a shell did not know."""
+MAX_INTEGER = 2**63 - 1
+"""Sizes and seeds are 64-bit integers wherever they are used."""
+
+_INTEGERS = tyro.constructors.ConstructorRegistry()
+
+
+@_INTEGERS.primitive_rule
+def _integer_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """Integers as Python reads them, but none beyond 64 bits."""
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: _integer(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _integer(word: str) -> int:
+    value = int(word)
+    if abs(value) > MAX_INTEGER:
+        raise ValueError(f"invalid literal for int(), beyond 64 bits: '{word}'")
+    return value
+
 
 class Runnable(Protocol):
     """A parsed command line."""
@@ -86,11 +116,12 @@ def parse(words: list[str]) -> Runnable:
     Raises:
         InputError: they are not valid; tyro's boxes become one line.
     """
+    _refuse_empty(words)
     shown = io.StringIO()
     # The defaults of these flags are those of --preset and --config, which are read first.
     defaults = {"default": default_command(words[1:])} if words[:1] == ["train"] else {}
     try:
-        with contextlib.redirect_stderr(shown):
+        with contextlib.redirect_stderr(shown), _INTEGERS:
             command: Runnable = tyro.cli(  # type: ignore[call-overload]
                 Command,
                 prog="normuon",
@@ -104,6 +135,22 @@ def parse(words: list[str]) -> Runnable:
             raise
         raise InputError(_words_for(shown.getvalue(), words)) from None
     return command
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Raise `InputError` for a value that is empty: as a path it would be the current folder."""
+    for before, word in itertools.pairwise(["", *words]):
+        option, separator, value = word.partition("=")
+        if not word:
+            option = before if before.startswith("--") else ""
+        elif value or not (separator and option.startswith("--")):
+            continue
+        if option not in MAY_BE_EMPTY:
+            name = _subcommand(words)
+            text = f"{option} is empty: give a value, or leave {option} out"
+            if not option:
+                text = f"an argument of {name} is empty: give a value"
+            raise InputError(f"{text} (see {name} --help)")
 
 
 def _words_for(box: str, words: Sequence[str]) -> str:
@@ -125,7 +172,13 @@ def _words_for(box: str, words: Sequence[str]) -> str:
     number = re.match(r"Error parsing (--\S+): .*(int\(\)|to float).*: '(.*)'$", text)
     if number:
         kind = "an integer" if number[2] == "int()" else "a number"
+        if "beyond 64 bits" in text:
+            kind = f"an integer of at most {MAX_INTEGER}"
         text = f"{number[1]} {number[3]}: give {kind}"
+    numbers = re.match(r"Error parsing (--\S+): Could not .*arguments:? \[(.*)\]", text)
+    if numbers:
+        values = " ".join(re.findall("'([^']*)'", numbers[2]))
+        text = f"{numbers[1]} {values}: give numbers within 64 bits"
     return f"{text} (see {name} --help)"
 
 

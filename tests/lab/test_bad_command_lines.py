@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,19 @@ ENTRY = [sys.executable, "-c", "from normuon_lab.entry import main; raise System
         ("inspect", None),
         ("data prepare", None),
         ("data prepare --out", None),
-        ("tune --lrs a b", "--lrs"),
+        ("tune --lrs a b", "--lrs a b: give numbers"),
+        ("evidence reproduce --seeds 1 x", "--seeds 1 x: give numbers"),
+        ("train --betas a b", "--betas a b: give numbers"),
+        ("compare --steps 99999999999999999999", "give an integer of at most 9223372036854775807"),
+        ("compare --vocab-size -99999999999999999999", "give an integer of at most"),
+        ("tune --lrs 1 2 99999999999999999999 --seeds 99999999999999999999", "--seeds 9999"),
+        ("evidence reproduce --seeds 0 99999999999999999999", "give numbers within 64 bits"),
+        ("train --out=", "--out is empty: give a value, or leave --out out"),
+        ("train --model=", "--model is empty"),
+        ("compare --tuned=", "--tuned is empty"),
+        ("train --dp-shard 0", "--dp-shard 0: give at least 1"),
+        ("train --trackers tensorboard tensorboard", "--trackers names tensorboard twice"),
+        ("train --data.workers 99999999999", "workers 99999999999: give at most 1,024"),
         ("\udcff", None),
     ],
 )
@@ -63,6 +76,65 @@ def test_it_is_one_line_and_no_traceback(words: str, said: str | None, capsys) -
     assert lines[0].endswith("--help)")
     if said is not None:
         assert said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", ""], "an argument of normuon plan is empty: give a value"),
+        (["export", "run", ""], "an argument of normuon export is empty"),
+        (["compare", "--data", "a.txt", ""], "an argument of normuon compare is empty"),
+        (["train", "--out", ""], "--out is empty: give a value, or leave --out out"),
+        (["train", "--preset", ""], "--preset is empty"),
+        (["data", "prepare", "stdlib", "--out", ""], "--out is empty"),
+    ],
+)
+def test_an_empty_value_is_not_the_current_folder(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """`--out "$OUT"` with a misspelt variable wrote the run into the current folder."""
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"normuon: error: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_is_a_prompt(tmp_path: Path, capsys) -> None:
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out"), "--prompt", ""]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train --num-ranks 4", "--num-ranks goes with --dry-run; torchrun starts the ranks"),
+        ("train --mfu 0.5", "--mfu goes with --dry-run"),
+        ("train --mfu 2 --dry-run", "--mfu 2.0: give a share of the peak, at most 1"),
+        ("bench --shapes 8x8 --seconds 5", "--seconds goes with --suite gpu"),
+        ("bench --shapes 8x8 --no-tests", "--no-tests goes with --suite gpu"),
+        ("bench --suite gpu --no-peers", "--no-peers is not for --suite gpu"),
+        ("bench --suite gpu --repeats 3", "--repeats is not for --suite gpu"),
+        ("bench --suite gpu --device cpu --models foo", "foo is neither a preset"),
+        ("bench --suite gpu --lr nan", "--lr nan: give a positive number"),
+        ("compare --seeds 1001", "seeds from 1000 on are for tuning"),
+        ("tune --seeds 1001", "--seeds must be at most 1000, got 1001"),
+        ("compare --arms adamw --lr adamw=0.1 --tuned x", "--tuned x is not needed: --lr gives"),
+        ("train --data.source stream:", "write stream:GLOB"),
+        ("data prepare stdlib --out x --shard-tokens 0", "--shard-tokens 0: give at least 1"),
+    ],
+)
+def test_no_option_is_passed_over_in_silence(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("normuon: error: ")
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_version(capsys) -> None:

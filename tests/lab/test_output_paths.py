@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,47 @@ def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "the user's"
 
 
+def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+    target, link = tmp_path / "elsewhere" / "file.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    prove_file(link, "--out link.json")
+    write_json(link, {"a": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"a": 1}
+
+
+def test_only_a_file_is_replaced(tmp_path: Path) -> None:
+    """Renaming onto a device, as root may, would put a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"^--out x is a device or a pipe; give a file$"):
+        prove_file(tmp_path / "pipe", "--out x")
+    with pytest.raises(InputError, match=r"^--out x is a device or a pipe; give a file$"):
+        prove_file(Path("/dev/null"), "--out x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"^--out x is a symbolic link that leads to itself$"):
+        prove_file(tmp_path / "loop", "--out x")
+
+
+@pytest.mark.parametrize("words", [["plan", "llama-tiny", "--html"], ["tune", "--out"]])
+def test_a_command_replaces_no_pipe(words: list[str], tmp_path: Path, capsys) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert main([*words, str(tmp_path / "pipe")]) == 2
+    assert "is a device or a pipe; give a file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_storage_of_another_kind_is_one_line(
+    tmp_path: Path, tiny_options: list[str], capsys
+) -> None:
+    storage = tmp_path / "sweep.db"
+    storage.write_text("no database at all\n" * 100)
+    words = ["sweep", *tiny_options, "--arms", "adamw", "--storage", str(storage)]
+    assert main([*words, "--out", str(tmp_path / "sweep.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--storage {storage} is no database of Optuna: file is not a database")
+    assert storage.read_text() == "no database at all\n" * 100
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -58,6 +100,10 @@ def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:
         ["bench", "--suite", "gpu", "--device", "cpu", "--out", "FILE/suite"],
         ["train", "--preset", "llama-tiny", "--out", "FILE/run"],
         ["data", "prepare", "stdlib", "--out", "FILE/data"],
+        ["evidence", "run", "--results", "FILE/results"],
+        ["evidence", "rivals", "--results", "FILE/results"],
+        ["evidence", "table2", "--results", "FILE/results"],
+        ["train", "--preset", "llama-tiny", "--data.cache", "FILE/cache", "--out", "run"],
         ["plan", "gpt2-124m", "--mesh", "dp_shard=2", "--html", "FILE/plan.html"],
     ],
     ids=" ".join,
@@ -72,7 +118,8 @@ def test_a_path_below_a_file_is_refused_before_any_work(
     assert shown.out == ""
     (line,) = shown.err.splitlines()
     assert line.startswith("normuon: error: ")
-    assert "FILE" in line
+    option = words[next(at for at, word in enumerate(words) if word.startswith("FILE")) - 1]
+    assert f"{option} FILE/" in line
     assert Path("FILE").read_text() == "the user's"
     assert {path.name for path in tmp_path.iterdir()} <= {"FILE"}
 

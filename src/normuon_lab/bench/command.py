@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from normuon_lab.command_line import recorded_command
-from normuon_lab.errors import require
+from normuon_lab.errors import InputError, flag, require
 
 if TYPE_CHECKING:
     from normuon_lab.bench.matrices import MatrixClass
 
 MAX_ROUNDS = 1000
+MAX_THREADS = 1024
+
+
+_SUITE_ONLY = ("seconds", "parts", "models", "tests", "tokens_per_step", "lr")
+
+
+def _typed(name: str) -> str:
+    """How an option that differs from its default was typed."""
+    return flag(f"no_{name}" if name in ("peers", "polar", "tests") else name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,8 @@ class BenchCommand:
     """With --suite: seconds for the whole run."""
     parts: tuple[str, ...] = ()
     """With --suite: only these of machine, tests, step, accuracy, training and comparison."""
+    models: tuple[str, ...] = ()
+    """With --suite: of the step table, in place of its own: names as for --model."""
     tests: bool = True
     """With --suite: --no-tests leaves tests/gpu out."""
     tokens_per_step: int = 65_536
@@ -126,14 +137,20 @@ class BenchCommand:
         from normuon_lab.bench.suite.options import SuiteOptions
         from normuon_lab.bench.suite.run import exit_code, run_suite
 
-        for name in ("model", "shapes", "layers"):
-            require(getattr(self, name) is None, f"--{name} is not for --suite {self.suite}")
         shared = {one.name for one in fields(SuiteOptions)} & {one.name for one in fields(self)}
-        given = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
+        for name in self._given() - shared - {"suite"}:
+            raise InputError(f"{_typed(name)} is not for --suite {self.suite}")
+        given = {name: getattr(self, name) for name in shared & self._given()}
         return exit_code(run_suite(SuiteOptions(**given, command=recorded_command())))
+
+    def _given(self) -> set[str]:
+        """Names of the options that differ from their defaults."""
+        return {one.name for one in fields(self) if getattr(self, one.name) != one.default}
 
     def _check(self) -> None:
         """Checks that do not depend on the machine."""
+        for name in _SUITE_ONLY:
+            require(name not in self._given(), f"{_typed(name)} goes with --suite gpu")
         require(
             (self.model is None) != (self.shapes is None),
             "give either --model or --shapes, such as --model gpt2-124m --layers 2",
@@ -145,6 +162,9 @@ class BenchCommand:
         for name in ("layers", "threads"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} {value}: give at least 1")
+        is_few = self.threads is None or self.threads <= MAX_THREADS
+        require(is_few, f"--threads {self.threads}: give at most {MAX_THREADS:,}")
+        require(self.seed >= 0, f"--seed {self.seed}: give at least 0")
         require(
             1 <= self.repeats <= MAX_ROUNDS, f"--repeats {self.repeats}: give 1 to {MAX_ROUNDS}"
         )

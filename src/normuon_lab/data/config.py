@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from normuon_lab.errors import require
 
+MAX_PROCESSES = 1024
+"""A typing error should not start more processes than a machine can hold."""
 DEFAULT_SHARD_TOKENS = 100_000_000
 """Tokens in a shard, modded-nanogpt's number: files of 200 MB."""
 
@@ -69,3 +71,7 @@ class DataConfig:
             value = getattr(self, name)
             label = name.replace("_", "-")
             require(value is None or value >= 1, f"{label} {value}: give at least 1")
+        for name in ("workers", "processes"):
+            value = getattr(self, name)
+            is_few = value is None or value <= MAX_PROCESSES
+            require(is_few, f"{name} {value}: give at most {MAX_PROCESSES:,}")

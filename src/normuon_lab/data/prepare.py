@@ -65,7 +65,7 @@ class PrepareRequest:
     shard_tokens: int = DEFAULT_SHARD_TOKENS
 
     def __post_init__(self) -> None:
-        require(self.shard_tokens >= 1, f"shard_tokens {self.shard_tokens}: give at least 1")
+        require(self.shard_tokens >= 1, f"--shard-tokens {self.shard_tokens}: give at least 1")
 
 
 def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from normuon_lab.atomic_files import prove_folder
 from normuon_lab.data.batches import BatchShare, LoadedBatch, PretrainData, TrainBatches
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.documents import PARTS
@@ -41,6 +42,7 @@ class OpenedShards:
 def prepare_in_cache(config: DataConfig, source: TextFiles) -> Path:
     """Tokenise text into the cache, unless it is there, and return its folder."""
     root = cache_folder(config)
+    prove_folder(root, f"--data.cache {root}")
     request = PrepareRequest(config=config, out=root)
     tokenizer = load_tokenizer(config.tokenizer, separator=config.separator)
     job = describe_job(request, source, tokenizer)

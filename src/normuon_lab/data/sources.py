@@ -213,6 +213,7 @@ def _stream(word: str) -> Stream:
         name, _, config = word.removeprefix(HUB_PREFIX).partition(":")
         require(bool(name), f"{word}: write hub:NAME or hub:NAME:CONFIG")
         return Stream(name, config or None, ())
+    require(word != STREAM_PREFIX, f"{word}: write stream:GLOB, such as 'stream:data/*.jsonl'")
     paths = _matching_files([word.removeprefix(STREAM_PREFIX)])
     builders = {builder_of(path) for path in paths}
     require(

@@ -124,6 +124,8 @@ class PlanCommand:
         )
         require(self.bucket_bytes >= 1, f"--bucket-bytes {self.bucket_bytes}: give at least 1")
         if self.html is not None:
-            require(not self.html.is_dir(), f"--html {self.html} is a folder; give a file")
+            from normuon_lab.atomic_files import prove_file
+
             folder = self.html.parent
             require(folder.is_dir(), f"--html {self.html}: there is no folder {folder}")
+            prove_file(self.html, f"--html {self.html}")

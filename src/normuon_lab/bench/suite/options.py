@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,9 +62,13 @@ class SuiteOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
-        require(self.seconds > 0, f"--seconds {self.seconds}: give more than 0")
-        require(self.lr > 0, f"--lr {self.lr}: give more than 0")
-        require(self.tokens_per_step >= 1, f"--tokens-per-step {self.tokens_per_step}: at least 1")
+        for name in ("seconds", "lr"):
+            value = getattr(self, name)
+            is_good = 0 < value < math.inf
+            require(is_good, f"--{name} {value}: give a positive number")
+        tokens = self.tokens_per_step
+        require(tokens >= 1, f"--tokens-per-step {tokens}: give at least 1")
+        require(self.seed >= 0, f"--seed {self.seed}: give at least 0")
         require(bool(self.models), "--models: give at least one")
         unknown = sorted(set(self.parts) - set(PARTS))
         require(not unknown, f"--parts {' '.join(unknown)}: known are {', '.join(PARTS)}")

@@ -28,6 +28,7 @@ from normuon_lab.bench.suite.options import (
     NOT_RUN,
     PARTS,
     SuiteOptions,
+    matrices_of,
 )
 from normuon_lab.bench.suite.record import (
     json_path,
@@ -54,10 +55,12 @@ def run_suite(options: SuiteOptions, *, start: Start | None = None) -> dict[str,
     """Runs every part, by default in a process each; returns what gpu.json holds in the end.
 
     Raises:
-        InputError: there is no such device, or the folder cannot be made.
+        InputError: there is no such device or model, or the folder cannot be made.
     """
     has_cuda = torch.cuda.is_available()
     require(has_cuda or options.device != "cuda", "--device cuda: torch finds no CUDA device")
+    for model in options.models:
+        matrices_of(model, tiny=True)
     device = torch.device("cuda:0" if has_cuda and options.device != "cpu" else "cpu")
     prove_folder(options.out, f"--out {options.out}")
     page_path(options.out).unlink(missing_ok=True)

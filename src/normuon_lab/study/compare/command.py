@@ -8,7 +8,7 @@ from pathlib import Path
 
 from normuon_lab.errors import require
 from normuon_lab.train.arms.registry import MAIN_ARMS, check_arms
-from normuon_lab.train.runs.config import ExperimentOptions
+from normuon_lab.train.runs.config import FIRST_TUNING_SEED, ExperimentOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,11 @@ class CompareCommand(ExperimentOptions):
         rates = parse_rates(self.lr)
         check_arms(self.arms)
         require(self.seeds >= 1, f"--seeds must be at least 1, got {self.seeds}")
+        require(
+            self.seeds <= FIRST_TUNING_SEED,
+            f"--seeds must be at most {FIRST_TUNING_SEED}, got {self.seeds}: seeds from "
+            f"{FIRST_TUNING_SEED} on are for tuning",
+        )
         for arm in rates:
             require(arm in self.arms, f"--lr {arm}=...: {arm} is not among the arms")
         from rich.console import Console

@@ -42,7 +42,12 @@ def planned(
         # Validates it, before anything is read or written.
         RunSpec(arm=arm, seed=0, learning_rate=value)
         chosen[arm] = {"value": value, "source": "given on the command line", "trials": []}
-    if untuned := [arm for arm in arms if arm not in chosen]:
+    untuned = [arm for arm in arms if arm not in chosen]
+    require(
+        bool(untuned) or tuned_path is None,
+        f"--tuned {tuned_path} is not needed: --lr gives every arm's rate; leave one of them out",
+    )
+    if untuned:
         tuned = TunedRates.load(tuned_path)
         shared = sorted(set(tuned.seeds) & set(seeds))
         require(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from normuon_lab.atomic_files import prove_folder
 from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import RunsFailedError, require
 
@@ -46,6 +47,7 @@ class RunEvidence:
         for arm in self.arms:
             known = any(arm in cell.arms for cell in cells)
             require(known, f"no cell of {', '.join(cell.name for cell in cells)} has the arm {arm}")
+        prove_folder(self.results, f"--results {self.results}")
         for cell in cells:
             arms = [arm for arm in cell.arms if not self.arms or arm in self.arms]
             if "tune" in self.stages:
@@ -90,6 +92,7 @@ class RunRivals:
         console = Console()
         for arm in self.arms:
             require(arm in RECENT_RIVALS, f"{arm} is not one of {', '.join(RECENT_RIVALS)}")
+        prove_folder(self.results, f"--results {self.results}")
         for cell in [cell_of(name) for name in self.cells or RECENT_CELLS]:
             arms = self.arms or RECENT_CELLS.get(cell.name, RECENT_RIVALS)
             if "tune" in self.stages:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.atomic_files import read_json, write_json
+from normuon_lab.atomic_files import prove_file, read_json, write_json
 from normuon_lab.bench.measure import (
     profile_step,
     quartiles,
@@ -97,6 +97,7 @@ def write_table2(
     Other cells in the file are kept; `command` is the command line, for the record.
     """
     path = results / FILE
+    prove_file(path, f"--results {results}")
     known = read_table2(results)
     measured = dict(known["cells"]) if known else {}
     for cell in cells:
@@ -107,7 +108,6 @@ def write_table2(
             "machine": describe_machine(num_workers=1),
             **measure_arms(cell, cell.arms, rounds=rounds),
         }
-    results.mkdir(parents=True, exist_ok=True)
     write_json(path, {"schema_version": SCHEMA_VERSION, "kind": KIND, "cells": measured})
 
 

@@ -17,12 +17,9 @@ from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine
 from normuon_lab.study.search.space import Place, Setting, Trial
 from normuon_lab.train.arms.registry import check_arms
-from normuon_lab.train.runs.config import Experiment, RunSpec
+from normuon_lab.train.runs.config import FIRST_TUNING_SEED, Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord, objective
 from normuon_lab.train.runs.tasks import Task, load_task
-
-FIRST_TUNING_SEED = 1000
-"""Far from the seeds that a claim uses, which count from 0."""
 
 Tried = Mapping[str, Sequence[Trial]]
 """By arm, in the order in which trials were made."""
@@ -34,9 +31,12 @@ def tuning_seeds(number: int) -> tuple[int, ...]:
     """So many seeds that no claim uses.
 
     Raises:
-        InputError: `number` is not positive.
+        InputError: `number` is not positive, or far more than anyone can run.
     """
     require(number >= 1, f"--seeds must be at least 1, got {number}")
+    require(
+        number <= FIRST_TUNING_SEED, f"--seeds must be at most {FIRST_TUNING_SEED}, got {number}"
+    )
     return tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + number))
 
 

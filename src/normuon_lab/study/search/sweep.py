@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from normuon_lab.atomic_files import prove_file, read_json
 from normuon_lab.config_difference import first_difference
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, first_line, require
 from normuon_lab.machine import utc_now
 from normuon_lab.study.search.lattice import best_place, is_interior, next_round
 from normuon_lab.study.search.searching import SearchRequest, Tried
@@ -34,16 +34,27 @@ class Studies:
     Args:
         storage: the SQLite file; made if it is not there.
         name: of the sweep; a study is called ``<name>/<arm>``.
+
+    Raises:
+        InputError: the file is of another kind, or cannot be read or written.
     """
 
     def __init__(self, storage: Path, name: str) -> None:
         # Optuna takes a second to import, which reading a file should not wait for.
         import optuna
+        from sqlalchemy.exc import DatabaseError
 
         self._optuna = optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         storage.parent.mkdir(parents=True, exist_ok=True)
-        self._storage = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+        try:
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{storage}")
+        except (
+            DatabaseError,
+            RuntimeError,
+        ) as error:  # RuntimeError: of another version of Optuna.
+            cause = first_line(getattr(error, "orig", None) or error)
+            raise InputError(f"--storage {storage} is no database of Optuna: {cause}") from None
         self._name = name
 
     def trials(self, arm: str) -> list[Trial]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from normuon_lab.errors import require
+from normuon_lab.errors import flag, require
 from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
 from normuon_lab.train.pretrain.settings import DEFAULT_PRESET, merged, pretrain_preset, read_values
 
@@ -46,6 +46,13 @@ class Train:
     def run(self) -> int:
         """Run the command and return its exit code."""
         require(self.dry_run or not self.json, "--json goes with --dry-run")
+        for given in fields(Hardware):
+            is_default = getattr(self.hardware, given.name) == given.default
+            require(
+                self.dry_run or is_default,
+                f"{flag(given.name)} goes with --dry-run"
+                + ("; torchrun starts the ranks of a run" if given.name == "num_ranks" else ""),
+            )
         from rich.console import Console
 
         if self.dry_run:

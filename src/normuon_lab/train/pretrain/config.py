@@ -168,7 +168,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, dp_replicate=1, tp=1)
-        require(self.dp_shard is None or self.dp_shard >= 1, "dp_shard: give at least 1")
+        if self.dp_shard is not None:
+            _require_at_least(self, dp_shard=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +223,7 @@ class MetricsConfig:
             require(
                 name in TRACKERS, f"unknown tracker {name!r}: choose from {', '.join(TRACKERS)}"
             )
+            require(self.trackers.count(name) == 1, f"--trackers names {name} twice")
         is_known = self.diagnose == "off" or self.diagnose_every > 0
         require(is_known, f"--diagnose {self.diagnose}: give every=N, such as every=100, or off")
 
@@ -237,15 +239,16 @@ class Hardware:
     """The hardware that --dry-run assumes, besides --device-tflops."""
 
     num_ranks: int = 8
-    """Number of devices, unless --dp-shard gives it."""
+    """--dry-run: number of devices, unless --dp-shard gives it."""
     bandwidth: float = 50.0
-    """GB/s that one device sends."""
+    """--dry-run: GB/s that one device sends."""
     mfu: float = 0.4
-    """Share of the peak that forward and backward reach."""
+    """--dry-run: share of the peak that forward and backward reach."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, num_ranks=1)
         _require_positive(self, "bandwidth", "mfu")
+        require(self.mfu <= 1, f"--mfu {self.mfu}: give a share of the peak, at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,8 @@ SCHEDULES = ("linear", "constant")
 TOKENIZERS = ("bytes", "bpe")
 WEIGHT_DTYPES = ("float32", "bfloat16")
 NUM_BYTES = 256
+FIRST_TUNING_SEED = 1000
+"""Tuning counts its seeds from here, and a claim from 0, so that they stay apart."""
 # Token arrays are uint16.
 MAX_BPE_TOKENS = 2**16
 
