@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from normuon_lab.errors import InputError, require
+from normuon_lab.errors import InputError, in_words, require
 
 PROBE = ".normuon."
 """Prefix of the temporary files that check whether a folder can be written."""
@@ -27,7 +28,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write bytes beside `path` and rename them there; a symbolic link stays, its target is written."""
+    """Write bytes beside `path` and rename them there; of a symbolic link, beside its target."""
     path = Path(os.path.realpath(path))
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
@@ -78,10 +79,12 @@ def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
         InputError: it is unreadable, of another kind, or of another schema version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # An editor may have put a byte order mark in front.
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON") from error
     found = values.get("kind") if isinstance(values, dict) else None
     require(found == kind, f"{path} was not written by `{kind}`")
@@ -91,3 +94,22 @@ def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
         f"{path} has schema version {version}; this version of normuon reads {schema_version}",
     )
     return dict(values)
+
+
+@contextmanager
+def damage_named(path: Path | str) -> Iterator[None]:
+    """Around what takes a file of ours apart: an entry that is missing or odd is one line.
+
+    Raises:
+        InputError: names the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {in_words(error)}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -32,8 +32,9 @@ EXIT_RUNS_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-MAY_BE_EMPTY = ("--prompt",)
-"""Options whose value may be an empty text; elsewhere it is a variable that a shell did not know."""
+MAY_BE_EMPTY = ("--prompt", "--mesh")
+"""Options that take an empty value, or say what to write instead; elsewhere it is most likely a
+variable which the shell did not know."""
 MAX_INTEGER = 2**63 - 1
 """Sizes and seeds are 64-bit integers wherever they are used."""
 

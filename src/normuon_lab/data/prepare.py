@@ -15,7 +15,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from normuon_lab.atomic_files import PROBE, prove_folder, read_json, write_json, write_text
+from normuon_lab.atomic_files import (
+    PROBE,
+    damage_named,
+    prove_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from normuon_lab.config_difference import first_difference
 from normuon_lab.data.config import DEFAULT_SHARD_TOKENS, DataConfig
 from normuon_lab.data.documents import PARTS, Document, DocumentReader, document_groups
@@ -108,6 +115,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: it is unreadable, or a shard is missing or has another size.
     """
     manifest = read_json(folder / MANIFEST, kind=KIND, schema_version=SCHEMA_VERSION)
+    with damage_named(folder / MANIFEST):
+        _check_manifest(folder, manifest)
+    return manifest
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    tokenizer, parts = manifest["tokenizer"], [manifest["parts"][part] for part in PARTS]
+    shards = [shard for part in parts for shard in part["shards"]]
+    texts = [tokenizer["name"], manifest["fingerprint"], *(shard["sha256"] for shard in shards)]
+    numbers = [manifest["documents"], tokenizer["vocab_size"], tokenizer["separator_id"]]
+    numbers += [entry["tokens"] for entry in (*parts, *shards)]
+    require(
+        isinstance(manifest["job"], dict)
+        and all(isinstance(text, str) for text in texts)
+        and all(type(number) is int for number in numbers),
+        f"{folder / MANIFEST} is damaged: an entry is of another type",
+    )
     for part in PARTS:
         for shard in manifest["parts"][part]["shards"]:
             path = folder / shard["file"]
@@ -120,7 +144,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{size} bytes, and the manifest says {expected}; prepare it again (normuon data "
                 "prepare) or copy it again",
             )
-    return manifest
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -189,18 +212,19 @@ class _Preparation:
         self._out = request.out
         self._reader = DocumentReader(document_groups(request.config, source))
         saved = self._load_progress()
-        if saved is not None:
-            self._reader.load_state_dict(saved["reader"])
-        self._documents = saved["documents"] if saved is not None else 0
-        self._writers = {
-            part: ShardWriter(
-                self._out,
-                part,
-                shard_tokens=request.shard_tokens,
-                state=saved["writers"][part] if saved is not None else None,
-            )
-            for part in PARTS
-        }
+        with damage_named(self._out / PROGRESS):
+            if saved is not None:
+                self._reader.load_state_dict(saved["reader"])
+            self._documents = saved["documents"] if saved is not None else 0
+            self._writers = {
+                part: ShardWriter(
+                    self._out,
+                    part,
+                    shard_tokens=request.shard_tokens,
+                    state=saved["writers"][part] if saved is not None else None,
+                )
+                for part in PARTS
+            }
         self._saved_tokens = self._num_tokens
         if saved is None:
             # From the first moment on the folder says that it is unfinished.
@@ -254,7 +278,8 @@ class _Preparation:
         if not path.exists():
             return None
         saved = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
-        _check_same_job(self._out, saved["job"], self._job)
+        with damage_named(path):
+            _check_same_job(self._out, saved["job"], self._job)
         return saved
 
     def _write_manifest(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from normuon_lab.atomic_files import write_json, write_text
+from normuon_lab.atomic_files import damage_named, write_json, write_text
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.study.compare.results import REPORT_FILE, RESULTS_FILE, Results, open_results
@@ -48,20 +48,7 @@ def planned(
         f"--tuned {tuned_path} is not needed: --lr gives every arm's rate; leave one of them out",
     )
     if untuned:
-        tuned = TunedRates.load(tuned_path)
-        shared = sorted(set(tuned.seeds) & set(seeds))
-        require(
-            not shared,
-            f"{tuned.source} was tuned on seed {shared[0] if shared else ''}, which this "
-            "comparison uses too: tune on other seeds",
-        )
-        for arm in untuned:
-            chosen[arm] = {
-                "value": tuned.learning_rate(arm),
-                "source": tuned.summary(arm, experiment, task.digest),
-                "trials": tuned.values["arms"][arm]["trials"],
-                "command": tuned.values.get("command"),
-            }
+        chosen |= _tuned_rates(untuned, seeds, tuned_path, experiment, task)
     return Results(
         config={
             "arms": list(arms),
@@ -74,6 +61,33 @@ def planned(
         machine={},
         created=utc_now(),
     )
+
+
+def _tuned_rates(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    path: str | None,
+    experiment: Experiment,
+    task: Task,
+) -> dict[str, dict[str, Any]]:
+    """The entries of `learning_rates` for arms whose rates were tuned."""
+    tuned = TunedRates.load(path)
+    with damage_named(tuned.source):
+        shared = sorted(set(tuned.seeds) & set(seeds))
+        require(
+            not shared,
+            f"{tuned.source} was tuned on seed {shared[0] if shared else ''}, which this "
+            "comparison uses too: tune on other seeds",
+        )
+        return {
+            arm: {
+                "value": tuned.learning_rate(arm),
+                "source": tuned.summary(arm, experiment, task.digest),
+                "trials": tuned.values["arms"][arm]["trials"],
+                "command": tuned.values.get("command"),
+            }
+            for arm in arms
+        }
 
 
 def run_comparison(

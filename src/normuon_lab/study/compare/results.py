@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import prove_folder, read_json
+from normuon_lab.atomic_files import damage_named, prove_folder, read_json
 from normuon_lab.command_line import command_with
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
@@ -158,7 +158,7 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
         )
         prove_folder(out, f"--out {out}")
         return new
-    old = Results.from_json(read_json(path, kind=KIND, schema_version=SCHEMA_VERSION))
+    old = _read_results(path)
     difference = first_difference(old.config, new.config)
     if difference is not None:
         name, before, after = difference
@@ -166,6 +166,8 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
             f"--out {out} holds results made with {_shown(name, before)}, not "
             f"{_shown(name, after)}; give the same, or another --out"
         )
+    is_whole = old.learning_rates.keys() == new.learning_rates.keys()
+    require(is_whole, f"{path} is damaged: it lacks the learning rate of an arm")
     require(
         old.corpus["sha256"] == new.corpus["sha256"],
         f"--out {out} holds results made from another text (SHA-256 {old.corpus['sha256'][:12]}"
@@ -177,6 +179,19 @@ def open_results(out: Path, new: Results, *, resume: bool) -> Results:
         f"this comparison; continue with: {command_with('--resume')}, or give another --out",
     )
     return old
+
+
+def _read_results(path: Path) -> Results:
+    values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+    with damage_named(path):
+        results = Results.from_json(values)
+        # The analysis goes through every run.
+        results.to_json()
+        for rate in results.learning_rates.values():
+            require(isinstance(rate["source"], str), f"{path} does not say where a rate is from")
+            _ = float(rate["value"]), list(rate["trials"])
+        require(isinstance(results.corpus["sha256"], str), f"{path} does not name its text")
+    return results
 
 
 def _plain(found: Comparison | PointsBetween) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json, write_text
+from normuon_lab.atomic_files import damage_named, read_json, write_text
 from normuon_lab.train.runs.records import RunRecord
 
 KIND = "normuon evidence run"
@@ -88,18 +88,19 @@ def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[Stored
     found = []
     for path in sorted((folder / cell / FOLDERS[purpose]).glob("*.json")):
         values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
-        varied = (values["parameter"], values["value"]) if "parameter" in values else None
-        record = RunRecord.from_json(values["run"])
-        found.append(
-            StoredRun(
-                cell=cell,
-                purpose=purpose,
-                record=record,
-                varied=varied,
-                processor=_processor(values["machine"]),
-                corpus_digest=values["corpus"].get("sha256", ""),
+        with damage_named(path):
+            varied = (values["parameter"], values["value"]) if "parameter" in values else None
+            record = RunRecord.from_json(values["run"])
+            found.append(
+                StoredRun(
+                    cell=cell,
+                    purpose=purpose,
+                    record=record,
+                    varied=varied,
+                    processor=_processor(values["machine"]),
+                    corpus_digest=values["corpus"].get("sha256", ""),
+                )
             )
-        )
     return found
 
 

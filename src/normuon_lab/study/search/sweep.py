@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normuon_lab.atomic_files import prove_file, read_json
+from normuon_lab.atomic_files import damage_named, prove_file, read_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, first_line, require
 from normuon_lab.machine import utc_now
@@ -152,9 +152,12 @@ class SweepRequest(SearchRequest):
             return new
         old = read_json(self.out, kind=KIND, schema_version=SCHEMA_VERSION)
         compared = ("seeds", "config", "corpus")
-        difference = first_difference(
-            {key: old[key] for key in compared}, {key: new[key] for key in compared}
-        )
+        with damage_named(self.out):
+            difference = first_difference(
+                {key: old[key] for key in compared}, {key: new[key] for key in compared}
+            )
+            for values in old["arms"].values():
+                list(map(Trial.from_json, values["trials"]))
         if difference is not None:
             name, before, after = difference
             raise InputError(
@@ -196,7 +199,8 @@ def read_tuned_arms(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     contents = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
-    return {name: arm for name, arm in contents["arms"].items() if arm["trials"]}
+    with damage_named(path):
+        return {name: arm for name, arm in contents["arms"].items() if arm["trials"]}
 
 
 def _losses(trials: Sequence[Trial]) -> dict[Place, float]:

@@ -190,7 +190,12 @@ class TunedRates:
                 f"{self.source} has no learning rate for {arm}: give --lr {arm}=VALUE, "
                 f"or tune it with `normuon tune --arms {arm}`"
             )
-        return float(self.values["arms"][arm]["learning_rate"])
+        found = self.values["arms"][arm]
+        require(
+            found["mean_final_loss"] is not None,
+            f"{self.source}: every learning rate of {arm} diverged; tune again with lower --lrs",
+        )
+        return float(found["learning_rate"])
 
     def summary(self, arm: str, experiment: Experiment, corpus_digest: str) -> str:
         """One sentence: how the rate of `arm` was chosen, and whether for this experiment."""
