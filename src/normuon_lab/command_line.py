@@ -30,10 +30,10 @@ def command_with(option: str, words: Sequence[str] | None = None) -> str:
         # make takes a dollar as the beginning of a variable.
         arguments = shlex.join([*words[1:], option]).replace("$", "$$")
         return f"make {target} ARGS={shlex.quote(arguments)}"
-    return f"{_program()} {shlex.join([*words, option])}"
+    return f"{program()} {shlex.join([*words, option])}"
 
 
-def _program() -> str:
+def program() -> str:
     """How a shell finds this program: by name on the PATH, or by the path of this call."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":

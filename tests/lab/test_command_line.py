@@ -51,6 +51,23 @@ def test_the_module_is_called_as_a_module(monkeypatch: pytest.MonkeyPatch) -> No
     assert command_with("--resume") == f"{sys.executable} -m normuon_lab compare --resume"
 
 
+def test_a_run_is_resumed_by_the_program_that_began_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `normuon train` prints after Ctrl-C named a `normuon` that need not be on the PATH."""
+    from normuon_lab.train.pretrain.training import _resume_command
+
+    options = "train --config 'a run/config.toml' --out 'a run' --resume auto"
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.argv", ["/somewhere/normuon_lab/__main__.py", "train"])
+    assert _resume_command(Path("a run")) == f"{sys.executable} -m normuon_lab {options}"
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "venv" / "normuon"), "train"])
+    assert _resume_command(Path("a run")) == f"{tmp_path}/venv/normuon {options}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _resume_command(Path("a run")).startswith("torchrun --nproc-per-node 2 -m normuon_lab")
+
+
 def test_make_is_called_by_its_target_and_a_shell_gives_the_words_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

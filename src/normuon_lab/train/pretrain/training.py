@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from normuon_lab.command_line import program
 from normuon_lab.data.batches import PretrainData
 from normuon_lab.data.loading import open_data
 from normuon_lab.errors import counted, require
@@ -160,13 +161,14 @@ def _resume_command(out: Path) -> str:
     # torchrun tells its processes.
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    program = ["normuon"]
+    command = program()
     if world_size > 1:
         num_nodes = world_size // ranks_per_node
         nodes = ["--nnodes", str(num_nodes)] if num_nodes > 1 else []
-        program = ["torchrun", *nodes, "--nproc-per-node", str(ranks_per_node), "-m", "normuon_lab"]
+        words = ["torchrun", *nodes, "--nproc-per-node", str(ranks_per_node), "-m", "normuon_lab"]
+        command = shlex.join(words)
     options = ["--config", str(out / CONFIG_FILE), "--out", str(out), "--resume", "auto"]
-    return shlex.join([*program, "train", *options])
+    return f"{command} {shlex.join(['train', *options])}"
 
 
 def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> None:
