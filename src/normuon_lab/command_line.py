@@ -36,7 +36,7 @@ def command_with(option: str, words: Sequence[str] | None = None) -> str:
 def program() -> str:
     """How a shell finds this program: by name on the PATH, or by the path of this call."""
     called = Path(sys.argv[0])
-    if called.name == "__main__.py":
+    if called.parts[-2:] == (__package__, "__main__.py"):
         return f"{_by_name_or_path(Path(sys.executable))} -m normuon_lab"
     if called.name == "normuon":
         return _by_name_or_path(called)
