@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -152,3 +153,45 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     running.stdout.close()
     assert "Traceback" not in running.stderr.read()
     assert running.wait(timeout=120) == 141
+
+
+def test_a_reader_that_leaves_a_table_is_no_error() -> None:
+    """As `normuon plan gpt2-124m | head -1` does; rich would exit with 1."""
+    running = subprocess.Popen(
+        [*ENTRY, "plan", "llama-tiny"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stderr is not None
+    running.stdout.close()
+    assert running.stderr.read() == ""
+    assert running.wait(timeout=120) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["plan", "llama-tiny"], ["--version"]])
+def test_an_output_that_is_full_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*ENTRY, *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.stderr == "normuon: error: No space left on device\n"
+    assert ended.returncode == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "llama-tiny"]])
+def test_an_output_in_ascii_is_written(words: list[str]) -> None:
+    ended = subprocess.run(
+        [*ENTRY, *words],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "40"},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.isascii()
+    assert ended.stderr == b""
