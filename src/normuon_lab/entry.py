@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = f": {error.filename}" if error.filename else ""
         print(f"normuon: error: {error.strerror or error}{named}", file=sys.stderr)
         try:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except OSError:
             _write_no_more()
         return EXIT_FAILED
