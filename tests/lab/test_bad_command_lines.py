@@ -117,7 +117,7 @@ def test_an_empty_prompt_is_a_prompt(tmp_path: Path, capsys) -> None:
         ("bench --suite gpu --no-peers", "--no-peers is not for --suite gpu"),
         ("bench --suite gpu --repeats 3", "--repeats is not for --suite gpu"),
         ("bench --suite gpu --device cpu --models foo", "foo is neither a preset"),
-        ("bench --suite gpu --lr nan", "--lr nan: give a positive number"),
+        ("bench --suite gpu --lr nan", "--lr nan: give a finite number, more than 0"),
         ("compare --seeds 1001", "seeds from 1000 on are for tuning"),
         ("tune --seeds 1001", "--seeds must be at most 1000, got 1001"),
         ("compare --arms adamw --lr adamw=0.1 --tuned x", "--tuned x is not needed: --lr gives"),

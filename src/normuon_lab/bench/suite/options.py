@@ -65,7 +65,7 @@ class SuiteOptions:
         for name in ("seconds", "lr"):
             value = getattr(self, name)
             is_good = 0 < value < math.inf
-            require(is_good, f"--{name} {value}: give a positive number")
+            require(is_good, f"--{name} {value}: give a finite number, more than 0")
         tokens = self.tokens_per_step
         require(tokens >= 1, f"--tokens-per-step {tokens}: give at least 1")
         require(self.seed >= 0, f"--seed {self.seed}: give at least 0")
