@@ -140,6 +140,42 @@ def test_a_gradient_that_some_ranks_lack_counts_as_zero_there(ranks, layout, opt
     assert found == [[]] * 4
 
 
+def matrices_of_one_rank_case(rank, world_size, options):
+    """Experts and heads that lie whole on one rank, which has no gradient at some steps."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    shapes = [(6, 5, 4), (6, 4)]
+    views = [MatrixView.experts(), MatrixView(heads=3)]
+    alone = [nn.Parameter(start) for start in weights(shapes)]
+    shared = distributed(shapes, mesh, [Shard(0)])
+    one, many = (
+        NorMuon(
+            [{"params": [p], "view": v} for p, v in zip(params, views, strict=True)],
+            lr=0.01,
+            **options,
+        )
+        for params in (alone, shared)
+    )
+    for step in range(5):
+        for number, (a, b) in enumerate(zip(alone, shared, strict=True)):
+            grad = spread(gradient(a.shape, step, number), mesh, [Shard(0)])
+            lacks = rank == 0 and step % 2 == 1
+            if lacks:
+                grad.to_local().zero_()
+            a.grad = grad.full_tensor()
+            b.grad = None if lacks else grad
+        one.step()
+        many.step()
+    return differing(values(alone, one), values(shared, many))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"skip_nonfinite": True}, {"momentum_dtype": torch.int8}], ids=str
+)
+def test_matrices_of_the_rank_that_lacks_a_gradient_move_as_in_one_process(ranks, options):
+    """An expert that no token reached follows its old momentum, whatever rank it lies on."""
+    assert ranks.run(matrices_of_one_rank_case, 3, options=options) == [[]] * 3
+
+
 def nonfinite_case(rank, world_size, layout, value):
     mesh_shape, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", mesh_shape)

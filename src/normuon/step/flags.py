@@ -71,7 +71,6 @@ class GradientFlags:
         self._coming: Loan | None = None
         self._said = torch.zeros(total, device=device)
         self._present: tuple[bool, ...] | None = None
-        self._stored: list[list[int]] = [[] for _ in num_matrices]
         self._options = ""
 
     def index_of(self, batch: PieceBatch) -> Tensor:
@@ -79,8 +78,7 @@ class GradientFlags:
         found = []
         for owner, index in batch.places():
             number = self._numbers[id(owner)]
-            self._stored[number].append(self._first[number] + index)
-            found.append(self._stored[number][-1])
+            found.append(self._first[number] + index)
         return torch.tensor(found, device=self._shared.device)
 
     def index_of_tasks(self, tasks: Sequence[tuple[SharedMatrix, int]]) -> Tensor:
@@ -147,10 +145,9 @@ class GradientFlags:
             return
         said = [0.0] * len(self._said)
         for number, has_grad in enumerate(present):
-            is_matrix = number < len(self._stored)
-            stored = self._stored[number] if is_matrix else [self._first[number]]
-            for position in stored if has_grad else ():
-                said[position] = GRADIENT
+            if has_grad:  # Of all its matrices, as in one process: experts of other ranks too.
+                first, count = self._first[number], self._num_flags[number]
+                said[first : first + count] = [GRADIENT] * count
             if number in self._copies:
                 said[self._copies[number] + (not has_grad)] = 1.0
         # Pinned, or the copy would wait for all that the device still has to do.
