@@ -20,7 +20,7 @@ from normuon_lab.study.compare.results import (
     Results,
     open_results,
 )
-from normuon_lab.study.compare.summary import print_summary
+from normuon_lab.study.compare.summary import print_summary, verdict
 from normuon_lab.train.runs.records import RunRecord
 
 
@@ -173,3 +173,12 @@ def test_steps_are_not_compared_where_a_seed_never_reached_the_target() -> None:
     shown = console.file.getvalue()
     assert "NorMuon against Muon: loss -1.0000 [-1.0000, -1.0000], steps not compared: " in shown
     assert "a seed did not reach AdamW's loss" in shown
+
+
+def test_the_verdict_says_in_a_sentence_that_the_target_was_not_reached() -> None:
+    results = make_results(arms=["adamw", "muon"])
+    results.learning_rates = {arm: {"value": 0.01} for arm in results.arms}
+    for seed, final in ((0, 2.0), (1, 3.0)):
+        results.records.append(record("adamw", seed, 2.5))
+        results.records.append(record("muon", seed, final))
+    assert verdict(results) == "Muon did not reach AdamW's final loss on 1 of 2 seeds."

@@ -77,6 +77,8 @@ def _steps_sentence(comparison: Comparison) -> str:
     saved, num_seeds = comparison.fewer_steps_percent, len(comparison.seeds)
     if not num_seeds:
         return f"{arm} and {reference} have no finished seed in common yet"
+    if missed := len(comparison.seeds_not_reached):
+        return f"{arm} did not reach {reference}'s final loss on {missed} of {num_seeds} seeds"
     if saved.mean is None:
         return f"{arm}: {fewer_steps_text(comparison)}, {reference}'s final loss"
     if saved.low is None or saved.high is None:
