@@ -70,6 +70,8 @@ def _option(key: str, value: object) -> object:
     """An option as a group has it, from what `_plain` made of it or from the option itself."""
     if key.endswith("_dtype") and isinstance(value, str):
         return getattr(torch, value.removeprefix("torch."))
+    if key == "adjust_lr_fn" and value is None:
+        return "original"  # What None means to torch.optim.Muon.
     return deepcopy(value)
 
 

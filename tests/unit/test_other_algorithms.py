@@ -42,6 +42,23 @@ def test_a_muon_group_is_torch_optim_muon(adjust_lr_fn, nesterov):
         assert (a - b).norm() <= 0.05 * (b - start).norm()
 
 
+@pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
+def test_a_muon_group_goes_on_from_torchs_state_dict(adjust_lr_fn):
+    """Loaded as it is; torch's None, its default, means "original"."""
+    ours, theirs = twins((24, 40), (40, 24))
+    muon = torch.optim.Muon(theirs, lr=1e-2, adjust_lr_fn=adjust_lr_fn)
+    train(theirs, theirs, muon, torch.optim.SGD(theirs, lr=0.0), steps=3)
+    for a, b in zip(ours, theirs, strict=True):
+        a.data.copy_(b.detach())
+    starts = [param.detach().clone() for param in ours]
+    optimizer = NorMuon([{"params": ours, "algorithm": "muon"}], ns_dtype=torch.bfloat16)
+    optimizer.load_state_dict(muon.state_dict())
+    assert optimizer.param_groups[0]["adjust_lr_fn"] == (adjust_lr_fn or "original")
+    train(ours, theirs, optimizer, muon)
+    for a, b, start in zip(ours, theirs, starts, strict=True):
+        assert (a - b).norm() <= 0.05 * (b - start).norm()
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
 def test_a_muon_group_in_float64_is_muons_formula(adjust_lr_fn, nesterov, monkeypatch):
