@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from normuon_lab.data.config import DataConfig
-from normuon_lab.data.sources import Stream, TextFiles, builder_of, resolve_source
+from normuon_lab.data.sources import Stream, TextFiles, builder_of, resolve_validation
 from normuon_lab.errors import InputError, counted, first_line, require
 
 # Importing `datasets` takes seconds.
@@ -137,7 +137,7 @@ class DocumentGroup:
 def document_groups(config: DataConfig, source: TextFiles | Stream) -> list[DocumentGroup]:
     """The groups of a source, and of the validation source where there is one."""
     if config.validation:
-        validation = resolve_source(config.validation)
+        validation = resolve_validation(config.validation, source)
         if not isinstance(validation, (TextFiles, Stream)):
             raise InputError(
                 "the validation data is .bin shards, but the training data is text: prepare both"

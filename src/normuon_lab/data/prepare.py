@@ -42,6 +42,7 @@ from normuon_lab.data.sources import (
     Stream,
     TextFiles,
     resolve_source,
+    resolve_validation,
 )
 from normuon_lab.data.tokenizer import BYTES, TOKENIZER_FILE, TextTokenizer, load_tokenizer
 from normuon_lab.errors import InputError, require
@@ -174,7 +175,7 @@ def describe_job(
     config = request.config
     sources = [source]
     if config.validation:
-        validation = resolve_source(config.validation)
+        validation = resolve_validation(config.validation, source)
         sources += [validation] if isinstance(validation, (TextFiles, Stream)) else []
     return {
         "files": [

@@ -24,7 +24,7 @@ from normuon_lab.data.documents import PARTS
 from normuon_lab.data.prepare import PrepareRequest, describe_job, prepare, read_manifest
 from normuon_lab.data.sequences import EpochOrder, SequenceReader
 from normuon_lab.data.shards import TokenShards
-from normuon_lab.data.sources import PreparedFolder, ShardFiles, TextFiles, resolve_source
+from normuon_lab.data.sources import PreparedFolder, ShardFiles, TextFiles, resolve_validation
 from normuon_lab.data.tokenizer import BYTES, load_tokenizer
 from normuon_lab.errors import InputError, counted, require
 
@@ -76,7 +76,7 @@ def open_shards(config: DataConfig, source: PreparedFolder | ShardFiles) -> Open
         )
     if not config.validation:
         return opened
-    validation = resolve_source(config.validation)
+    validation = resolve_validation(config.validation, source)
     if not isinstance(validation, (PreparedFolder, ShardFiles)):
         raise InputError(
             "the training data is .bin shards, but the validation data is text: prepare both"

@@ -164,6 +164,31 @@ def resolve_source(words: Sequence[str]) -> Source:
     return ShardFiles(paths) if num_shards else TextFiles(paths)
 
 
+def resolve_validation(words: Sequence[str], source: Source) -> Source:
+    """Resolves the source of validation data.
+
+    Raises:
+        InputError: as `resolve_source`, or `source`, the training data, has a part of it.
+    """
+    validation = resolve_source(words)
+    shared = _parts_of(validation) & _parts_of(source)
+    require(
+        not shared,
+        f"{min(shared, default='')} is named as training data and as validation data; give other "
+        "validation data, or none to hold out a part of the training data",
+    )
+    return validation
+
+
+def _parts_of(source: Source) -> set[str]:
+    """Files, and a data set of the Hub; a prepared folder has parts of its own for both uses."""
+    if isinstance(source, PreparedFolder):
+        return set()
+    if isinstance(source, Stream) and not source.paths:
+        return {HUB_PREFIX + ":".join(filter(None, (source.builder, source.config)))}
+    return {str(path.resolve()) for path in source.paths}
+
+
 def builder_of(path: Path) -> str:
     """The `datasets` builder that reads a file.
 
@@ -180,6 +205,7 @@ def _matching_files(words: Sequence[str]) -> tuple[Path, ...]:
         path = Path(word)
         if path.exists():
             require(not path.is_dir(), f"{word} is a folder among several sources; name its files")
+            require(path.is_file(), f"{word} is a device or a pipe; give a file")
             paths.append(path)
             continue
         found = sorted(p for p in map(Path, glob.glob(word, recursive=True)) if p.is_file())

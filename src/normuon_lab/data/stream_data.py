@@ -27,7 +27,7 @@ from normuon_lab.data.documents import DocumentGroup, DocumentReader, groups_of
 from normuon_lab.data.lanes import Lane, LaneOptions
 from normuon_lab.data.sequences import TokenArray
 from normuon_lab.data.shard_data import cache_folder, open_validation_shards
-from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_source
+from normuon_lab.data.sources import PreparedFolder, ShardFiles, Stream, resolve_validation
 from normuon_lab.data.tokenizer import Ids, load_tokenizer
 from normuon_lab.errors import InputError, counted, require
 
@@ -115,7 +115,8 @@ class StreamData(PretrainData):
 
     def _validation_tokens(self, num_tokens: int) -> TokenArray:
         """Held-out tokens: found once, by reading from the start of the data, and then cached."""
-        own = resolve_source(self._config.validation) if self._config.validation else None
+        words = self._config.validation
+        own = resolve_validation(words, self._source) if words else None
         if isinstance(own, (PreparedFolder, ShardFiles)):
             return open_validation_shards(own)
         groups = [self._group] if own is None else groups_of(self._config, own, "all")

@@ -16,6 +16,7 @@ from normuon_lab.data.sources import (
     Stream,
     TextFiles,
     resolve_source,
+    resolve_validation,
 )
 from normuon_lab.errors import InputError
 from tests.lab.data.conftest import write_shard
@@ -62,6 +63,7 @@ def test_kinds_of_sources(folder: Path) -> None:
         (["a.txt", "a.txt"], "names the same file twice"),
         (["a.txt", "shards/x.bin"], "mixes .bin shards with text; prepare the text too"),
         (["a.txt", "shards"], "is a folder among several sources"),
+        (["/dev/zero"], "/dev/zero is a device or a pipe; give a file"),
         (["empty"], "holds neither a manifest.json nor .bin shards; name its files instead"),
         (["begun"], "is incomplete; run the same normuon data prepare again"),
         (["saved"], "was saved by datasets.save_to_disk; write it with to_parquet"),
@@ -124,3 +126,34 @@ def test_text_and_shards_are_not_mixed_for_validation(tmp_path: Path) -> None:
     config = DataConfig(source=(str(text),), validation=(str(shard),), cache=str(tmp_path / "c"))
     with pytest.raises(InputError, match=r"validation data is \.bin shards, but the training data"):
         open_data(config, sequence_length=8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "validation", "shared"),
+    [
+        (["a.txt", "b.txt"], ["sub/../b.txt"], "b.txt"),
+        (["shards/x.bin"], ["shards/x.bin"], "x.bin"),
+        (["stream:a.jsonl"], ["a.jsonl"], "a.jsonl"),
+        (["hub:someone/text:small"], ["hub:someone/text:small"], "hub:someone/text:small"),
+    ],
+)
+def test_validation_data_is_no_training_data(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: list[str],
+    validation: list[str],
+    shared: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("sub", "shards"):
+        (tmp_path / folder).mkdir()
+    for name in ("a.txt", "b.txt", "c.txt", "a.jsonl", "shards/x.bin"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(InputError, match=f"{shared} is named as training data and as validation"):
+        resolve_validation(validation, resolve_source(source))
+    assert resolve_validation(["c.txt"], resolve_source(source)) == TextFiles((Path("c.txt"),))
+
+
+def test_a_prepared_folder_holds_out_a_part_of_its_own(folder: Path) -> None:
+    prepared = resolve_source([str(folder / "prepared")])
+    assert resolve_validation([str(folder / "prepared")], prepared) == prepared
