@@ -278,6 +278,8 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
     for index, param in enumerate(group["params"]):
         state = states[param]
         fits = "exp_avg" in state if is_adamw else any(key in state for key in MOMENTUM_KEYS)
+        if fits and not is_adamw and momentum_of(state).shape != param.shape:
+            continue  # `check_param_fits` says so.
         vectors = vector_dims_of(group, view, param) if fits and not is_adamw else {}
         if not fits or any(name not in state for name in vectors):
             raise ValueError(
@@ -285,8 +287,6 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
                 f"algorithm={group['algorithm']!r}; the algorithm cannot change after the "
                 "optimizer is built: build another, and give it convert_state(old, to=new) to load"
             )
-        if is_adamw or momentum_of(state).shape != param.shape:
-            continue  # `check_param_fits` says so.
         for name, dim_of in vectors.items():
             shape, needed = state[name].shape, view.vector_shape(param.shape, dim_of)
             if shape != needed:

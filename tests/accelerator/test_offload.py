@@ -242,8 +242,8 @@ def test_other_devices_are_refused(on_accelerator):
         "parameters on the host: leave compute_device=None",
         "w [8, 4]: compute_device='cpu', but the parameter's mesh has faked devices; leave "
         "compute_device=None",
-        "w [8, 4]: fused=True, but its weights are on the host, where Triton kernels do not run; "
-        "leave fused=None",
+        "w [8, 4]: fused=True, but Triton kernels run on CUDA devices, not on cpu; fused=None "
+        "fuses where possible",
         "b [8, 4]: its group computes on cpu, but other parameters of the same ranks on faked:0; "
         "give all groups one compute_device",
     ]

@@ -50,7 +50,7 @@ def test_fsdp1_is_refused_on_every_rank(ranks, use_orig_params):  # noqa: F811
     """By groups, by the optimizer, and by an optimizer that was built before FSDP1 came."""
     for messages in ranks.run(fsdp1_refusals, 2, use_orig_params=use_orig_params):
         assert len(messages) == (3 if use_orig_params else 2)
-        assert all("FSDP1 flattens matrices away" in message for message in messages)
+        assert all("FSDP1 flattens matrices away" in message for message in messages), messages
 
 
 def test_the_trainer_takes_a_built_optimizer_with_a_schedule(tmp_path):
