@@ -278,9 +278,11 @@ def check_vectors_fit(group: Mapping[str, Any], states: Mapping[Tensor, State]) 
     for index, param in enumerate(group["params"]):
         state = states[param]
         fits = "exp_avg" in state if is_adamw else any(key in state for key in MOMENTUM_KEYS)
-        if fits and not is_adamw and momentum_of(state).shape != param.shape:
-            continue  # `check_param_fits` says so.
-        vectors = vector_dims_of(group, view, param) if fits and not is_adamw else {}
+        vectors: Mapping[str, DimOf] = {}
+        if fits and not is_adamw:
+            if momentum_of(state).shape != param.shape:
+                continue  # `check_param_fits` says so.
+            vectors = vector_dims_of(group, view, param)
         if not fits or any(name not in state for name in vectors):
             raise ValueError(
                 f"{param_label(group, index)}: its state has {sorted(state)}, which is not that of "

@@ -1,8 +1,12 @@
-"""Process groups of one process: one real rank, and the first of several that only pretend."""
+"""What tests of a GPU share: process groups of one process, and a watch for waits."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -28,3 +32,13 @@ def rank_of_four():
         yield init_device_mesh("cuda", (4,))
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Raises where the host waits for the device, as reading a value or a pageable copy does."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from normuon import NorMuon, param_groups
+from tests.gpu.conftest import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,11 +70,8 @@ def test_a_rank_never_waits_for_the_device(rank_of_four, options):
     for _ in range(2):
         fill_gradients(params)
         optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

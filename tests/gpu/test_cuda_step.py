@@ -12,6 +12,7 @@ import normuon
 from normuon.orthogonalize import METHODS, newton_schulz, orthogonalize, resolve_coefficients
 from normuon.orthogonalize.kernels import why_unavailable
 from normuon_lab.bench.accuracy import hard_spectra
+from tests.gpu.conftest import no_waiting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,11 +60,8 @@ def test_a_step_never_waits_for_the_device(options):
     with_gradients(model, 0)
     optimizer.step()  # The first step makes what is made once.
     with_gradients(model, 1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_captured_step_replays_as_the_eager_one():
