@@ -12,9 +12,10 @@ import torch
 
 from normuon_lab.atomic_files import read_json
 from normuon_lab.bench.contender import NS_STEPS, chosen, own_contenders
-from normuon_lab.bench.measure import median_ratio, quartiles
+from normuon_lab.bench.measure import PRODUCTS, StepProfile, median_ratio, quartiles
 from normuon_lab.bench.peers import peer_contenders
-from normuon_lab.bench.race import BenchRequest, Entry, Race, Say, run_race
+from normuon_lab.bench.race import BenchRequest, Race, Say, run_race
+from normuon_lab.bench.runner import Runner
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.machine import describe_machine, utc_now, version_of
 
@@ -87,10 +88,9 @@ def read_bench(path: Path) -> dict[str, Any]:
     return read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
 
 
-def _entry_values(entry: Entry, request: BenchRequest, race: Race) -> dict[str, Any]:
+def _entry_values(entry: Runner, request: BenchRequest, race: Race) -> dict[str, Any]:
     contender = entry.contender
-    seconds = entry.step_seconds
-    bounds = [entry.flops / rate for rate in race.peaks[str(contender.ns_dtype)]]
+    bounds_ms = [1e3 * entry.flops / rate for rate in race.peaks[str(contender.ns_dtype)]]
     return {
         "name": contender.name,
         "package": contender.package,
@@ -100,16 +100,16 @@ def _entry_values(entry: Entry, request: BenchRequest, race: Race) -> dict[str, 
         "ns_steps": NS_STEPS,
         "ns_dtype": contender.ns_dtype,
         "note": contender.note,
-        "step_ms": [1e3 * value for value in seconds],
-        "median_ms": 1e3 * statistics.median(seconds),
-        "min_ms": 1e3 * min(seconds),
-        "quartiles_ms": quartiles([1e3 * value for value in seconds]),
-        "ratio_to_reference": median_ratio(seconds, race.entries[0].step_seconds),
+        "step_ms": entry.step_ms,
+        "median_ms": statistics.median(entry.step_ms),
+        "min_ms": min(entry.step_ms),
+        "quartiles_ms": quartiles(entry.step_ms),
+        "ratio_to_reference": median_ratio(entry.step_ms, race.entries[0].step_ms),
         "flops": entry.flops,
         "flops_by_model": contender.flops_by_model(request.matrices),
         # Kernels of one's own may hide their products from the counter.
-        "bound_ms": 1e3 * statistics.median(bounds) if entry.flops else None,
-        "time_over_bound": median_ratio(seconds, bounds) if entry.flops else None,
+        "bound_ms": statistics.median(bounds_ms) if entry.flops else None,
+        "time_over_bound": median_ratio(entry.step_ms, bounds_ms) if entry.flops else None,
         "state_elements": entry.state_elements,
         "state_bytes": entry.state_bytes,
         "scratch_bytes": entry.scratch_bytes,
@@ -117,20 +117,22 @@ def _entry_values(entry: Entry, request: BenchRequest, race: Race) -> dict[str, 
         "polar": [
             {"rows": rows, "cols": cols, **errors} for (rows, cols), errors in entry.polar.items()
         ],
-        "profile": _profile_values(entry),
+        "profile": _profile_values(entry.profile),
     }
 
 
-def _profile_values(entry: Entry) -> dict[str, Any]:
-    profile = entry.profile
-    by_time = sorted(profile.rest_ms.items(), key=lambda item: -item[1])
+def _profile_values(profile: StepProfile) -> dict[str, Any]:
+    rest = {one.name: one.ms for one in profile.operators if one.name not in PRODUCTS}
+    products_ms = sum(one.ms for one in profile.operators if one.name in PRODUCTS)
+    by_time = sorted(rest.items(), key=lambda item: -item[1])
     return {
         "wall_ms": profile.wall_ms,
-        "products_ms": profile.products_ms,
-        "products_share": profile.products_ms / profile.wall_ms,
-        "rest_ms": sum(profile.rest_ms.values()),
+        "products_ms": products_ms,
+        "products_share": products_ms / profile.wall_ms,
+        "rest_ms": sum(rest.values()),
         "rest_by_operator_ms": dict(by_time[:NUM_REST]),
-        "outside_ms": profile.outside_ms,
+        # Python, and on an accelerator waiting for it.
+        "outside_ms": max(0.0, profile.wall_ms - sum(one.ms for one in profile.operators)),
     }
 
 

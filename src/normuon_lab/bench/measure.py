@@ -5,7 +5,6 @@ Counting and timing are separate steps, so that no figure is taken under another
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,21 +154,6 @@ class StepProfile:
     kernels: list[Timed] = field(default_factory=list)
     memory: MemoryUse = field(default_factory=MemoryUse)
 
-    @property
-    def products_ms(self) -> float:
-        """In matrix products."""
-        return sum(one.ms for one in self.operators if one.name in PRODUCTS)
-
-    @property
-    def rest_ms(self) -> dict[str, float]:
-        """In other operators, by name."""
-        return {one.name: one.ms for one in self.operators if one.name not in PRODUCTS}
-
-    @property
-    def outside_ms(self) -> float:
-        """In no operator: Python, and on an accelerator waiting for it."""
-        return max(0.0, self.wall_ms - sum(one.ms for one in self.operators))
-
 
 @contextmanager
 def tracked_memory(device: torch.device) -> Iterator[MemoryUse]:
@@ -214,48 +197,6 @@ def _is_annotation(event: Any) -> bool:
     return bool(getattr(event, "is_user_annotation", False)) or any(
         span in event.key for span in spans
     )
-
-
-@dataclass(slots=True)
-class Built:
-    """An optimizer after its first step.
-
-    Attributes:
-        optimizer: of the given parameters.
-        flops: what `count` said of the first step.
-        memory: from before it was built.
-    """
-
-    optimizer: Optimizer
-    flops: int
-    memory: MemoryUse
-
-    @property
-    def state_bytes(self) -> int:
-        """Of the optimizer's state now."""
-        return tensor_bytes(list(self.optimizer.state.values()))
-
-    @property
-    def scratch_kept_bytes(self) -> int:
-        """What it holds between steps besides parameters, gradients and state."""
-        return max(0, self.memory.net - self.state_bytes)
-
-
-def build_and_step(
-    build: Callable[[Sequence[nn.Parameter]], Optimizer],
-    params: Sequence[nn.Parameter],
-    gradients: Gradients,
-    device: torch.device,
-    *,
-    count: Callable[[Callable[[], object]], int] = counted_flops,
-) -> Built:
-    """Builds an optimizer and takes its first step under `count`."""
-    gradients.hand_out(params)
-    with tracked_memory(device) as memory:
-        optimizer = build(params)
-        flops = count(optimizer.step)
-        gc.collect()
-    return Built(optimizer, flops, memory)
 
 
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:

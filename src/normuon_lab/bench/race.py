@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +17,15 @@ from normuon_lab.bench.matrices import MatrixClass
 from normuon_lab.bench.measure import (
     Gradients,
     MatmulPeak,
-    StepProfile,
-    build_and_step,
-    counted_flops,
     normal_matrices,
     peak_side,
-    profile_step,
-    tensor_elements,
     timed,
 )
 from normuon_lab.bench.peers import PeerPaths
 from normuon_lab.bench.polar import polar_errors, polar_factor
+from normuon_lab.bench.runner import Runner, TooSlowError, prepare
 from normuon_lab.errors import in_words
 
-Shape = tuple[int, int]
 Say = Callable[[str], None]
 
 
@@ -72,40 +67,6 @@ class BenchRequest:
 
 
 @dataclass(slots=True)
-class Entry:
-    """One contender's figures.
-
-    Attributes:
-        contender: who.
-        flops: of the matrix products of one step, counted.
-        state_elements: of its optimizer state, step counts apart.
-        state_bytes: of the same.
-        scratch_kept_bytes: what it holds between steps besides parameters, gradients and state.
-        scratch_peak_bytes: the most that a step allocates beyond all that is held between steps.
-        profile: of one step.
-        take_step: takes one and returns its seconds.
-        polar: errors by shape; empty when they were not asked for.
-        step_seconds: one per round.
-    """
-
-    contender: Contender
-    flops: int
-    state_elements: int
-    state_bytes: int
-    scratch_kept_bytes: int
-    scratch_peak_bytes: int
-    profile: StepProfile
-    take_step: Callable[[], float]
-    polar: dict[Shape, dict[str, float]] = field(default_factory=dict)
-    step_seconds: list[float] = field(default_factory=list)
-
-    @property
-    def scratch_bytes(self) -> int:
-        """All memory it needs besides parameters, gradients and state."""
-        return self.scratch_kept_bytes + self.scratch_peak_bytes
-
-
-@dataclass(slots=True)
 class Race:
     """What came of it.
 
@@ -116,14 +77,10 @@ class Race:
         peaks: its FLOP/s, one per round, by dtype.
     """
 
-    entries: list[Entry]
+    entries: list[Runner]
     not_run: dict[str, str]
     peak_side: int
     peaks: dict[str, list[float]]
-
-
-class TooSlowError(Exception):
-    """A peer would take more time than it was given."""
 
 
 class Allowance(TorchDispatchMode):
@@ -171,7 +128,7 @@ def run_race(
         say("polar factors")
         samples = {(one.shape[0], one.shape[1]): one for one in grads}
         polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
-    entries: list[Entry] = []
+    entries: list[Runner] = []
     not_run: dict[str, str] = {}
     for contender in contenders:
         if contender.missing is not None:
@@ -184,15 +141,16 @@ def run_race(
             with torch.compiler.set_stance("force_eager"), allowance:
                 errors = {shape: polar_errors(contender, *pair) for shape, pair in polar.items()}
             params = [nn.Parameter(weight.clone()) for weight in weights]
-            entry = _prepared(contender, params, gradients, device, allowance, request.rounds)
+            runner = prepare(contender, params, gradients, device, limit=allowance)
+            allowance.check_rounds(request.rounds, 1e-3 * runner.profile.wall_ms)
         except TooSlowError as reason:
             limit = f"--peer-seconds {request.peer_seconds:g}"
             not_run[contender.name] = f"slower than {limit}: {reason}"
         except Exception as error:  # A peer's fault is a finding, and the others still run.
             not_run[contender.name] = in_words(error)
         else:
-            entry.polar = errors
-            entries.append(entry)
+            runner.polar = errors
+            entries.append(runner)
     side = peak_side([one.shape for one in request.matrices])
     machine = {
         dtype: MatmulPeak(side, getattr(torch, dtype), device)
@@ -204,47 +162,6 @@ def run_race(
         for dtype, peak in machine.items():
             race.peaks[dtype].append(peak.flops_per_second())
         for entry in entries:
-            entry.step_seconds.append(entry.take_step())
+            gradients.hand_out(entry.params)
+            entry.step_ms.append(1e3 * timed(entry.step, device))
     return race
-
-
-def _prepared(
-    contender: Contender,
-    params: Sequence[nn.Parameter],
-    gradients: Gradients,
-    device: torch.device,
-    allowance: Allowance,
-    rounds: int,
-) -> Entry:
-    """Everything but the timed rounds; what is compiled is compiled here.
-
-    Raises:
-        TooSlowError: the contender would need more than the allowance.
-    """
-
-    def count(step: Callable[[], object]) -> int:
-        with allowance:
-            return counted_flops(step)
-
-    built = build_and_step(contender.build, params, gradients, device, count=count)
-    optimizer = built.optimizer
-
-    def take_step() -> float:
-        gradients.hand_out(params)
-        return timed(optimizer.step, device)
-
-    if contender.compiles:
-        take_step()
-    gradients.hand_out(params)
-    profile = profile_step(optimizer.step, device)
-    allowance.check_rounds(rounds, 1e-3 * profile.wall_ms)
-    return Entry(
-        contender=contender,
-        flops=built.flops,
-        state_elements=tensor_elements(list(optimizer.state.values())),
-        state_bytes=built.state_bytes,
-        scratch_kept_bytes=built.scratch_kept_bytes,
-        scratch_peak_bytes=profile.memory.peak,
-        profile=profile,
-        take_step=take_step,
-    )

@@ -29,7 +29,8 @@ from normuon_lab.bench.polar import (
     polar_factor,
     polar_factor_by_gram,
 )
-from normuon_lab.bench.race import Allowance, BenchRequest, Race, TooSlowError, run_race
+from normuon_lab.bench.race import Allowance, BenchRequest, Race, run_race
+from normuon_lab.bench.runner import TooSlowError
 from normuon_lab.bench.text import print_bench
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
@@ -217,8 +218,8 @@ def test_names_wrap_and_numbers_do_not_where_the_line_is_short():
 
 def test_ratios_are_medians_over_rounds_not_ratios_of_medians():
     race = race_of(scripted("first"), scripted("second"))
-    race.entries[0].step_seconds[:] = [1.0, 2.0, 4.0]
-    race.entries[1].step_seconds[:] = [3.0, 4.0, 4.0]
+    race.entries[0].step_ms[:] = [1000.0, 2000.0, 4000.0]
+    race.entries[1].step_ms[:] = [3000.0, 4000.0, 4000.0]
     race.peaks["float32"][:] = [1e9, 1e9, 2e9]
     race.entries[1].flops = 10**9
     first, second = bench_contents(request_for(rounds=3), race)["contenders"]

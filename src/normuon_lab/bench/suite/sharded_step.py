@@ -25,7 +25,7 @@ from normuon_lab.bench.measure import WEIGHT_SCALE, Gradients
 from normuon_lab.bench.peers import dion_normuon
 from normuon_lab.bench.suite.options import matrices_of
 from normuon_lab.bench.suite.part import PartContext
-from normuon_lab.bench.suite.rounds import give_back, timed_in_turn, times_of
+from normuon_lab.bench.suite.rounds import give_back, rounds_of, timed_in_turn, values_of
 from normuon_lab.bench.suite.step_contenders import (
     CAPTURED,
     FIRST,
@@ -53,19 +53,16 @@ def run(context: PartContext) -> dict[str, Any]:
             context.say(f"rank 0 of {case['ranks']}: {', '.join(one.name for one in field)}")
             params, gradients = sharded_matrices(matrices, mesh, context)
             # What the other ranks would have sent is any number, and NaN as well.
-            for timed in timed_in_turn(
+            for runners, not_run in timed_in_turn(
                 field, params, gradients, context, reckoned, may_diverge=True
             ):
                 case.update(
-                    rounds=timed.rounds,
-                    contenders=[
-                        {**times_of(one, timed.runners[0], context), **one.figures}
-                        for one in timed.runners
-                    ],
-                    not_run=timed.not_run,
+                    rounds=rounds_of(runners),
+                    contenders=[values_of(one, runners[0], context) for one in runners],
+                    not_run=not_run,
                 )
                 context.keep(values)
-            del params, gradients, timed
+            del params, gradients, runners
         give_back(context.device)
     return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,16 +12,20 @@ from torch import nn
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass
 from normuon_lab.bench.measure import Gradients, normal_matrices
+from normuon_lab.bench.runner import Runner
 from normuon_lab.bench.suite.options import matrices_of
 from normuon_lab.bench.suite.part import PartContext
 from normuon_lab.bench.suite.roofs import rate_of
-from normuon_lab.bench.suite.rounds import give_back, timed_in_turn, times_of, why_not
+from normuon_lab.bench.suite.rounds import (
+    give_back,
+    rounds_of,
+    timed_in_turn,
+    values_of,
+    why_not,
+)
 from normuon_lab.bench.suite.step_contenders import step_contenders
-from normuon_lab.bench.suite.step_timing import Runner
 from normuon_lab.bench.traffic import elementwise_bytes
 from normuon_lab.errors import in_words
-
-Keep = Callable[[dict[str, Any]], None]
 
 
 def run(context: PartContext) -> dict[str, Any]:
@@ -49,31 +53,16 @@ def run(context: PartContext) -> dict[str, Any]:
         if len(field) < 2:
             continue
         for model in values["models"]:
-            if model["error"] is None:
-                _race_on(model, field, context, reckoned, keep=lambda: context.keep(values))
+            if model["error"] is not None:
+                continue
+            context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
+            matrices = tuple(MatrixClass(**one) for one in model["matrices"])
+            earlier = model["races"]
+            for found in race(field, matrices, context, reckoned):
+                model["races"] = [*earlier, found]
+                context.keep(values)
+            give_back(context.device)
     return values
-
-
-def _race_on(
-    model: dict[str, Any],
-    field: Sequence[Contender],
-    context: PartContext,
-    reckoned: dict[str, float],
-    *,
-    keep: Callable[[], None],
-) -> None:
-    """Adds a race to a model's, and its results so far to the record."""
-    matrices = tuple(MatrixClass(**one) for one in model["matrices"])
-    context.say(f"{model['title']}: {', '.join(one.name for one in field)}")
-    races = model["races"]
-    number = len(races)
-
-    def keep_race(found: dict[str, Any]) -> None:
-        races[number:] = [found]
-        keep()
-
-    keep_race(race(field, matrices, context, reckoned, keep_race))
-    give_back(context.device)
 
 
 def race(
@@ -81,8 +70,7 @@ def race(
     matrices: Sequence[MatrixClass],
     context: PartContext,
     reckoned: dict[str, float],
-    keep: Keep,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Times the contenders on all matrices, and compares them with the first that runs.
 
     Args:
@@ -90,7 +78,9 @@ def race(
         matrices: what each steps.
         context: of the part.
         reckoned: seconds that each took to be made ready; written to.
-        keep: given what is known so far.
+
+    Yields:
+        What is known so far; at the end, everything.
     """
     not_run = {
         one.name: reason
@@ -98,38 +88,32 @@ def race(
         if (reason := why_not(one, context, reckoned)) is not None
     }
     if len(not_run) == len(contenders) - 1 > 0:
-        return {"rounds": 0, "reference": None, "contenders": [], "not_run": not_run}
+        yield {"rounds": 0, "reference": None, "contenders": [], "not_run": not_run}
+        return
     weights, grads = normal_matrices(matrices, seed=context.options.seed, device=context.device)
     params, gradients = [nn.Parameter(weight) for weight in weights], Gradients(grads)
-    found: dict[str, Any] = {}
-    for timed in timed_in_turn(contenders, params, gradients, context, reckoned):
-        entries = [entry(one, timed.runners[0], matrices, context) for one in timed.runners]
-        found = {
-            "rounds": timed.rounds,
-            "reference": entries[0]["name"] if entries else None,
-            "contenders": entries,
-            "not_run": timed.not_run,
+    for runners, not_run in timed_in_turn(contenders, params, gradients, context, reckoned):
+        yield {
+            "rounds": rounds_of(runners),
+            "reference": runners[0].contender.name if runners else None,
+            "contenders": [entry(one, runners[0], matrices, context) for one in runners],
+            "not_run": not_run,
         }
-        keep(found)
-    return found
 
 
 def entry(
     runner: Runner, first: Runner, matrices: Sequence[MatrixClass], context: PartContext
 ) -> dict[str, Any]:
     """One contender's figures as plain values."""
-    contender = runner.contender
-    modelled = contender.flops_by_model(matrices)
-    # A counter sees only some of the products where others are in kernels of one's own.
-    figures = {**runner.figures, **({"flops": None} if contender.hides_products else {})}
-    flops = figures["flops"] or modelled
-    rate = rate_of(context.found["machine"], contender.ns_dtype)
+    contender, machine = runner.contender, context.found["machine"]
+    values = {**values_of(runner, first, context), "ns_dtype": contender.ns_dtype}
+    if contender.hides_products:  # A counter sees only some of the products.
+        values["flops"] = None
+    values["flops_by_model"] = contender.flops_by_model(matrices)
+    flops, rate = values["flops"] or values["flops_by_model"], rate_of(machine, contender.ns_dtype)
     share = flops / (1e-3 * statistics.median(runner.step_ms) * rate) if flops and rate else None
     return {
-        **times_of(runner, first, context),
-        "ns_dtype": contender.ns_dtype,
-        **figures,
-        "flops_by_model": modelled,
+        **values,
         "share_of_measured_rate": share,
         "elementwise": elementwise(contender, matrices, context),
     }
