@@ -53,12 +53,14 @@ class Statistics:
       ``exp_avg``.
     - ``effective_rank``: ``(sum s^2)^2 / sum s^4`` over M's singular values s, between 1 and
       ``min(m, n)``: R_0 of Bartlett et al. (arXiv 1906.11300, definition 3), also called
-      participation ratio. With ``equilibrate``, of M after it; in ``ns_dtype``.
+      participation ratio. With ``equilibrate``, of M after it.
     - ``effective_rank_share``: the same over ``min(m, n)``.
     - ``momentum_row_spread``, ``update_row_spread``: standard deviation over mean of the norms of
       the rows of M and of U. Rows are output neurons.
     - ``dead_rows``: rows of M whose norm is at most 1.2e-7 of the longest row's.
     - ``skipped_steps``: how many steps ``skip_nonfinite`` has skipped, over all matrices.
+
+    M is rounded to ``ns_dtype``: in bfloat16 ranks and spreads are right to 0.5%, norms to 0.05%.
 
     Of a group, root mean squares are over all its entries, ranks and spreads are means over its
     matrices, and ``dead_rows`` and ``skipped_steps`` are sums. Groups of `adamw` have no figures of

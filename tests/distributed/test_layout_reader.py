@@ -150,7 +150,8 @@ def test_a_live_plan_is_the_plan_made_offline(rank, name):
     with playing(rank, 16):
         mesh = init_device_mesh("cpu", mesh_shape)
         params = [nn.Parameter(spread(torch.ones(shape), mesh, placements)) for shape in shapes]
-        optimizer = NorMuon([(f"w{i}", p) for i, p in enumerate(params)], bucket_bytes=1 << 16)
+        named = [(f"w{i}", p) for i, p in enumerate(params)]
+        optimizer = NorMuon(named, bucket_bytes=1 << 16, ns_dtype=torch.float32)
         (shared,) = shared_params(optimizer.param_groups, optimizer.state, process_group=None)
         cost_model = shared.cost_model()
         live = make_plan(

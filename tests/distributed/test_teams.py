@@ -140,7 +140,7 @@ def test_every_option(ranks, options):
 def half_case(rank, world_size):
     """float32: one device goes by plain Newton-Schulz where teams go by Gram matrices."""
     mesh = init_device_mesh("cpu", (world_size,))
-    options = {"dtype": torch.float32, "orthogonalizer": "gram"}
+    options = {"dtype": torch.float32, "ns_dtype": torch.float32, "orthogonalizer": "gram"}
     return compared(mesh, [Shard(0)], tolerance={"rtol": 1e-3, "atol": 1e-5}, **options)
 
 

@@ -255,7 +255,8 @@ def test_the_step_of_float16_parameters_is_free_of_scale():
     moved = []
     for scale in (1.0, 3e-7):
         param = nn.Parameter(start.half())
-        optimizer = NorMuon([param], lr=1.0, weight_decay=0.0, adjust_lr_fn="original")
+        given = {"adjust_lr_fn": "original", "ns_dtype": torch.float32}
+        optimizer = NorMuon([param], lr=1.0, weight_decay=0.0, **given)
         for grad in grads:
             param.grad_dtype = torch.float32
             param.grad = grad * scale

@@ -121,7 +121,7 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
         layer.weight = nn.Parameter(
             distribute_tensor(layer.weight.detach(), four_fake_ranks, [Shard(0)])
         )
-    optimizer = normuon.NorMuon(groups_of(model))
+    optimizer = normuon.NorMuon(groups_of(model), ns_dtype=torch.float32)
     plan = normuon.plan_for(optimizer.param_groups)
     # A fake group answers nothing, so there is nobody to agree with.
     monkeypatch.setattr("normuon.step.sharded.check_agreement", lambda *args, **kwargs: None)
@@ -133,8 +133,6 @@ def test_live_dtensors_give_the_live_step_s_own_plan(four_fake_ranks, monkeypatc
         optimizer.param_groups,
         mesh_shape=(4,),
         placements=ROWS,
-        # On a CPU matrices travel in float32, and given placements are of accelerators.
-        wire_dtype=torch.float32,
     )
     assert offline.owners == live.owners
     assert offline.buckets == live.buckets

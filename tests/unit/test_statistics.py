@@ -85,9 +85,13 @@ def test_the_update_is_what_the_weights_moved_by(algorithm, options):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("orthogonalizer", ["newton_schulz", "gram", lambda x: x])
-def test_momentum_figures_are_those_of_its_singular_values_and_rows(nesterov, orthogonalizer):
+@pytest.mark.parametrize(("ns_dtype", "rel"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_momentum_figures_are_those_of_its_singular_values_and_rows(
+    nesterov, orthogonalizer, ns_dtype, rel
+):
     params = params_of([(24, 10), (10, 24), (130, 200)])
-    optimizer = NorMuon(params, lr=LR, nesterov=nesterov, orthogonalizer=orthogonalizer)
+    given = {"nesterov": nesterov, "orthogonalizer": orthogonalizer, "ns_dtype": ns_dtype}
+    optimizer = NorMuon(params, lr=LR, **given)
     statistics, _ = stepped(params, optimizer)
     for figures, param in zip(statistics.matrices.values(), params, strict=True):
         momentum = optimizer.state[param]["momentum_buffer"].double()
@@ -96,13 +100,14 @@ def test_momentum_figures_are_those_of_its_singular_values_and_rows(nesterov, or
         values = torch.linalg.svdvals(momentum)
         rank = float(values.square().sum().square() / values.pow(4).sum())
         norms = momentum.norm(dim=1)
-        # Newton-Schulz's own Gram matrix is float32's: 1e-7 an entry, and they add up at random.
-        assert float(figures["effective_rank"]) == pytest.approx(rank, rel=1e-5)
+        # Of Newton-Schulz's own Gram matrix: in float32 1e-7 an entry, which add up at random.
+        assert float(figures["effective_rank"]) == pytest.approx(rank, rel=rel)
         share = rank / min(param.shape)
-        assert float(figures["effective_rank_share"]) == pytest.approx(share, rel=1e-5)
-        assert float(figures["momentum_norm"]) == pytest.approx(float(momentum.norm()), rel=1e-6)
+        assert float(figures["effective_rank_share"]) == pytest.approx(share, rel=rel)
+        norm = float(momentum.norm())
+        assert float(figures["momentum_norm"]) == pytest.approx(norm, rel=rel / 10)
         expected = float(norms.std(correction=0) / norms.mean())
-        assert float(figures["momentum_row_spread"]) == pytest.approx(expected, rel=1e-5)
+        assert float(figures["momentum_row_spread"]) == pytest.approx(expected, rel=rel)
         assert float(figures["dead_rows"]) == 0
 
 
@@ -123,7 +128,7 @@ def test_effective_rank_of_known_spectra():
 def test_momentum_of_any_scale_is_measured(scale):
     """No square under- or overflows, and only the norm depends on the scale."""
     params, reference = params_of(), params_of()
-    optimizer, one = (NorMuon(p, lr=LR) for p in (params, reference))
+    optimizer, one = (NorMuon(p, lr=LR, ns_dtype=torch.float32) for p in (params, reference))
     figures = stepped(params, optimizer, scale=scale)[0].to_dict()
     expected = stepped(reference, one)[0].to_dict()
     for name, value in figures.items():
