@@ -17,7 +17,8 @@ from torch import Tensor
 from normuon.models.blocks import block_grid
 from normuon.models.wrappers import bare_name
 from normuon.momentum_forms import is_dtensor, recoded
-from normuon.options import PROGRAM_KEYS, UNSAVED_KEYS, param_label
+from normuon.options import PROGRAM_KEYS, UNSAVED_KEYS
+from normuon.params import param_label
 from normuon.state import initial_state, momentum_dtype, vector_dims_of, view_of
 from normuon.step.pieces import State
 

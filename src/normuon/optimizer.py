@@ -29,14 +29,12 @@ from normuon.options import (
     UNSAVED_KEYS,
     MatrixOptions,
     check_changed_options,
-    check_group,
     check_options,
     check_options_dict,
-    check_params,
     check_sharing,
-    param_label,
 )
 from normuon.orthogonalize import Backend, Orthogonalizer, Workspace
+from normuon.params import check_group, check_params, param_label
 from normuon.state import (
     adopt_params_,
     check_param_fits,

@@ -19,16 +19,9 @@ from normuon.distributed.task import MatrixTask
 from normuon.distributed.teams import Teams
 from normuon.momentum_forms import is_dtensor
 from normuon.optimizer import NorMuon
-from normuon.options import (
-    OPTIONS,
-    MatrixOptions,
-    check_matrix_param,
-    check_options,
-    check_sharing,
-    param_label,
-    planned_name,
-)
+from normuon.options import OPTIONS, MatrixOptions, check_options, check_sharing
 from normuon.orthogonalize import NS_DTYPES, transport_dtype
+from normuon.params import check_matrix_param, param_label, planned_name
 from normuon.state import view_of
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
 from normuon.step.pieces import State

@@ -16,8 +16,8 @@ from normuon.models.blocks import block_grid
 from normuon.models.view import DimOf, MatrixView
 from normuon.models.wrappers import USE_FSDP2, check_not_flattened
 from normuon.momentum_forms import MOMENTUM_KEYS, is_dtensor, momentum_of, recoded
-from normuon.options import check_compute_device, check_param, param_label
 from normuon.orthogonalize.fused import why_not_fused
+from normuon.params import check_compute_device, check_param, param_label
 from normuon.step.normalizer import normalizer_of
 from normuon.step.pieces import MatrixParam, State, local_tensor
 

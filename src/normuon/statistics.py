@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normuon.options import planned_name
+from normuon.params import planned_name
 from normuon.state import view_of
 from normuon.step.figures import COLUMN
 from normuon.step.pieces import State

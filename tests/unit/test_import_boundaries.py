@@ -47,6 +47,7 @@ ORDER = [
     "learning_rate",
     "step.normalizer",
     "options",
+    "params",
     "step.pieces",
     "state",
     "changes",

@@ -16,7 +16,8 @@ from normuon.models.heads import is_base_model, last_matrix, output_heads
 from normuon.models.rules import Owner, Verdict, judge, owners_of
 from normuon.models.view import MatrixView
 from normuon.models.wrappers import bare_name, check_not_flattened
-from normuon.options import ALGORITHMS, check_matrix_param, check_options_dict
+from normuon.options import ALGORITHMS, check_options_dict
+from normuon.params import check_matrix_param
 
 Override = str | MatrixView | Mapping[str, Any]
 """An algorithm's name, a view (with `normuon`), or a dict of group options."""

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 from normuon.distributed.cost import CostModel
 from normuon.distributed.dtensor import Shards, axes_with_idle_ranks, group_of_mesh, shards_of
 from normuon.distributed.task import MatrixTask
-from normuon.options import OPTIONS, MatrixOptions, param_label, planned_name
+from normuon.options import OPTIONS, MatrixOptions
 from normuon.orthogonalize import resolve_ns_dtype
+from normuon.params import param_label, planned_name
 from normuon.state import compute_device_of, matrix_param
 from normuon.step.matrix_tasks import tasks_of_param, wire_dtypes
 from normuon.step.pieces import MatrixParam, State, local_tensor
