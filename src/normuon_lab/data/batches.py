@@ -11,19 +11,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import IterableDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from normuon_lab.data.config import DataConfig
 from normuon_lab.data.sequences import SequenceReader, TokenArray, ValidationBatches
@@ -142,8 +141,9 @@ class TrainBatches:
     Args:
         share: how a step's sequences are divided.
         identity: plain values that must be equal in a saved position.
-        micro_batches: makes this rank's, from a step's first sequence in the global order and the
-            ``source_state`` of the micro batch before it; None at the start.
+        micro_batches: loads this rank's, from a step's first sequence in the global order and the
+            ``source_state`` of the micro batch before it; None at the start. Called in the loading
+            processes, so it has to travel to them.
         workers: loading processes; 0 loads in this one.
         prefetch: batches that each process has ready.
         start_method: of the processes; None is the platform's.
@@ -153,7 +153,7 @@ class TrainBatches:
         self,
         share: BatchShare,
         identity: dict[str, Any],
-        micro_batches: Callable[[int, Any], IterableDataset[LoadedBatch]],
+        micro_batches: Callable[[int, Any], Iterator[LoadedBatch]],
         *,
         workers: int,
         prefetch: int,
@@ -238,7 +238,7 @@ class TrainBatches:
         """End the loading processes. The next batch starts them again."""
         self._loaded = None
 
-    def _make_loader(self) -> StatefulDataLoader[Any]:
+    def _make_loader(self) -> DataLoader[LoadedBatch]:
         options: dict[str, Any] = {}
         if self._workers:
             options = {
@@ -246,17 +246,27 @@ class TrainBatches:
                 "worker_init_fn": obey_parent_only,
                 "multiprocessing_context": self._start_method,
             }
-        with warnings.catch_warnings():
-            # torchdata 0.11 calls what torch 2.13 deprecates; nothing that we could call otherwise.
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-            return StatefulDataLoader(
-                self._micro_batches(self._sequences, self._source_state),
-                batch_size=None,
-                num_workers=self._workers,
-                # Its own: the loader would draw from the global one, whose state a run restores.
-                generator=torch.Generator().manual_seed(0),
-                **options,
-            )
+        return DataLoader(
+            _Loading(partial(self._micro_batches, self._sequences, self._source_state)),
+            batch_size=None,
+            num_workers=self._workers,
+            # Its own: the loader would draw from the global one, whose state a run restores.
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+
+
+class _Loading(IterableDataset[LoadedBatch]):
+    """Micro batches as a loader takes them; data that cannot be read is the last of them."""
+
+    def __init__(self, micro_batches: Callable[[], Iterator[LoadedBatch]]) -> None:
+        self._micro_batches = micro_batches
+
+    def __iter__(self) -> Iterator[LoadedBatch]:
+        try:
+            yield from self._micro_batches()
+        except InputError as error:
+            yield LoadedBatch(None, str(error))
 
 
 class PretrainData(ABC):

@@ -30,10 +30,17 @@ of the only one."""
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and the part of the data it belongs to."""
+    """A text and the part of the data it belongs to; or one of the pieces of a long text.
+
+    Attributes:
+        text: the text.
+        part: the part of the data it belongs to.
+        is_start: whether the separator comes before it; not before the pieces after the first.
+    """
 
     text: str
     part: Part
+    is_start: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,21 +29,6 @@ _BATCHES_WITHOUT_PROCESSES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class TextPiece:
-    """A document, or one of the pieces of a long one.
-
-    Attributes:
-        text: the text.
-        part: the part of the data it belongs to.
-        begins_document: whether the separator comes before it.
-    """
-
-    text: str
-    part: Part
-    begins_document: bool
-
-
-@dataclass(frozen=True, slots=True)
 class TextBatch:
     """Pieces that are encoded together.
 
@@ -52,16 +37,16 @@ class TextBatch:
         position: the reader's after them; None within a document.
     """
 
-    pieces: list[TextPiece]
+    pieces: list[Document]
     position: dict[str, Any] | None
 
     @property
     def num_documents(self) -> int:
         """How many documents begin in them."""
-        return sum(piece.begins_document for piece in self.pieces)
+        return sum(piece.is_start for piece in self.pieces)
 
 
-def pieces_of(document: Document) -> Iterator[TextPiece]:
+def pieces_of(document: Document) -> Iterator[Document]:
     """The document whole, or cut at the ends of lines into pieces of about a million characters."""
     text, start = document.text, 0
     while start < len(text):
@@ -69,13 +54,13 @@ def pieces_of(document: Document) -> Iterator[TextPiece]:
         if stop < len(text):
             line_end = text.rfind("\n", start, stop)
             stop = line_end + 1 if line_end >= start else stop
-        yield TextPiece(text[start:stop], document.part, start == 0)
+        yield Document(text[start:stop], document.part, is_start=start == 0)
         start = stop
 
 
 def batches_of(rows: Iterable[tuple[list[Document], dict[str, Any]]]) -> Iterator[TextBatch]:
     """Pieces in batches of about a megabyte, so that sending them to processes pays."""
-    pieces: list[TextPiece] = []
+    pieces: list[Document] = []
     characters, position = 0, None
     for documents, position in rows:
         for piece in chain.from_iterable(map(pieces_of, documents)):
@@ -91,13 +76,13 @@ def batches_of(rows: Iterable[tuple[list[Document], dict[str, Any]]]) -> Iterato
         yield TextBatch(pieces, position)
 
 
-def encode_pieces(tokenizer: TextTokenizer, pieces: Sequence[TextPiece]) -> dict[Part, Tokens]:
+def encode_pieces(tokenizer: TextTokenizer, pieces: Sequence[Document]) -> dict[Part, Tokens]:
     """The pieces' tokens by part, uint16, the separator before every document."""
     encoded = tokenizer.encode([piece.text for piece in pieces])
     separator = np.array([tokenizer.separator_id])
     found: dict[Part, list[Any]] = {part: [] for part in PARTS}
     for piece, ids in zip(pieces, encoded, strict=True):
-        if piece.begins_document:
+        if piece.is_start:
             found[piece.part].append(separator)
         found[piece.part].append(ids)
     return {
@@ -160,6 +145,6 @@ def _start_worker(tokenizer: TextTokenizer) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _encode_in_worker(pieces: list[TextPiece]) -> dict[Part, Tokens]:
+def _encode_in_worker(pieces: list[Document]) -> dict[Part, Tokens]:
     assert _worker_tokenizer is not None
     return encode_pieces(_worker_tokenizer, pieces)

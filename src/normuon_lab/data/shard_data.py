@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from normuon_lab.atomic_files import prove_folder
 from normuon_lab.data.batches import BatchShare, LoadedBatch, PretrainData, TrainBatches
@@ -117,40 +118,27 @@ def _vocabulary(config: DataConfig, source: ShardFiles) -> tuple[int, str | None
     return config.vocab_size or tokenizer.vocab_size, tokenizer.name
 
 
-@dataclass(frozen=True, eq=False)
-class _ShuffledBatches(IterableDataset[LoadedBatch]):
+def _shuffled_batches(
+    reader: SequenceReader, share: BatchShare, seed: int, first_sequence: int, _: object
+) -> Iterator[LoadedBatch]:
     """A rank's micro batches from a position in the endless global order.
 
     That is epoch after epoch, each shuffled. Loading processes take the micro batches in turn.
     """
-
-    reader: SequenceReader
-    share: BatchShare
-    seed: int
-    first_sequence: int
-
-    def __iter__(self) -> Iterator[LoadedBatch]:
-        worker = get_worker_info()
-        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for positions in islice(self._positions(), number, None, num_workers):
-            try:
-                yield LoadedBatch(self.reader.read(self._sequences(positions)))
-            except InputError as error:
-                yield LoadedBatch(None, str(error))
-
-    def _positions(self) -> Iterator[range]:
-        for first in count(self.first_sequence, self.share.global_batch_size):
-            for batch in self.share.micro_batches():
-                yield range(first + batch.start, first + batch.stop)
-
-    def _sequences(self, positions: range) -> list[int]:
-        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(self.reader))
+    worker = get_worker_info()
+    number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    micro_batches = (
+        range(first + batch.start, first + batch.stop)
+        for first in count(first_sequence, share.global_batch_size)
+        for batch in share.micro_batches()
+    )
+    for positions in islice(micro_batches, number, None, num_workers):
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), len(reader))
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            order = EpochOrder(len(self.reader), seed=self.seed, epoch=int(epoch))
+            order = EpochOrder(len(reader), seed=seed, epoch=int(epoch))
             places[chosen] = order(places[chosen])
-        found: list[int] = places.tolist()
-        return found
+        yield LoadedBatch(reader.read(places.tolist()))
 
 
 class ShardData(PretrainData):
@@ -183,7 +171,7 @@ class ShardData(PretrainData):
         return TrainBatches(
             share,
             self._identity("shards"),
-            lambda first, _: _ShuffledBatches(reader, share, self._seed, first),
+            partial(_shuffled_batches, reader, share, self._seed),
             workers=self._config.workers,
             prefetch=self._config.prefetch,
         )

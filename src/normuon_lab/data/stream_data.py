@@ -11,14 +11,13 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from torch.utils.data import IterableDataset
 
 from normuon_lab.atomic_files import write_bytes
 from normuon_lab.data.batches import BatchShare, LoadedBatch, PretrainData, TrainBatches
@@ -77,7 +76,7 @@ class StreamData(PretrainData):
                 "stream_lanes": num_lanes,
                 "stream_shuffle": options.block_documents,
             },
-            lambda first_sequence, lane_states: _LaneBatches(options, share, lane_states),
+            partial(_lane_batches, options, share),
             workers=min(1, self._config.workers),
             prefetch=self._config.prefetch,
             # The parent has used pyarrow's threads, which a forked process would wait for.
@@ -148,33 +147,20 @@ class StreamData(PretrainData):
         return np.concatenate(found)[:num_tokens] if found else np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class _LaneBatches(IterableDataset[LoadedBatch]):
+def _lane_batches(
+    options: LaneOptions, share: BatchShare, _: int, lane_states: dict[str, Any] | None
+) -> Iterator[LoadedBatch]:
     """A rank's micro batches; the last of each step carries the positions of the rank's lanes."""
-
-    options: LaneOptions
-    share: BatchShare
-    lane_states: dict[str, Any] | None
-
-    def __iter__(self) -> Iterator[LoadedBatch]:
-        try:
-            yield from self._micro_batches()
-        except InputError as error:
-            yield LoadedBatch(None, str(error))
-
-    def _micro_batches(self) -> Iterator[LoadedBatch]:
-        share, num_lanes = self.share, self.options.num_lanes
-        lanes_per_rank = num_lanes // share.world_size
-        first = share.rank * lanes_per_rank
-        lanes = {
-            str(number): Lane(self.options, number, state=(self.lane_states or {}).get(str(number)))
-            for number in range(first, first + lanes_per_rank)
-        }
-        count = share.global_batch_size // num_lanes
-        while True:
-            rows = np.concatenate([lane.read(count) for lane in lanes.values()])
-            micro_batches = torch.from_numpy(rows).split(share.micro_batch_size)
-            for tokens in micro_batches[:-1]:
-                yield LoadedBatch(tokens)
-            states = {number: lane.state_dict() for number, lane in lanes.items()}
-            yield LoadedBatch(micro_batches[-1], source_state=states)
+    lanes_per_rank = options.num_lanes // share.world_size
+    first = share.rank * lanes_per_rank
+    lanes = {
+        str(number): Lane(options, number, state=(lane_states or {}).get(str(number)))
+        for number in range(first, first + lanes_per_rank)
+    }
+    count = share.global_batch_size // options.num_lanes
+    while True:
+        rows = np.concatenate([lane.read(count) for lane in lanes.values()])
+        *others, last = torch.from_numpy(rows).split(share.micro_batch_size)
+        yield from map(LoadedBatch, others)
+        states = {number: lane.state_dict() for number, lane in lanes.items()}
+        yield LoadedBatch(last, source_state=states)

@@ -162,7 +162,7 @@ def test_long_documents_are_cut_into_pieces_at_lines(
     pieces = list(encoding.pieces_of(document))
     assert len(pieces) > 10
     assert all(piece.text.endswith("\n") for piece in pieces[:-1])
-    assert [piece.begins_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.is_start for piece in pieces] == [True] + [False] * (len(pieces) - 1)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "json"])
