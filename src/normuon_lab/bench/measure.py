@@ -84,25 +84,19 @@ def counted_flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-class MatmulPeak:
-    """The rate of one product of square matrices, measured whenever it is asked for."""
+def matmul_peak(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """What measures the FLOP/s of one product of square matrices, whenever it is called."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    # One product on an accelerator is over before the next could be launched.
+    count = 1 if device.type == "cpu" else 20
 
-    def __init__(self, side: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._a, self._b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        self._out = torch.empty_like(self._a)
-        self._device = device
-        self.flops_per_second()
+    def multiply() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
 
-    def flops_per_second(self) -> float:
-        """The rate now."""
-        # One product on an accelerator is over before the next could be launched.
-        count = 1 if self._device.type == "cpu" else 20
-
-        def multiply() -> None:
-            for _ in range(count):
-                torch.mm(self._a, self._b, out=self._out)
-
-        return count * 2 * self._a.shape[0] ** 3 / timed(multiply, self._device)
+    timed(multiply, device)
+    return lambda: count * 2 * side**3 / timed(multiply, device)
 
 
 def peak_side(shapes: Sequence[tuple[int, int]]) -> int:

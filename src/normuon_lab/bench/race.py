@@ -14,13 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normuon_lab.bench.contender import Contender
 from normuon_lab.bench.matrices import MatrixClass
-from normuon_lab.bench.measure import (
-    Gradients,
-    MatmulPeak,
-    normal_matrices,
-    peak_side,
-    timed,
-)
+from normuon_lab.bench.measure import Gradients, matmul_peak, normal_matrices, peak_side, timed
 from normuon_lab.bench.peers import PeerPaths
 from normuon_lab.bench.polar import polar_errors, polar_factor
 from normuon_lab.bench.runner import Runner, TooSlowError, prepare
@@ -153,14 +147,14 @@ def run_race(
             entries.append(runner)
     side = peak_side([one.shape for one in request.matrices])
     machine = {
-        dtype: MatmulPeak(side, getattr(torch, dtype), device)
+        dtype: matmul_peak(side, getattr(torch, dtype), device)
         for dtype in dict.fromkeys(str(entry.contender.ns_dtype) for entry in entries)
     }
     race = Race(entries, not_run, side, {dtype: [] for dtype in machine})
     for number in range(request.rounds):
         say(f"round {number + 1} of {request.rounds}")
-        for dtype, peak in machine.items():
-            race.peaks[dtype].append(peak.flops_per_second())
+        for dtype, flops_per_second in machine.items():
+            race.peaks[dtype].append(flops_per_second())
         for entry in entries:
             gradients.hand_out(entry.params)
             entry.step_ms.append(1e3 * timed(entry.step, device))

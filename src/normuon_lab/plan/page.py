@@ -63,23 +63,16 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
 
 
 def work_figure(contents: Mapping[str, Any]) -> go.Figure:
-    """FLOPs of every rank under the plan, round-robin and padding, with the bound."""
-    figure = go.Figure()
+    """What every rank orthogonalises under the plan, round-robin and padding, with the bound."""
     others = contents["alternatives"]
     schemes = {
         name: others[name] for name in ("owners", "round_robin", "padding") if name in others
     }
-    shown = [*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"]]
-    unit, size = ("TFLOP", 1e12) if max(shown) >= 1e12 else ("GFLOP", 1e9)
-    for name, scheme in ({"plan": contents} | schemes).items():
-        _add_by_rank(
-            figure,
-            name,
-            [flops / size for flops in scheme["flops_by_rank"]],
-            unit=unit,
-            # Off by default: its scale would flatten the other two.
-            visible="legendonly" if name == "padding" else True,
-        )
+    most = max(*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"])
+    unit, size = ("TFLOP", 1e12) if most >= 1e12 else ("GFLOP", 1e9)
+    figure = _figure_by_rank(
+        {"plan": contents} | schemes, "flops_by_rank", unit=unit, size=size, height=400
+    )
     bound = contents["makespan_bound"] / size
     figure.add_hline(
         y=bound,
@@ -89,23 +82,18 @@ def work_figure(contents: Mapping[str, Any]) -> go.Figure:
         annotation_font={"color": WARNING, "size": 12},
         annotation_bgcolor="rgba(255, 255, 255, 0.85)",
     )
-    _style_by_rank(figure, contents, height=400)
     figure.update_yaxes(
-        title_text=f"{unit} to orthogonalise, per step", range=[0, 1.15 * max(shown) / size]
+        title_text=f"{unit} to orthogonalise, per step", range=[0, 1.15 * most / size]
     )
     return figure
 
 
 def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
     """Bytes that every rank sends under the plan and under round-robin."""
-    figure = go.Figure()
     schemes = {"plan": contents, "round_robin": contents["alternatives"]["round_robin"]}
     busiest = max(scheme["bytes_sent_busiest"] for scheme in schemes.values())
     unit, size = ("GB", 1e9) if busiest >= 1e9 else ("MB", 1e6)
-    for name, scheme in schemes.items():
-        sent = [num_bytes / size for num_bytes in scheme["bytes_sent_by_rank"]]
-        _add_by_rank(figure, name, sent, unit=unit)
-    _style_by_rank(figure, contents, height=340)
+    figure = _figure_by_rank(schemes, "bytes_sent_by_rank", unit=unit, size=size, height=340)
     figure.update_yaxes(title_text=f"{unit} sent per step", rangemode="tozero")
     return figure
 
@@ -211,42 +199,43 @@ def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
     return figure
 
 
-def _add_by_rank(
-    figure: go.Figure, name: str, values: Sequence[float], *, unit: str, visible: bool | str = True
-) -> None:
-    label = plan_text.SCHEMES[name]
-    common = {
-        "x": list(range(len(values))),
-        "y": values,
-        "name": label,
-        "visible": visible,
-        "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}<extra>{label}</extra>",
-    }
-    if len(values) <= _MAX_BARS:
-        figure.add_trace(go.Bar(marker={"color": COLORS[name]}, **common))
-        return
-    is_plan = name == "plan"
-    figure.add_trace(
-        go.Scatter(
-            mode="lines",
-            line={"color": COLORS[name], "width": 1.5 if is_plan else 1.2, "shape": "hvh"},
-            fill="tozeroy" if is_plan else None,
-            fillcolor="rgba(0, 158, 115, 0.18)",
-            **common,
-        )
-    )
-
-
-def _style_by_rank(figure: go.Figure, contents: Mapping[str, Any], *, height: int) -> None:
-    world_size = contents["mesh"]["world_size"]
+def _figure_by_rank(
+    schemes: Mapping[str, Mapping[str, Any]], key: str, *, unit: str, size: float, height: int
+) -> go.Figure:
+    """One value of every rank, in units of `size`, under each scheme: bars, or lines of many."""
+    figure = go.Figure()
+    for name, scheme in schemes.items():
+        label, is_plan = plan_text.SCHEMES[name], name == "plan"
+        values = [value / size for value in scheme[key]]
+        common = {
+            "x": list(range(len(values))),
+            "y": values,
+            "name": label,
+            # Its scale would flatten the others.
+            "visible": "legendonly" if name == "padding" else True,
+            "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}<extra>{label}</extra>",
+        }
+        if len(values) <= _MAX_BARS:
+            figure.add_trace(go.Bar(marker={"color": COLORS[name]}, **common))
+        else:
+            figure.add_trace(
+                go.Scatter(
+                    mode="lines",
+                    line={"color": COLORS[name], "width": 1.5 if is_plan else 1.2, "shape": "hvh"},
+                    fill="tozeroy" if is_plan else None,
+                    fillcolor="rgba(0, 158, 115, 0.18)",
+                    **common,
+                )
+            )
     apply_style(figure, height=height)
     figure.update_xaxes(
         title_text="rank",
         showgrid=False,
-        range=[-0.6, world_size - 0.4],
-        dtick=1 if world_size <= 16 else None,
+        range=[-0.6, len(values) - 0.4],
+        dtick=1 if len(values) <= 16 else None,
         tickformat=",d",
     )
+    return figure
 
 
 def _log_range(values: Sequence[float | None], column: int) -> list[float]:

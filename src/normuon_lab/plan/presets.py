@@ -5,6 +5,7 @@ Only sizes: callers build models from them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from normuon_lab.errors import require
@@ -69,41 +70,24 @@ def _paper_llama(depth: int) -> dict[str, Any]:
     )
 
 
-def _small_llama(*, layers: int, width: int, mlp_width: int, heads: int) -> dict[str, Any]:
-    """A Llama over bytes, which trains on a CPU."""
-    return _llama(
-        layers=layers,
-        width=width,
-        mlp_width=mlp_width,
-        heads=heads,
-        key_value_heads=heads // 2,
-        vocabulary=256,
-        positions=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-def _llama3(*, layers: int, width: int, mlp_width: int, heads: int) -> dict[str, Any]:
-    return _llama(
-        layers=layers,
-        width=width,
-        mlp_width=mlp_width,
-        heads=heads,
-        key_value_heads=8,
-        vocabulary=128_256,
-        positions=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )
-
+# Over bytes: they train on a CPU.
+_small_llama = partial(_llama, vocabulary=256, positions=1024, bos_token_id=None, eos_token_id=None)
+_llama3 = partial(
+    _llama,
+    key_value_heads=8,
+    vocabulary=128_256,
+    positions=8192,
+    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-124m": _gpt2(layers=12, width=768, heads=12),
     "gpt2-350m": _gpt2(layers=24, width=1024, heads=16),
     "llama-1.1b": _paper_llama(16),
     "llama-5.4b": _paper_llama(28),
-    "llama-tiny": _small_llama(layers=2, width=64, mlp_width=176, heads=4),  # 0.1M parameters.
-    "llama-small": _small_llama(layers=6, width=256, mlp_width=688, heads=8),  # 4.5M parameters.
+    # 0.1M and 4.5M parameters.
+    "llama-tiny": _small_llama(layers=2, width=64, mlp_width=176, heads=4, key_value_heads=2),
+    "llama-small": _small_llama(layers=6, width=256, mlp_width=688, heads=8, key_value_heads=4),
     "llama3-8b": _llama3(layers=32, width=4096, mlp_width=14_336, heads=32),
     "llama3-70b": _llama3(layers=80, width=8192, mlp_width=28_672, heads=64),
     "mixtral-8x7b": {

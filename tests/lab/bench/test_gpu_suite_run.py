@@ -165,7 +165,7 @@ def test_both_commands_take_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_
     assert main(flags) == 0
     assert normuon_main(["bench", "--suite", "gpu", *flags]) == 0
     assert seen[0] == seen[1]
-    assert SuiteOptions.from_json(json.loads(json.dumps(seen[0].to_json()))) == seen[0]
+    assert SuiteOptions(**json.loads(json.dumps(seen[0].to_json()))) == seen[0]
     assert SuiteOptions(**{**vars(parser().parse_args([])), "only": (), "parts": ()}) == (
         SuiteOptions()
     )

@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from normuon_lab.bench.suite.options import PARTS, SuiteOptions
 from normuon_lab.errors import InputError
@@ -18,12 +17,10 @@ EXIT_BAD_INPUT = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the suite and returns its exit code: 1 if a part failed, 2 for bad input."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    given: dict[str, Any] = vars(parser().parse_args(words))
+    given = vars(parser().parse_args(words))
     command = shlex.join(["python", "-m", "normuon_lab.bench.suite", *words])
     from normuon_lab.bench.suite.run import exit_code, run_suite
 
-    for name in {"only", "parts", "models"} & given.keys():
-        given[name] = tuple(given[name])
     try:
         return exit_code(run_suite(SuiteOptions(**given, command=command)))
     except InputError as error:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from normuon import NorMuon, param_groups
 from normuon_lab.bench.suite.options import DecoderSize
 
 INIT_SCALE = 0.02
+ARMS = ("AdamW", "NorMuon")
+"""The optimizers that are compared on it."""
 
 
 class Block(nn.Module):
@@ -75,6 +78,15 @@ def make_decoder(size: DecoderSize, *, seed: int, device: torch.device) -> Decod
     return Decoder(size).to(device)
 
 
+def make_optimizer(name: str, model: nn.Module, *, lr: float) -> Optimizer:
+    """Fused AdamW, or NorMuon by default with AdamW for all but matrices; no weight decay."""
+    if name == "AdamW":
+        return torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+    return NorMuon(param_groups(model), lr=lr, weight_decay=0.0)
+
+
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean cross entropy of the next token, in nats, under bfloat16 autocast.
 
@@ -86,23 +98,13 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    batches: Sequence[Tensor],
-    *,
-    before: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """One step on the mean gradient of all batches; returns their mean loss, on the device.
-
-    `before` is called between the gradients and the step.
-    """
+def train_step(model: nn.Module, optimizer: Optimizer, batches: Sequence[Tensor]) -> Tensor:
+    """One step on the mean gradient of all batches; returns their mean loss, on the device."""
     total = torch.zeros((), device=batches[0].device)
     for batch in batches:
         loss = loss_of(model, batch) / len(batches)
         loss.backward()
         total += loss.detach()
-    before()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total

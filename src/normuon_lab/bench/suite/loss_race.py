@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import statistics
 import sysconfig
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from normuon_lab.bench.measure import synchronize
-from normuon_lab.bench.suite.decoder import Decoder, loss_of, make_decoder, train_step
+from normuon_lab.bench.measure import timed
+from normuon_lab.bench.suite.decoder import (
+    ARMS,
+    Decoder,
+    loss_of,
+    make_decoder,
+    make_optimizer,
+    train_step,
+)
 from normuon_lab.bench.suite.options import DecoderSize
-from normuon_lab.bench.suite.overhead import ARMS, make_optimizer
 from normuon_lab.bench.suite.part import PartContext
 
 EVALUATIONS = 10
@@ -59,7 +65,11 @@ def run(context: PartContext) -> dict[str, Any]:
     text = local_text(context.sizes.text_bytes)
     steps = planned_steps(text, context)
     context.say(f"{steps} steps of {' and '.join(ARMS)}")
-    held_out = held_out_batches(text, context)
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    held_out = [
+        random_batch(text.held_out, size, generator).to(context.device)
+        for _ in range(context.sizes.eval_batches)
+    ]
     arms = [make_arm(name, size, context) for name in ARMS]
     values: dict[str, Any] = {
         "text": "the .py files of Python's standard library, as bytes",
@@ -80,7 +90,8 @@ def run(context: PartContext) -> dict[str, Any]:
     for step in range(steps):
         batch = random_batch(text.train, size, generator).to(context.device)
         for arm in arms:
-            set_lr_(arm.optimizer, options.lr * schedule(step, steps))
+            for group in arm.optimizer.param_groups:
+                group["lr"] = options.lr * schedule(step, steps)
             arm.losses.append(train_step(arm.model, arm.optimizer, [batch]))
         cut = context.seconds_left() < 0
         if step + 1 in marks or cut:
@@ -102,10 +113,8 @@ def planned_steps(text: LocalText, context: PartContext) -> int:
         spent = []
         for _ in range(1 + SPEED_STEPS):
             batch = random_batch(text.train, size, generator).to(context.device)
-            started = time.perf_counter()
-            train_step(arm.model, arm.optimizer, [batch])
-            synchronize(context.device)
-            spent.append(time.perf_counter() - started)
+            step = partial(train_step, arm.model, arm.optimizer, [batch])
+            spent.append(timed(step, context.device))
         seconds += statistics.median(spent[1:])
     # An evaluation's batch takes at most a third of a step's.
     left = context.seconds_left() - EVALUATIONS * context.sizes.eval_batches * seconds / 3
@@ -126,15 +135,6 @@ def random_batch(text: Tensor, size: DecoderSize, generator: torch.Generator) ->
     return text[starts + torch.arange(length)]
 
 
-def held_out_batches(text: LocalText, context: PartContext) -> list[Tensor]:
-    """The same for every evaluation."""
-    generator = torch.Generator().manual_seed(context.options.seed + 1)
-    return [
-        random_batch(text.held_out, context.sizes.comparison, generator).to(context.device)
-        for _ in range(context.sizes.eval_batches)
-    ]
-
-
 def schedule(step: int, steps: int) -> float:
     """Of the learning rate: up over the first tenth, then down to zero.
 
@@ -144,12 +144,6 @@ def schedule(step: int, steps: int) -> float:
     """
     warmup = max(1, round(WARMUP_SHARE * steps))
     return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def set_lr_(optimizer: Optimizer, lr: float) -> None:
-    """Sets every group's learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 @torch.no_grad()

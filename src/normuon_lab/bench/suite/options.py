@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,12 @@ class SuiteOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
+        # Command lines and JSON have lists and texts.
+        for name in ("only", "parts", "models"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("out", "dion"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else Path(value))
         for name in ("seconds", "lr"):
             value = getattr(self, name)
             is_good = 0 < value < math.inf
@@ -78,21 +84,11 @@ class SuiteOptions:
             PeerPaths(dion=self.dion)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, from which `from_json` makes the same options."""
+        """Plain values, of which the same options can be made."""
         values = asdict(self)
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in values.items()
         }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SuiteOptions:
-        """Options from `to_json`."""
-        given = {one.name: values[one.name] for one in fields(cls)}
-        for name in ("out", "dion"):
-            given[name] = None if given[name] is None else Path(given[name])
-        for name in ("only", "parts", "models"):
-            given[name] = tuple(given[name])
-        return cls(**given)
 
     def left_out(self, part: str) -> str | None:
         """Why a part is not wanted, or None."""

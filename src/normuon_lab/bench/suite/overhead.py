@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon import NorMuon, param_groups
 from normuon.orthogonalize import resolve_backend
 from normuon_lab.bench.measure import quartiles, timed
-from normuon_lab.bench.suite.decoder import make_decoder, train_step
+from normuon_lab.bench.suite.decoder import ARMS, make_decoder, make_optimizer, train_step
 from normuon_lab.bench.suite.options import DecoderSize
 from normuon_lab.bench.suite.part import PartContext
 
 LR = 3e-4
-ARMS = ("AdamW", "NorMuon")
 PAPER_PERCENT = 2.9
 """What the paper reports for its 1.1B model and batch."""
 
@@ -70,15 +68,6 @@ def run(context: PartContext) -> dict[str, Any]:
     values.update(summary(times))
     values["optimizer_ms"] = {name: optimizer_ms(*arms[name], batches, context) for name in ARMS}
     return values
-
-
-def make_optimizer(name: str, model: nn.Module, *, lr: float) -> Optimizer:
-    """Fused AdamW, or NorMuon by default with AdamW for all but matrices; no weight decay."""
-    if name == "AdamW":
-        return torch.optim.AdamW(
-            model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-    return NorMuon(param_groups(model), lr=lr, weight_decay=0.0)
 
 
 def random_batches(

@@ -137,7 +137,7 @@ if __name__ == "__main__":
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     run_part(
         request["part"],
-        SuiteOptions.from_json(request["options"]),
+        SuiteOptions(**request["options"]),
         device=torch.device(request["device"]),
         budget_seconds=request["budget_seconds"],
     )

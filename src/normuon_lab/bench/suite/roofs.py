@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from normuon_lab.bench.measure import MatmulPeak, timed
+from normuon_lab.bench.measure import matmul_peak, timed
 from normuon_lab.bench.suite.part import PartContext
 from normuon_lab.machine import processor_name, version_of
 
@@ -38,11 +38,9 @@ def run(context: PartContext) -> dict[str, Any]:
             if rates and context.seconds_left() < 0:
                 continue
             context.say(f"products of side {side} in {dtype}")
-            peak = MatmulPeak(side, getattr(torch, dtype), device)
-            measured = [peak.flops_per_second() for _ in range(REPEATS)]
-            rates.append(
-                {"side": side, "dtype": dtype, "flops_per_second": statistics.median(measured)}
-            )
+            flops_per_second = matmul_peak(side, getattr(torch, dtype), device)
+            median = statistics.median(flops_per_second() for _ in range(REPEATS))
+            rates.append({"side": side, "dtype": dtype, "flops_per_second": median})
     return values
 
 
@@ -92,9 +90,9 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
+        **{package: version_of(package) for package in PACKAGES},
+        "torch": torch.__version__,
     }
-    found.update({package: version_of(package) for package in PACKAGES})
-    found["torch"] = torch.__version__
     if found["triton"] is None and importlib.util.find_spec("triton") is not None:
         found["triton"] = "of unknown version"
     return found
