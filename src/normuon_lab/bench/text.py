@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich import box
@@ -13,9 +13,22 @@ from normuon.distributed.cost import format_bytes
 from normuon_lab.bench.contents import polar_error
 from normuon_lab.errors import counted
 
-Cells = Callable[[Mapping[str, Any]], tuple[str, ...]]
-"""A contender's values as the cells of its line."""
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
+"""Titles, and what makes each cell of a contender's values."""
 
+TIMES: Columns = {
+    "ms": lambda one: f"{one['median_ms']:.4g}",
+    "± IQR/2": lambda one: f"{(one['quartiles_ms'][1] - one['quartiles_ms'][0]) / 2:.2g}",
+    "x first": lambda one: f"{one['ratio_to_reference']:.2f}",
+    "x bound": lambda one: _or_dash(one["time_over_bound"], ".2f"),
+    "error": lambda one: _or_dash(polar_error(one), ".4f"),
+}
+FIGURES: Columns = {
+    "GFLOP": lambda one: f"{1e-9 * one['flops']:.4g}",
+    "products": lambda one: f"{one['profile']['products_share']:.0%}",
+    "scratch": lambda one: format_bytes(one["scratch_bytes"]),
+    "state": lambda one: format_bytes(one["state_bytes"]),
+}
 LEGEND = (
     "x first: time over the first line's, round by round. x bound: time over that of its own "
     "counted FLOPs at the measured rate of products. error: distance of its direction from the "
@@ -44,8 +57,8 @@ def print_bench(contents: Mapping[str, Any], console: Console) -> None:
         f"{counted(machine['threads_per_worker'], 'thread')}; "
         f"GFLOP/s of a product of side {contents['matmul_peak_side']}: {peaks}"
     )
-    console.print(_table(contents, ("ms", "± IQR/2", "x first", "x bound", "error"), _timed_cells))
-    console.print(_table(contents, ("GFLOP", "products", "scratch", "state"), _counted_cells))
+    console.print(_table(contents, TIMES))
+    console.print(_table(contents, FIGURES))
     say(f"Medians of {contents['rounds']} interleaved steps. {LEGEND}")
     say(memory_sentence(contents))
     say(profile_sentence(contents["contenders"][0]))
@@ -83,33 +96,16 @@ def profile_sentence(values: Mapping[str, Any]) -> str:
     )
 
 
-def _table(contents: Mapping[str, Any], titles: Sequence[str], cells: Cells) -> Table:
+def _table(contents: Mapping[str, Any], columns: Columns) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("one step")  # Names wrap where the line is short; numbers never do.
-    for title in titles:
+    for title in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    for values in contents["contenders"]:
-        style = "bold" if values["name"] == contents["reference"] else None
-        table.add_row(values["name"], *cells(values), style=style)
+    for one in contents["contenders"]:
+        style = "bold" if one["name"] == contents["reference"] else None
+        table.add_row(one["name"], *(cell(one) for cell in columns.values()), style=style)
     return table
 
 
-def _timed_cells(values: Mapping[str, Any]) -> tuple[str, ...]:
-    first, third = values["quartiles_ms"]
-    over_bound, error = values["time_over_bound"], polar_error(values)
-    return (
-        f"{values['median_ms']:.4g}",
-        f"{(third - first) / 2:.2g}",
-        f"{values['ratio_to_reference']:.2f}",
-        "-" if over_bound is None else f"{over_bound:.2f}",
-        "-" if error is None else f"{error:.4f}",
-    )
-
-
-def _counted_cells(values: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        f"{1e-9 * values['flops']:.4g}",
-        f"{values['profile']['products_share']:.0%}",
-        format_bytes(values["scratch_bytes"]),
-        format_bytes(values["state_bytes"]),
-    )
+def _or_dash(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

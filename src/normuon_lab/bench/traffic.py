@@ -1,44 +1,40 @@
 """Bytes that the elementwise passes of a step move through memory, beside the fewest possible.
 
-Counted pass by pass: every operand that a pass reads and every result that it writes, once each.
 Of matrix products only inputs and outputs are counted: the least is what any step must move apart
 from its products.
 """
 
 from __future__ import annotations
 
-WIDE = 4
-"""Bytes of a weight, a gradient, an entry of the momentum and a float32 intermediate."""
+WIDE_BYTES = 4
+"""Of a weight, a gradient, an entry of the momentum and a float32 intermediate."""
 
+FUSED_PASSES = {
+    "momentum, look-ahead, sum of squares": (3, 1),
+    "division by the norm": (0, 2),
+    "mean square of each neuron": (0, 1),
+    "scale, decay and apply": (2, 1),
+}
+"""The Triton kernels: how many operands of each pass, read or written, are wide, and how many have
+Newton-Schulz's dtype; each counts once."""
 
-def _fused_passes(ns: int) -> dict[str, tuple[int, int]]:
-    """Bytes of each element that the Triton kernels read and write, pass by pass."""
-    return {
-        "momentum, look-ahead, sum of squares": (2 * WIDE, WIDE + ns),
-        "division by the norm": (ns, ns),
-        "mean square of each neuron": (ns, 0),
-        "scale, decay and apply": (ns + WIDE, WIDE),
-    }
-
-
-def _plain_passes(ns: int) -> dict[str, tuple[int, int]]:
-    """Bytes of each element that torch's multi-tensor operations read and write, pass by pass."""
-    return {
-        "momentum": (2 * WIDE, WIDE),
-        "copy of the gradient": (WIDE, WIDE),
-        "look-ahead": (2 * WIDE, WIDE),
-        "rounding to Newton-Schulz's dtype": (WIDE, ns),
-        "largest magnitude": (ns, 0),
-        "division by the largest magnitude": (ns, WIDE),
-        "norm": (WIDE, 0),
-        "division by the norm": (WIDE, WIDE),
-        "rounding to Newton-Schulz's dtype again": (WIDE, ns),
-        "mean square of each neuron": (ns, 0),
-        "widening of O": (ns, WIDE),
-        "scale": (WIDE, WIDE),
-        "decay": (WIDE, WIDE),
-        "apply": (2 * WIDE, WIDE),
-    }
+PLAIN_PASSES = {
+    "momentum": (3, 0),
+    "copy of the gradient": (2, 0),
+    "look-ahead": (3, 0),
+    "rounding to Newton-Schulz's dtype": (1, 1),
+    "largest magnitude": (0, 1),
+    "division by the largest magnitude": (1, 1),
+    "norm": (1, 0),
+    "division by the norm": (2, 0),
+    "rounding to Newton-Schulz's dtype again": (1, 1),
+    "mean square of each neuron": (0, 1),
+    "widening of O": (1, 1),
+    "scale": (2, 0),
+    "decay": (2, 0),
+    "apply": (3, 0),
+}
+"""The same of torch's multi-tensor operations."""
 
 
 def elementwise_bytes(rows: int, cols: int, *, fused: bool, ns_bytes: int = 2) -> dict[str, int]:
@@ -53,6 +49,6 @@ def elementwise_bytes(rows: int, cols: int, *, fused: bool, ns_bytes: int = 2) -
         >>> elementwise_bytes(10, 10, fused=False)
         {'moved': 10000, 'least': 2400}
     """
-    passes = _fused_passes(ns_bytes) if fused else _plain_passes(ns_bytes)
-    moved = sum(map(sum, passes.values()))
-    return {"moved": rows * cols * moved, "least": rows * cols * (5 * WIDE + 2 * ns_bytes)}
+    passes = FUSED_PASSES if fused else PLAIN_PASSES
+    moved = sum(wide * WIDE_BYTES + narrow * ns_bytes for wide, narrow in passes.values())
+    return {"moved": rows * cols * moved, "least": rows * cols * (5 * WIDE_BYTES + 2 * ns_bytes)}

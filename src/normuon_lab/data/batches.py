@@ -273,21 +273,32 @@ class PretrainData(ABC):
     """Training and validation data of one run.
 
     Attributes:
+        kind: "shards" or "stream".
         vocab_size: token numbers are below it.
         fingerprint: of all training data, also of parts that are not read.
+        tokenizer_name: None for shards without a named one.
     """
 
+    kind: str
     vocab_size: int
     fingerprint: str
+    tokenizer_name: str | None
 
     def __init__(self, config: DataConfig, *, sequence_length: int, seed: int) -> None:
         self._config = config
         self._sequence_length = sequence_length
         self._seed = seed
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Plain values that a run records about its data."""
+        return {
+            "source": list(self._config.source),
+            "kind": self.kind,
+            "tokenizer": self.tokenizer_name,
+            "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint,
+            "sequence_length": self._sequence_length,
+        }
 
     @abstractmethod
     def _batches(self, share: BatchShare) -> TrainBatches:
@@ -297,19 +308,9 @@ class PretrainData(ABC):
     def _validation_tokens(self, num_tokens: int) -> TokenArray:
         """Validation data of at least this many tokens."""
 
-    def _described(self, kind: str, tokenizer: str | None) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         return {
-            "source": list(self._config.source),
-            "kind": kind,
-            "tokenizer": tokenizer,
-            "vocab_size": self.vocab_size,
-            "fingerprint": self.fingerprint,
-            "sequence_length": self._sequence_length,
-        }
-
-    def _identity(self, kind: str) -> dict[str, Any]:
-        return {
-            "kind": kind,
+            "kind": self.kind,
             "fingerprint": self.fingerprint,
             "sequence_length": self._sequence_length,
             "seed": self._seed,

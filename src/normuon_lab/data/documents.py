@@ -127,9 +127,9 @@ class DocumentGroup:
         if not paths:
             return f"hub:{builder}" + (f":{config}" if config else "")
         num_more = len(paths) - 1
-        more = f" or one of the {counted(num_more, 'file')} after it" if num_more > 1 else ""
         if num_more == 1:
-            more = " or the file after it"
+            return f"{paths[0]} or the file after it"
+        more = f" or one of the {counted(num_more, 'file')} after it" if num_more else ""
         return f"{paths[0]}{more}"
 
     def _undecodable(self) -> str:

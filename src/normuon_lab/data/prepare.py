@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -133,18 +134,17 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         and all(type(number) is int for number in numbers),
         f"{folder / MANIFEST} is damaged: an entry is of another type",
     )
-    for part in PARTS:
-        for shard in manifest["parts"][part]["shards"]:
-            path = folder / shard["file"]
-            require(path.exists(), f"the shard {path} of {folder / MANIFEST} is missing")
-            expected = HEADER_BYTES + TOKEN_BYTES * shard["tokens"]
-            size = path.stat().st_size
-            require(
-                size == expected,
-                f"the shard {path} is {'truncated' if size < expected else 'damaged'}: it has "
-                f"{size} bytes, and the manifest says {expected}; prepare it again (normuon data "
-                "prepare) or copy it again",
-            )
+    for shard in shards:
+        path = folder / shard["file"]
+        require(path.exists(), f"the shard {path} of {folder / MANIFEST} is missing")
+        expected = HEADER_BYTES + TOKEN_BYTES * shard["tokens"]
+        size = path.stat().st_size
+        require(
+            size == expected,
+            f"the shard {path} is {'truncated' if size < expected else 'damaged'}: it has "
+            f"{size} bytes, and the manifest says {expected}; prepare it again (normuon data "
+            "prepare) or copy it again",
+        )
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -157,14 +157,13 @@ def verify(folder: Path) -> dict[str, Any]:
         (folder / MANIFEST).exists(), f"{folder} has no {MANIFEST}: it is not a prepared folder"
     )
     manifest = read_manifest(folder)
-    for part in PARTS:
-        for shard in manifest["parts"][part]["shards"]:
-            path = folder / shard["file"]
-            require(
-                sha256_of(path) == shard["sha256"],
-                f"the shard {path} is damaged: its bytes do not match the manifest; "
-                "prepare it again (normuon data prepare) or copy it again",
-            )
+    for shard in chain.from_iterable(manifest["parts"][part]["shards"] for part in PARTS):
+        path = folder / shard["file"]
+        require(
+            sha256_of(path) == shard["sha256"],
+            f"the shard {path} is damaged: its bytes do not match the manifest; "
+            "prepare it again (normuon data prepare) or copy it again",
+        )
     return manifest
 
 
@@ -212,22 +211,20 @@ class _Preparation:
         self._job = job
         self._out = request.out
         self._reader = DocumentReader(document_groups(request.config, source))
-        saved = self._load_progress()
+        fresh = {"documents": 0, "writers": dict.fromkeys(PARTS)}
+        saved = self._load_progress() or fresh
         with damage_named(self._out / PROGRESS):
-            if saved is not None:
+            if saved is not fresh:
                 self._reader.load_state_dict(saved["reader"])
-            self._documents = saved["documents"] if saved is not None else 0
+            self._documents = saved["documents"]
             self._writers = {
                 part: ShardWriter(
-                    self._out,
-                    part,
-                    shard_tokens=request.shard_tokens,
-                    state=saved["writers"][part] if saved is not None else None,
+                    self._out, part, shard_tokens=request.shard_tokens, state=saved["writers"][part]
                 )
                 for part in PARTS
             }
         self._saved_tokens = self._num_tokens
-        if saved is None:
+        if saved is fresh:
             # From the first moment on the folder says that it is unfinished.
             self._save(self._reader.state_dict())
 

@@ -144,6 +144,8 @@ def _shuffled_batches(
 class ShardData(PretrainData):
     """Data in shards of tokens."""
 
+    kind = "shards"
+
     def __init__(
         self, config: DataConfig, opened: OpenedShards, *, sequence_length: int, seed: int
     ) -> None:
@@ -151,10 +153,11 @@ class ShardData(PretrainData):
         self._opened = opened
         self.fingerprint = opened.train.fingerprint()
         self.vocab_size = opened.vocab_size
+        self.tokenizer_name = opened.tokenizer
 
     def describe(self) -> dict[str, Any]:
         return {
-            **self._described("shards", self._opened.tokenizer),
+            **super().describe(),
             "train_tokens": len(self._opened.train),
             "train_sequences": len(self._reader(self._opened.train)),
             "validation_tokens": len(self._opened.validation),
@@ -170,7 +173,7 @@ class ShardData(PretrainData):
         )
         return TrainBatches(
             share,
-            self._identity("shards"),
+            self._identity(),
             partial(_shuffled_batches, reader, share, self._seed),
             workers=self._config.workers,
             prefetch=self._config.prefetch,

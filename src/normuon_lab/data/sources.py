@@ -17,15 +17,7 @@ from pathlib import Path
 from normuon_lab.errors import require
 
 _STDLIB_SKIPPED_DIRS = frozenset(
-    {
-        "__pycache__",
-        "dist-packages",
-        "idle_test",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-    }
+    ("__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests")
 )
 # Written at build time: they differ between machines that run the same Python.
 _STDLIB_MACHINE_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize")
@@ -85,11 +77,7 @@ PROGRESS = "progress.json"
 HUB_PREFIX = "hub:"
 STREAM_PREFIX = "stream:"
 
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Endings whose rows have a field of text, and the `datasets` builder that reads them. Any other
 file is plain text."""
 

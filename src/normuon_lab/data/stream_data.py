@@ -36,21 +36,22 @@ MAX_DEFAULT_LANES = 64
 class StreamData(PretrainData):
     """Data that is tokenised while it is read."""
 
+    kind = "stream"
+
     def __init__(
         self, config: DataConfig, source: Stream, *, sequence_length: int, seed: int
     ) -> None:
         super().__init__(config, sequence_length=sequence_length, seed=seed)
         self._source = source
         self._tokenizer = load_tokenizer(config.tokenizer, separator=config.separator)
-        self.vocab_size = self._tokenizer.vocab_size
+        self.vocab_size, self.tokenizer_name = self._tokenizer.vocab_size, self._tokenizer.name
         (self._group,) = groups_of(config, source, "none" if config.validation else "by_hash")
         with self._group.readable():
             self._rows = self._group.open()
             self.fingerprint = self._describe_source()
 
     def describe(self) -> dict[str, Any]:
-        described = self._described("stream", self._tokenizer.name)
-        return {**described, "files": self._rows.num_shards}
+        return {**super().describe(), "files": self._rows.num_shards}
 
     def _batches(self, share: BatchShare) -> TrainBatches:
         num_lanes = self._num_lanes(share.global_batch_size)
@@ -72,7 +73,7 @@ class StreamData(PretrainData):
         return TrainBatches(
             share,
             {
-                **self._identity("stream"),
+                **self._identity(),
                 "stream_lanes": num_lanes,
                 "stream_shuffle": options.block_documents,
             },

@@ -11,15 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normuon import plan_for
 from normuon.distributed.assignment import Balance
 from normuon.distributed.balance import makespan_bound
 from normuon.distributed.cost import CostModel
-from normuon.distributed.layout import Placement, ShardLayout, layout_from_placements
+from normuon.distributed.layout import ShardLayout, layout_from_placements
 from normuon.distributed.plan import Plan, make_plan
-from normuon.distributed.task import MatrixTask
 from normuon.distributed.teams import Teams
 from normuon_lab.errors import InputError
 from normuon_lab.plan.alternatives import (
@@ -28,7 +26,13 @@ from normuon_lab.plan.alternatives import (
     reduce_over_shards,
 )
 from normuon_lab.plan.bounds import packing_bound
-from normuon_lab.plan.figures import Figures, figures_of, is_first, owners_in_words
+from normuon_lab.plan.figures import (
+    Figures,
+    exchange_seconds,
+    figures_of,
+    is_first,
+    owners_in_words,
+)
 from normuon_lab.plan.mesh import Mesh, placements_in_words
 from normuon_lab.plan.model_matrices import ModelParam, ModelShapes
 
@@ -100,12 +104,13 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
         seconds = time.perf_counter() - started
         return Drawn(plan, figures_of(plan), seconds)
 
+    styles = {param.name: param.tp_style for param in model.params}
     by_library = partial(
         drawn,
         plan_for,
         model.groups,
         mesh_shape=mesh.shape,
-        placements=placements_of(model, mesh),
+        placements=lambda name, param: mesh.placements(tuple(param.shape), styles[name]),
         balance=request.balance,
         wire_dtype=getattr(torch, request.wire_dtype),
     )
@@ -113,12 +118,6 @@ def plan_model(model: ModelShapes, request: PlanRequest) -> PlannedModel:
     owners = asked if request.teams == "off" else by_library(teams="off")
     round_robin = drawn(make_plan, owners.plan.tasks, world_size=mesh.world_size, balance="paper")
     return PlannedModel(model, request, asked, owners, round_robin)
-
-
-def placements_of(model: ModelShapes, mesh: Mesh) -> Callable[[str, Tensor], tuple[Placement, ...]]:
-    """The placements of a model's parameters on a mesh, as `normuon.plan_for` takes them."""
-    styles = {param.name: param.tp_style for param in model.params}
-    return lambda name, param: mesh.placements(tuple(param.shape), styles[name])
 
 
 def plan_contents(planned: PlannedModel) -> dict[str, Any]:
@@ -170,8 +169,8 @@ def plan_contents(planned: PlannedModel) -> dict[str, Any]:
             {
                 "num_matrices": bucket.num_matrices,
                 "compute_seconds": plan.cost_model.compute_seconds(bucket.flops),
-                "gather_seconds": _exchange_seconds(plan, bucket.gather_bytes),
-                "return_seconds": _exchange_seconds(plan, bucket.return_bytes),
+                "gather_seconds": exchange_seconds(plan.cost_model, bucket.gather_bytes),
+                "return_seconds": exchange_seconds(plan.cost_model, bucket.return_bytes),
                 "team_seconds": bucket.team_seconds,
             }
             for bucket in figures.buckets
@@ -241,10 +240,6 @@ def _alternatives(
         drawn = Drawn(plan, figures, time.perf_counter() - started)
         found[name] = scheme(drawn, description=description)
     return found
-
-
-def _exchange_seconds(plan: Plan, num_bytes: int) -> float:
-    return plan.cost_model.send_seconds(num_bytes) if num_bytes else 0.0
 
 
 def traffic(model: ModelShapes, mesh: Mesh, plan: Plan, figures: Figures) -> dict[str, Any]:
@@ -333,7 +328,7 @@ def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
         {
             "parameter": leaf,
             "num_matrices": sum(is_first(plan.tasks[number]) for number in numbers),
-            "team_size": _team_size(plan.tasks[numbers[0]]),
+            "team_size": 1 if (slab := plan.tasks[numbers[0]].slab) is None else slab.team.size,
             "rows": rows,
             "cols": cols,
             "parameter_shape": shape,
@@ -344,7 +339,3 @@ def _kinds(planned: PlannedModel) -> list[dict[str, Any]]:
         }
         for (leaf, rows, cols, shape, shown, reason), numbers in groups.items()
     ]
-
-
-def _team_size(task: MatrixTask) -> int:
-    return 1 if task.slab is None else task.slab.team.size

@@ -159,13 +159,18 @@ def pipeline_seconds(model: CostModel, stages: Sequence[tuple[int, float, int]])
         >>> pipeline_seconds(model, [(2, 5.0, 3), (4, 6.0, 1)])
         14.0
     """
-    gathers = [model.send_seconds(gathered) * (gathered > 0) for gathered, _, _ in stages]
-    returns = [model.send_seconds(returned) * (returned > 0) for _, _, returned in stages]
+    gathers = [exchange_seconds(model, gathered) for gathered, _, _ in stages]
+    returns = [exchange_seconds(model, returned) for _, _, returned in stages]
     total = sum(gathers[:1]) + sum(returns[-1:])
     for k, (_, computing, _) in enumerate(stages):
         exchanges = sum(gathers[k + 1 : k + 2]) + (returns[k - 1] if k else 0.0)
         total += max(computing, exchanges)
     return total
+
+
+def exchange_seconds(model: CostModel, num_bytes: int) -> float:
+    """Seconds that one rank takes to send `num_bytes`; none without anything to send."""
+    return model.send_seconds(num_bytes) if num_bytes else 0.0
 
 
 def busiest_flops(plan: Plan, indices: Iterable[int]) -> int:

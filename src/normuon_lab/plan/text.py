@@ -7,7 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from normuon.distributed.cost import format_bytes
 from normuon_lab.errors import counted
@@ -188,8 +188,6 @@ def format_seconds(seconds: float) -> str:
 
 
 def _schemes_table(contents: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("per step", no_wrap=True)
     columns = {
         "busiest": "busiest",
         "over_mean": "/ mean",
@@ -198,6 +196,8 @@ def _schemes_table(contents: Mapping[str, Any]) -> Table:
         "scratch": "scratch",
         "seconds": "time",
     }
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("per step", no_wrap=True)
     for title in columns.values():
         table.add_column(title, justify="right", no_wrap=True)
     for row in scheme_rows(contents):
@@ -207,13 +207,16 @@ def _schemes_table(contents: Mapping[str, Any]) -> Table:
 
 
 def _kinds_table(contents: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("matrices", justify="right")
-    table.add_column("of", no_wrap=True)
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("each", justify="right", no_wrap=True)
-    table.add_column("owners", justify="right")
-    table.add_column("placed")
+    table = Table(
+        Column("matrices", justify="right"),
+        Column("of", no_wrap=True),
+        Column("shape", justify="right", no_wrap=True),
+        Column("each", justify="right", no_wrap=True),
+        Column("owners", justify="right"),
+        "placed",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for kind in contents["kinds"]:
         table.add_row(
             f"{kind['num_matrices']:,}",
