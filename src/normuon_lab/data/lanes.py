@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,23 +138,18 @@ class Lane:
                 rows = options.rows.shard(num_shards=options.num_lanes, index=self._lane)
                 if state is not None:
                     rows.load_state_dict(state)
-                for texts, state_after in self._row_blocks(rows):
+                training_texts = (
+                    document.text
+                    for row in rows
+                    for document in options.group.documents(row)
+                    if document.part == "train"
+                )
+                while texts := list(islice(training_texts, options.block_documents)):
                     yield epoch, number, state, texts
-                    number, state = number + 1, state_after
+                    number, state = number + 1, rows.state_dict()
             require(
                 number > 0,
                 f"lane {self._lane} of {options.num_lanes} of the stream has no documents; give "
                 "fewer stream_lanes",
             )
             epoch, number, state = epoch + 1, 0, None
-
-    def _row_blocks(self, rows: IterableDataset) -> Iterator[tuple[list[str], dict[str, Any]]]:
-        texts: list[str] = []
-        for row in rows:
-            documents = self._options.group.documents(row)
-            texts += [document.text for document in documents if document.part == "train"]
-            if len(texts) == self._options.block_documents:
-                yield texts, rows.state_dict()
-                texts = []
-        if texts:
-            yield texts, rows.state_dict()

@@ -211,7 +211,7 @@ class _Preparation:
         self._job = job
         self._out = request.out
         self._reader = DocumentReader(document_groups(request.config, source))
-        fresh = {"documents": 0, "writers": dict.fromkeys(PARTS)}
+        fresh: dict[str, Any] = {"documents": 0, "writers": dict.fromkeys(PARTS)}
         saved = self._load_progress() or fresh
         with damage_named(self._out / PROGRESS):
             if saved is not fresh:

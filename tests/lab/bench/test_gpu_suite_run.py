@@ -60,7 +60,7 @@ def test_a_part_that_fails_keeps_what_it_had_and_the_rest_goes_on(tmp_path: Path
     assert machine["status"] == "failed"
     assert machine["reason"] == "MemoryError: out of memory"
     assert machine["values"] == {"name": "half", "loss": None}
-    assert all(record["parts"][name]["status"] == "done" for name in PARTS[1:])
+    assert all(record["parts"][name]["status"] == "done" for name in [*PARTS][1:])
     assert run_module.exit_code(record) == 1
     assert "Machine failed." in verdict(record)
 

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from normuon_lab.bench.matrices import MatrixClass, parse_shapes
 from normuon_lab.errors import require
 
-PARTS = ("machine", "tests", "step", "sharded", "accuracy", "training", "comparison")
+Budget = tuple[float, float]
+"""A part's share of the time, and the seconds without which it is not started; what a part leaves
+over goes to those after it."""
+
+
+class Part(NamedTuple):
+    """The module whose `run` measures a part, and its budget on a GPU and in a dry run."""
+
+    module: str
+    budget: Budget
+    dry_budget: Budget
+
+
+PARTS = {
+    # Of a dry run mostly the time that Python and torch take to start.
+    "machine": Part("roofs", (0.02, 1.0), (0.06, 2.0)),
+    "tests": Part("gpu_tests", (0.13, 10.0), (0.33, 8.0)),
+    "step": Part("step_table", (0.44, 20.0), (0.24, 8.0)),
+    "sharded": Part("sharded_step", (0.15, 15.0), (0.07, 6.0)),
+    "accuracy": Part("directions", (0.06, 5.0), (0.09, 6.0)),
+    "training": Part("overhead", (0.08, 15.0), (0.08, 6.0)),
+    "comparison": Part("loss_race", (0.12, 20.0), (0.13, 6.0)),
+}
 """In the order in which they run."""
 
 # The states that a part can be in.
@@ -116,8 +137,6 @@ class Sizes:
     """How large everything is.
 
     Attributes:
-        budgets: by part, its share of the time, and the seconds without which it is not started;
-            what a part leaves over goes to those after it.
         overtime_seconds: beyond all time given, in which parts are still begun.
         copy_bytes: of the buffer that measures memory bandwidth.
         matmul_sides: of the square products that measure the device.
@@ -134,7 +153,6 @@ class Sizes:
         eval_batches: held-out micro-batches of one evaluation.
     """
 
-    budgets: Mapping[str, tuple[float, float]]
     overtime_seconds: float
     copy_bytes: int
     matmul_sides: tuple[int, ...]
@@ -152,15 +170,6 @@ class Sizes:
 
 
 FULL = Sizes(
-    budgets={
-        "machine": (0.02, 1.0),
-        "tests": (0.13, 10.0),
-        "step": (0.44, 20.0),
-        "sharded": (0.15, 15.0),
-        "accuracy": (0.06, 5.0),
-        "training": (0.08, 15.0),
-        "comparison": (0.12, 20.0),
-    },
     overtime_seconds=0.0,
     copy_bytes=2**30,
     matmul_sides=(4096, 8192),
@@ -186,16 +195,6 @@ _TINY_DECODER = DecoderSize(
     layers=2, width=32, heads=2, vocabulary=256, sequence_length=32, micro_batch=2
 )
 DRY = Sizes(
-    # Mostly the time that Python and torch take to start.
-    budgets={
-        "machine": (0.06, 2.0),
-        "tests": (0.33, 8.0),
-        "step": (0.24, 8.0),
-        "sharded": (0.07, 6.0),
-        "accuracy": (0.09, 6.0),
-        "training": (0.08, 6.0),
-        "comparison": (0.13, 6.0),
-    },
     overtime_seconds=30.0,
     copy_bytes=2**22,
     matmul_sides=(128, 256),

@@ -24,23 +24,13 @@ from normuon_lab.bench.suite.options import (
     DRY,
     FAILED,
     FULL,
+    PARTS,
     RUNNING,
     Sizes,
     SuiteOptions,
 )
 from normuon_lab.bench.suite.record import json_path, read_record, write_record
 from normuon_lab.errors import in_words
-
-MODULES = {
-    "machine": "roofs",
-    "tests": "gpu_tests",
-    "step": "step_table",
-    "sharded": "sharded_step",
-    "accuracy": "directions",
-    "training": "overhead",
-    "comparison": "loss_race",
-}
-"""The module of each part, whose `run` measures it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +108,7 @@ def run_part(
     )
     try:
         if run is None:
-            run = importlib.import_module(f"normuon_lab.bench.suite.{MODULES[name]}").run
+            run = importlib.import_module(f"normuon_lab.bench.suite.{PARTS[name].module}").run
         entry["values"] = dict(run(context))
     except Exception as error:  # The suite goes on, and what the part kept stays.
         traceback.print_exc()

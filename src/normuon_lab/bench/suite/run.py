@@ -73,7 +73,7 @@ def run_suite(options: SuiteOptions, *, start: Start | None = None) -> dict[str,
     with _ended_by_signals():
         for position, part in enumerate(PARTS):
             left = options.seconds - (time.monotonic() - started)
-            asked = [one for one in PARTS[position:] if options.left_out(one) is None]
+            asked = [one for one in [*PARTS][position:] if options.left_out(one) is None]
             _one_part(part, options, device, left=left, asked=asked, start=start or in_process)
     record = read_record(json_path(options.out))
     record.update(finished=utc_now(), elapsed_seconds=time.monotonic() - started)
@@ -100,12 +100,14 @@ def _one_part(
     asked: list[str],
     start: Start,
 ) -> None:
-    sizes = DRY if device.type != "cuda" else FULL
+    is_dry = device.type != "cuda"
+    sizes = DRY if is_dry else FULL
+    budgets = {name: one.dry_budget if is_dry else one.budget for name, one in PARTS.items()}
     reason = options.left_out(part)
-    share, least = sizes.budgets[part]
+    share, least = budgets[part]
     budget = 0.0
     if reason is None:
-        budget = left * share / sum(sizes.budgets[one][0] for one in asked)
+        budget = left * share / sum(budgets[one][0] for one in asked)
         # A short run's first parts may take more than their share, if the rest can bear it.
         budget = min(left + sizes.overtime_seconds, max(budget, least))
         reason = NO_TIME if budget < least else None
