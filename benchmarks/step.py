@@ -31,11 +31,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from normuon_lab.atomic_files import read_json, write_json
-from normuon_lab.bench.contents import polar_error, run_bench
 from normuon_lab.bench.figure import machine_words
 from normuon_lab.bench.matrices import parse_shapes
 from normuon_lab.bench.peers import PeerPaths
-from normuon_lab.bench.race import BenchRequest
+from normuon_lab.bench.race import BenchRequest, polar_error, run_bench
 from normuon_lab.bench.text import print_bench
 from normuon_lab.errors import InputError
 from normuon_lab.matplotlib_style import save_figure, style_axes

@@ -95,10 +95,9 @@ class BenchCommand:
         from rich.console import Console
 
         from normuon_lab.atomic_files import prove_folder, write_json
-        from normuon_lab.bench.contents import run_bench
         from normuon_lab.bench.figure import bench_figure
         from normuon_lab.bench.peers import PeerPaths
-        from normuon_lab.bench.race import BenchRequest
+        from normuon_lab.bench.race import BenchRequest, run_bench
         from normuon_lab.bench.text import print_bench
         from normuon_lab.matplotlib_style import save_figure
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from normuon_lab.bench.contender import OWN
-from normuon_lab.bench.contents import polar_error
+from normuon_lab.bench.race import polar_error
 from normuon_lab.errors import counted
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, PALETTE

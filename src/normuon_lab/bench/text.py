@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from normuon.distributed.cost import format_bytes
-from normuon_lab.bench.contents import polar_error
+from normuon_lab.bench.race import polar_error
 from normuon_lab.errors import counted
 
 Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]

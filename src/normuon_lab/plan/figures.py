@@ -258,56 +258,48 @@ class Traffic:
         )
         self.least = 0
         # Tables by their identity: they hold dicts, and tilings share them.
-        gathers: dict[int, tuple[PeerBytes, int]] = {}
-        returns: dict[int, tuple[PeerBytes, int]] = {}
+        tables: dict[int, tuple[list[int], PeerBytes]] = {}
+        counts: Counter[int] = Counter()
+
+        def add(sums: list[int], table: PeerBytes) -> None:
+            tables[id(table)] = (sums, table)
+            counts[id(table)] += 1
+
         for index in indices:
-            task, owners = plan.tasks[index], plan.owners[index]
-            if tiling_of(task).needs_no_message(owners):
+            task, owners, tiling = (
+                plan.tasks[index],
+                plan.owners[index],
+                tiling_of(plan.tasks[index]),
+            )
+            if tiling.needs_no_message(owners):
                 continue
+            stored = tiling.numel_by_rank
             for owner in owners:
-                _add(gathers, self._gather(task, owner))
+                gathered = tiling.gather_bytes(task, tiling.layout.replicas[owner])
+                add(self.gather_sent, gathered)
+                # Without its own pieces.
+                corrections = tiling.gather_corrections(task, owner)
+                for rank, correction in corrections.items():
+                    self.gather_sent[rank] += correction
+                self.gather_received[owner] += gathered.total + sum(corrections.values())
+                self.least += (task.numel - stored.get(owner, 0)) * task.wire_bytes
+            returned = tiling.return_bytes(task)
             if len(owners) == 1:
-                _add(returns, self._return_from_one(task, owners[0]))
+                own = returned.by_rank.get(owners[0], 0)
+                add(self.return_received, returned)
+                self.return_received[owners[0]] -= own
+                self.return_sent[owners[0]] += returned.total - own
             else:
-                self._return_from_many(task, owners)
-            numel = tiling_of(task).numel_by_rank
-            at_owners = sum(numel.get(owner, 0) for owner in owners)
-            self.least += (sum(numel.values()) - at_owners) * task.wire_bytes
-        for sums, tables in ((self.gather_sent, gathers), (self.return_received, returns)):
-            for table, count in tables.values():
-                for rank, num_bytes in table.by_rank.items():
-                    sums[rank] += count * num_bytes
-
-    def _gather(self, task: MatrixTask, owner: int) -> PeerBytes:
-        """Counts what is sent to one owner, without its own pieces."""
-        tiling = tiling_of(task)
-        table = tiling.gather_bytes(task, tiling.layout.replicas[owner])
-        received = table.total
-        for rank, correction in tiling.gather_corrections(task, owner).items():
-            self.gather_sent[rank] += correction
-            received += correction
-        self.gather_received[owner] += received
-        self.least += (task.numel - tiling.numel_by_rank.get(owner, 0)) * task.wire_bytes
-        return table
-
-    def _return_from_one(self, task: MatrixTask, owner: int) -> PeerBytes:
-        table = tiling_of(task).return_bytes(task)
-        own = table.by_rank.get(owner, 0)
-        self.return_received[owner] -= own
-        self.return_sent[owner] += table.total - own
-        return table
-
-    def _return_from_many(self, task: MatrixTask, owners: tuple[int, ...]) -> None:
-        tiling = tiling_of(task)
-        for rank, num_bytes in tiling.return_bytes(task).by_rank.items():
-            owner = tiling.owner_for(owners, rank)
-            if owner != rank:
-                self.return_sent[owner] += num_bytes
-                self.return_received[rank] += num_bytes
-
-
-def _add(tables: dict[int, tuple[PeerBytes, int]], table: PeerBytes) -> None:
-    tables[id(table)] = (table, tables.get(id(table), (table, 0))[1] + 1)
+                for rank, num_bytes in returned.by_rank.items():
+                    owner = tiling.owner_for(owners, rank)
+                    if owner != rank:
+                        self.return_sent[owner] += num_bytes
+                        self.return_received[rank] += num_bytes
+            at_owners = sum(stored.get(owner, 0) for owner in owners)
+            self.least += (sum(stored.values()) - at_owners) * task.wire_bytes
+        for key, (sums, table) in tables.items():
+            for rank, num_bytes in table.by_rank.items():
+                sums[rank] += counts[key] * num_bytes
 
 
 def owners_in_words(plan: Plan, task: int) -> int | str | list[int]:

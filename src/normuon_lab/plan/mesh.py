@@ -107,11 +107,8 @@ def tp_placement(style: str | None, *, num_dims: int) -> Placement:
     """
     name = (style or "").removesuffix("_gather_output").removesuffix("_rep")
     name = name.removesuffix("_split_input")
-    is_vector = num_dims < 2
-    if name in ("colwise", "conv1d_colwise") and is_vector:
-        return ("shard", 0)  # A bias of the outputs.
-    if is_vector:
-        return ("replicate",)
+    if num_dims < 2:  # Only a bias of the outputs is cut.
+        return ("shard", 0) if name in ("colwise", "conv1d_colwise") else ("replicate",)
     dims: dict[str, Placement] = {
         "colwise": ("shard", num_dims - 2),
         "rowwise": ("shard", num_dims - 1),

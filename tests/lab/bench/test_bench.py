@@ -16,9 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from normuon_lab.bench import contents as bench_contents_module
 from normuon_lab.bench.contender import Contender, own_contenders
-from normuon_lab.bench.contents import bench_contents, read_bench, run_bench
 from normuon_lab.bench.figure import bench_figure
 from normuon_lab.bench.matrices import MatrixClass, model_matrices, parse_shapes
 from normuon_lab.bench.measure import Gradients, counted_flops, tracked_memory
@@ -29,7 +27,16 @@ from normuon_lab.bench.polar import (
     polar_factor,
     polar_factor_by_gram,
 )
-from normuon_lab.bench.race import Allowance, BenchRequest, Race, run_race
+from normuon_lab.bench.race import (
+    SCHEMA_VERSION,
+    Allowance,
+    BenchRequest,
+    Race,
+    bench_contents,
+    read_bench,
+    run_bench,
+    run_race,
+)
 from normuon_lab.bench.runner import TooSlowError
 from normuon_lab.bench.text import print_bench
 from normuon_lab.cli import main
@@ -425,4 +432,4 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     path.write_text('{"kind": "something else", "schema_version": 1}')
     with pytest.raises(InputError, match="was not written by"):
         read_bench(path)
-    assert bench_contents_module.SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 1

@@ -31,11 +31,7 @@ def run(context: PartContext) -> dict[str, Any]:
         samples.append((gradient, polar_factor(gradient)))
         values["shapes"].append([rows, cols])
     for contender in contenders(device):
-        reason = contender.missing
-        if reason is None and contender.compiles and context.is_dry:
-            reason = "it compiles, which a dry run leaves out"
-        if reason is None and context.seconds_left() < _seconds_of(contender, context):
-            reason = NO_TIME
+        reason = _why_not(contender, context)
         if reason is None:
             context.say(contender.name)
             try:
@@ -65,6 +61,9 @@ def contenders(device: torch.device) -> list[Contender]:
     return [*quick, torch_muon(), *kernels, *(one for one in ours if one.compiles)]
 
 
-def _seconds_of(contender: Contender, context: PartContext) -> float:
-    """What it needs at least: those that compile do so for every shape and dtype."""
-    return 0.5 * context.sizes.compile_seconds if contender.compiles else 0.0
+def _why_not(contender: Contender, context: PartContext) -> str | None:
+    """Why it is not started, or None; compiling is done for every shape and dtype."""
+    if contender.missing is None and contender.compiles and context.is_dry:
+        return "it compiles, which a dry run leaves out"
+    needed = 0.5 * context.sizes.compile_seconds if contender.compiles else 0.0
+    return contender.missing or (NO_TIME if context.seconds_left() < needed else None)
