@@ -158,12 +158,11 @@ class BenchCommand:
             self.layers is None or self.model is not None,
             "--layers is for --model; in --shapes, write the counts",
         )
-        for name in ("layers", "threads"):
+        for name, least in (("layers", 1), ("threads", 1), ("seed", 0)):
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} {value}: give at least 1")
+            require(value is None or value >= least, f"--{name} {value}: give at least {least}")
         is_few = self.threads is None or self.threads <= MAX_THREADS
         require(is_few, f"--threads {self.threads}: give at most {MAX_THREADS:,}")
-        require(self.seed >= 0, f"--seed {self.seed}: give at least 0")
         require(
             1 <= self.repeats <= MAX_ROUNDS, f"--repeats {self.repeats}: give 1 to {MAX_ROUNDS}"
         )

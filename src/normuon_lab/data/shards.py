@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,18 +39,24 @@ def header(num_tokens: int) -> bytes:
     return values.tobytes()
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system raises into one line that names the shard."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read the shard {path}: {error.strerror}") from error
+
+
 def read_num_tokens(path: Path) -> int:
     """Check a shard's header and size, and return its number of tokens.
 
     Raises:
         InputError: it is missing, no shard, or shorter or longer than its header says.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"cannot read the shard {path}: {error.strerror}") from error
+    with _readable(path), path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
     require(
         len(head) == HEADER_BYTES,
         f"the shard {path} is truncated: {size} bytes do not hold its header; {_MEND}",
@@ -122,14 +129,17 @@ class TokenShards:
     def fingerprint(self) -> str:
         """SHA-256 over the shards' sizes and bytes sampled evenly from each; not their names.
 
-        A sample, because reading a hundred gigabytes would delay every start of a run.
+        A sample, the ends of each included: reading a hundred gigabytes would delay every start.
         """
         digest = hashlib.sha256(f"{self._start},{self._stop}".encode())
         for path in self.paths:
-            try:
-                _add_samples(digest, path)
-            except OSError as error:
-                raise InputError(f"cannot read the shard {path}: {error.strerror}") from error
+            with _readable(path), path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"\0{size}\0".encode())
+                last = max(0, size - _FINGERPRINT_BYTES)
+                for place in range(_FINGERPRINT_SAMPLES):
+                    file.seek(last * place // (_FINGERPRINT_SAMPLES - 1))
+                    digest.update(file.read(_FINGERPRINT_BYTES))
         return digest.hexdigest()
 
     def _mapped(self, shard: int) -> Tokens:
@@ -142,7 +152,11 @@ class TokenShards:
                 num_tokens == self._ends[shard] - first,
                 f"the shard {path} changed while it was in use; {_MEND}",
             )
-            self._maps[shard] = _map(path, num_tokens)
+            with _readable(path):
+                mapped = np.memmap(
+                    path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=num_tokens
+                )
+                self._maps[shard] = os.open(path, os.O_RDONLY), mapped
         descriptor, tokens = self._maps[shard]
         # Reading a map beyond the end of its file would end the process with SIGBUS.
         require(
@@ -158,26 +172,6 @@ class TokenShards:
     def __del__(self) -> None:
         for descriptor, _ in getattr(self, "_maps", {}).values():
             os.close(descriptor)
-
-
-def _map(path: Path, num_tokens: int) -> tuple[int, Tokens]:
-    """A descriptor of a shard, for its size, and its tokens."""
-    try:
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=num_tokens)
-        return os.open(path, os.O_RDONLY), tokens
-    except OSError as error:
-        raise InputError(f"cannot read the shard {path}: {error.strerror}") from error
-
-
-def _add_samples(digest: hashlib._Hash, path: Path) -> None:
-    """Add a file's size and bytes from evenly spread places, its ends among them."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(f"\0{size}\0".encode())
-        last = max(0, size - _FINGERPRINT_BYTES)
-        for place in range(_FINGERPRINT_SAMPLES):
-            file.seek(last * place // (_FINGERPRINT_SAMPLES - 1))
-            digest.update(file.read(_FINGERPRINT_BYTES))
 
 
 class ShardWriter:

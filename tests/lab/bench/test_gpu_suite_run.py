@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from normuon_lab.bench.suite.record import (
     json_path,
     new_record,
     page_path,
+    plain,
     read_record,
     write_record,
 )
@@ -165,7 +166,7 @@ def test_both_commands_take_the_same_flags(monkeypatch: pytest.MonkeyPatch, tmp_
     assert main(flags) == 0
     assert normuon_main(["bench", "--suite", "gpu", *flags]) == 0
     assert seen[0] == seen[1]
-    assert SuiteOptions(**json.loads(json.dumps(seen[0].to_json()))) == seen[0]
+    assert SuiteOptions(**json.loads(json.dumps(plain(asdict(seen[0]))))) == seen[0]
     assert SuiteOptions(**{**vars(parser().parse_args([])), "only": (), "parts": ()}) == (
         SuiteOptions()
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from normuon_lab.bench.matrices import MatrixClass, parse_shapes
 from normuon_lab.errors import require
@@ -103,13 +103,6 @@ class SuiteOptions:
             from normuon_lab.bench.peers import PeerPaths
 
             PeerPaths(dion=self.dion)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, of which the same options can be made."""
-        values = asdict(self)
-        return {
-            name: str(value) if isinstance(value, Path) else value for name, value in values.items()
-        }
 
     def left_out(self, part: str) -> str | None:
         """Why a part is not wanted, or None."""

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def new_record(options: SuiteOptions, *, device: str, dry_run: bool) -> dict[str
         "dry_run": dry_run,
         "device": device,
         "seed": options.seed,
-        "options": options.to_json(),
+        "options": plain(asdict(options)),
         "seconds": options.seconds,
         "elapsed_seconds": 0.0,
         "parts": {
@@ -90,7 +91,7 @@ def page_note(out: Path) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON, which has no infinities and NaN: they become None.
+    """The same for JSON: infinities and NaN become None, and paths text.
 
     Example:
         >>> plain({"loss": [1.5, float("nan")], "shape": (2, 3)})

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +36,7 @@ from normuon_lab.bench.suite.record import (
     new_record,
     page_note,
     page_path,
+    plain,
     read_record,
     write_record,
 )
@@ -131,7 +133,7 @@ def in_process(
     """Runs a part in a process of its own and ends it after `limit` seconds."""
     request = {
         "part": part,
-        "options": options.to_json(),
+        "options": plain(asdict(options)),
         "device": str(device),
         "budget_seconds": budget,
     }
