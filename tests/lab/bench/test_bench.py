@@ -186,6 +186,22 @@ def test_who_fails_or_is_missing_is_named_and_the_others_run():
     }
 
 
+def test_who_cannot_bear_the_counter_is_timed_all_the_same():
+    failures = iter([ZeroDivisionError("a kernel of its own")])
+
+    def shy(grad: Tensor) -> Tensor:
+        for failure in failures:
+            raise failure
+        return grad
+
+    (entry,) = race_of(scripted("shy", shy)).entries
+    assert (entry.flops, entry.flops_note) == (
+        0,
+        "not counted: ZeroDivisionError: a kernel of its own",
+    )
+    assert len(entry.step_ms) == 1
+
+
 def test_a_slow_peer_is_left_out_and_its_reason_names_the_option(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))

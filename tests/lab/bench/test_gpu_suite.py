@@ -170,6 +170,16 @@ class Poisonous(torch.optim.SGD):
             param.fill_(float("nan"))
 
 
+class PoisonousAndBroken(Poisonous):
+    steps = 0
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        super().step()
+        self.steps += 1
+        if self.steps == 2:
+            raise RuntimeError("no second step")
+
+
 def test_a_contender_that_fails_is_recorded_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -181,7 +191,12 @@ def test_a_contender_that_fails_is_recorded_and_the_others_run(
 
     others = [
         Contender(name=name, build=lambda params, kind=kind: build(kind, params), ns_dtype=None)
-        for name, kind in (("broken", Broken), ("poison", Poisonous), ("sound", torch.optim.SGD))
+        for name, kind in (
+            ("broken", Broken),
+            ("poison", Poisonous),
+            ("both", PoisonousAndBroken),
+            ("sound", torch.optim.SGD),
+        )
     ]
     monkeypatch.setattr(step_table, "step_contenders", lambda *a, **k: (first, *others))
     options = SuiteOptions(out=tmp_path, device="cpu", models=("gpt2-124m", "no such model"))
@@ -191,6 +206,7 @@ def test_a_contender_that_fails_is_recorded_and_the_others_run(
     assert race["not_run"] == {
         "broken": "RuntimeError: no kernel image",
         "poison": "its step made weights that are not finite",
+        "both": "RuntimeError: no second step",
     }
     assert "no such model" in unknown["error"]
     assert unknown["races"] == []
