@@ -64,17 +64,14 @@ class DataConfig:
             0.0 < self.validation_fraction < 1.0,
             f"validation-fraction {self.validation_fraction}: give a number between 0 and 1",
         )
-        for name, least, most in (
-            ("seed", 0, None),
-            ("workers", 0, MAX_PROCESSES),
-            ("prefetch", 1, None),
-            ("stream_shuffle", 0, None),
-            ("vocab_size", 1, None),
-            ("processes", 1, MAX_PROCESSES),
-            ("stream_lanes", 1, None),
+        for name, least in (
+            *(("seed", 0), ("workers", 0), ("prefetch", 1), ("stream_shuffle", 0)),
+            *(("vocab_size", 1), ("processes", 1), ("stream_lanes", 1)),
         ):
-            value, label = getattr(self, name), name.replace("_", "-")
-            if value is not None:
-                require(value >= least, f"{label} {value}: give at least {least}")
-                is_few = most is None or value <= most
-                require(is_few, f"{label} {value}: give at most {most:,}")
+            value = getattr(self, name)
+            is_enough = value is None or value >= least
+            require(is_enough, f"{name.replace('_', '-')} {value}: give at least {least}")
+        for name in ("workers", "processes"):
+            value = getattr(self, name)
+            is_few = value is None or value <= MAX_PROCESSES
+            require(is_few, f"{name} {value}: give at most {MAX_PROCESSES:,}")
