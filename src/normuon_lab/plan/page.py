@@ -14,15 +14,6 @@ from normuon_lab import web_page
 from normuon_lab.plan import text as plan_text
 from normuon_lab.web_page import WARNING, apply_style, stack_when_narrow
 
-# Okabe and Ito's palette, as in the comparison's report.
-COLORS = {
-    "plan": "#009E73",
-    "round_robin": "#E69F00",
-    "replicate": "#0072B2",
-    "padding": "#CC79A7",
-    "owners": "#56B4E9",
-    "all_reduce": "#D55E00",
-}
 _MAX_BARS = 64
 """Ranks up to which each gets a bar; more become a line."""
 
@@ -51,7 +42,7 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
         verdict=plan_text.verdict(contents),
         mesh=mesh,
         rows=plan_text.scheme_rows(contents),
-        colors=COLORS,
+        colors={name: one.color for name, one in plan_text.SCHEMES.items()},
         imbalance_sentence=plan_text.imbalance_sentence(contents),
         bytes_ratio=plan_text.bytes_ratio(contents),
         extra_bytes=contents["bytes_sent_total"] - contents["bytes_least_total"],
@@ -101,7 +92,7 @@ def sent_figure(contents: Mapping[str, Any]) -> go.Figure:
 def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     """Busiest rank, bytes over the minimum and predicted seconds of every way, on logarithmic
     axes."""
-    least, labels = contents["bytes_least_total"], plan_text.schemes_of(contents)
+    least, schemes = contents["bytes_least_total"], plan_text.schemes_of(contents)
     panels = {
         "busiest rank / mean": lambda scheme: scheme["busiest_over_mean"],
         "bytes sent / least": lambda scheme: scheme["bytes_sent_total"] / least if least else None,
@@ -118,14 +109,14 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     for column, value_of in enumerate(panels.values(), start=1):
         values = [
             value_of(contents if name == "plan" else contents["alternatives"][name])
-            for name in labels
+            for name in schemes
         ]
         figure.add_trace(
             go.Bar(
-                y=[_wrapped(label) for label in labels.values()],
+                y=[_wrapped(one.label) for one in schemes.values()],
                 x=values,
                 orientation="h",
-                marker={"color": [COLORS[name] for name in labels]},
+                marker={"color": [one.color for one in schemes.values()]},
                 text=[
                     "-"
                     if value is None
@@ -163,7 +154,7 @@ def buckets_figure(contents: Mapping[str, Any]) -> go.Figure:
     labels = [f"bucket {number}" if number >= 0 else "no exchange" for number in numbers]
     stages = (
         ("gather_seconds", "gather to owners", "#56B4E9"),
-        ("compute_seconds", "orthogonalise", COLORS["plan"]),
+        ("compute_seconds", "orthogonalise", plan_text.SCHEMES["plan"].color),
         ("team_seconds", "exchange within teams", "#E69F00"),
         ("return_seconds", "return to shards", "#0072B2"),
     )
@@ -205,7 +196,7 @@ def _figure_by_rank(
     """One value of every rank, in units of `size`, under each scheme: bars, or lines of many."""
     figure = go.Figure()
     for name, scheme in schemes.items():
-        label, is_plan = plan_text.SCHEMES[name], name == "plan"
+        (label, _, color), is_plan = plan_text.SCHEMES[name], name == "plan"
         values = [value / size for value in scheme[key]]
         common = {
             "x": list(range(len(values))),
@@ -216,12 +207,12 @@ def _figure_by_rank(
             "hovertemplate": f"rank %{{x}}: %{{y:.4g}} {unit}<extra>{label}</extra>",
         }
         if len(values) <= _MAX_BARS:
-            figure.add_trace(go.Bar(marker={"color": COLORS[name]}, **common))
+            figure.add_trace(go.Bar(marker={"color": color}, **common))
         else:
             figure.add_trace(
                 go.Scatter(
                     mode="lines",
-                    line={"color": COLORS[name], "width": 1.5 if is_plan else 1.2, "shape": "hvh"},
+                    line={"color": color, "width": 1.5 if is_plan else 1.2, "shape": "hvh"},
                     fill="tozeroy" if is_plan else None,
                     fillcolor="rgba(0, 158, 115, 0.18)",
                     **common,

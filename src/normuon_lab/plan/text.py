@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -12,30 +12,30 @@ from rich.table import Column, Table
 from normuon.distributed.cost import format_bytes
 from normuon_lab.errors import counted
 
+
+class Scheme(NamedTuple):
+    """How a way of distributing is called, and drawn: a colour of Okabe and Ito's palette."""
+
+    label: str
+    short: str
+    color: str
+
+
 SCHEMES = {
-    "plan": "this plan",
-    "owners": "one owner for each matrix",
-    "round_robin": "the paper's round-robin",
-    "replicate": "every rank computes everything",
-    "padding": "same shapes padded to all ranks",
-    "all_reduce": "shards with an all-reduce per step",
+    "plan": Scheme("this plan", "this plan", "#009E73"),
+    "owners": Scheme("one owner for each matrix", "owners", "#56B4E9"),
+    "round_robin": Scheme("the paper's round-robin", "round-robin", "#E69F00"),
+    "replicate": Scheme("every rank computes everything", "replicated", "#0072B2"),
+    "padding": Scheme("same shapes padded to all ranks", "padded", "#CC79A7"),
+    "all_reduce": Scheme("shards with an all-reduce per step", "all-reduce", "#D55E00"),
 }
 """Ways of distributing, in the order in which they are shown."""
-
-_SHORT = {
-    "plan": "this plan",
-    "owners": "owners",
-    "round_robin": "round-robin",
-    "replicate": "replicated",
-    "padding": "padded",
-    "all_reduce": "all-reduce",
-}
 
 
 def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row per way of distributing, every cell in words."""
     rows = []
-    for name, label in schemes_of(contents).items():
+    for name, (label, short, _) in schemes_of(contents).items():
         scheme = contents if name == "plan" else contents["alternatives"][name]
         if name == "plan" and contents["settings"]["balance"] == "paper":
             label = "this plan (round-robin)"
@@ -43,6 +43,7 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
             {
                 "name": name,
                 "label": label,
+                "short": short,
                 "num_orthogonalisations": f"{scheme['num_orthogonalisations']:,}",
                 "busiest": format_flops(max(scheme["flops_by_rank"])),
                 "imbalance": format_ratio(scheme["imbalance"]),
@@ -56,9 +57,11 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def schemes_of(contents: Mapping[str, Any]) -> dict[str, str]:
-    """The ways of distributing that a plan is compared with, and their labels."""
-    return {n: label for n, label in SCHEMES.items() if n in ("plan", *contents["alternatives"])}
+def schemes_of(contents: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The plan, and the ways of distributing that it is compared with."""
+    return {
+        name: one for name, one in SCHEMES.items() if name in ("plan", *contents["alternatives"])
+    }
 
 
 def print_plan(contents: Mapping[str, Any], console: Console) -> None:
@@ -202,7 +205,7 @@ def _schemes_table(contents: Mapping[str, Any]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in scheme_rows(contents):
         style = "bold" if row["name"] == "plan" else None
-        table.add_row(_SHORT[row["name"]], *(row[name] for name in columns), style=style)
+        table.add_row(row["short"], *(row[name] for name in columns), style=style)
     return table
 
 
