@@ -55,15 +55,11 @@ def render_page(contents: Mapping[str, Any], *, command: str) -> str:
 
 def work_figure(contents: Mapping[str, Any]) -> go.Figure:
     """What every rank orthogonalises under the plan, round-robin and padding, with the bound."""
-    others = contents["alternatives"]
-    schemes = {
-        name: others[name] for name in ("owners", "round_robin", "padding") if name in others
-    }
+    left_out = ("replicate", "all_reduce")
+    schemes = {k: one for k, one in plan_text.schemes_of(contents).items() if k not in left_out}
     most = max(*contents["flops_by_rank"], *schemes["round_robin"]["flops_by_rank"])
     unit, size = ("TFLOP", 1e12) if most >= 1e12 else ("GFLOP", 1e9)
-    figure = _figure_by_rank(
-        {"plan": contents} | schemes, "flops_by_rank", unit=unit, size=size, height=400
-    )
+    figure = _figure_by_rank(schemes, "flops_by_rank", unit=unit, size=size, height=400)
     bound = contents["makespan_bound"] / size
     figure.add_hline(
         y=bound,
@@ -107,16 +103,13 @@ def schemes_figure(contents: Mapping[str, Any]) -> go.Figure:
     )
     stack_when_narrow(figure, list(panels), height=210)
     for column, value_of in enumerate(panels.values(), start=1):
-        values = [
-            value_of(contents if name == "plan" else contents["alternatives"][name])
-            for name in schemes
-        ]
+        values = [value_of(scheme) for scheme in schemes.values()]
         figure.add_trace(
             go.Bar(
-                y=[_wrapped(one.label) for one in schemes.values()],
+                y=[_wrapped(plan_text.SCHEMES[name].label) for name in schemes],
                 x=values,
                 orientation="h",
-                marker={"color": [one.color for one in schemes.values()]},
+                marker={"color": [plan_text.SCHEMES[name].color for name in schemes]},
                 text=[
                     "-"
                     if value is None

@@ -35,8 +35,8 @@ SCHEMES = {
 def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row per way of distributing, every cell in words."""
     rows = []
-    for name, (label, short, _) in schemes_of(contents).items():
-        scheme = contents if name == "plan" else contents["alternatives"][name]
+    for name, scheme in schemes_of(contents).items():
+        label, short, _ = SCHEMES[name]
         if name == "plan" and contents["settings"]["balance"] == "paper":
             label = "this plan (round-robin)"
         rows.append(
@@ -57,11 +57,10 @@ def scheme_rows(contents: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def schemes_of(contents: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The plan, and the ways of distributing that it is compared with."""
-    return {
-        name: one for name, one in SCHEMES.items() if name in ("plan", *contents["alternatives"])
-    }
+def schemes_of(contents: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The values of the plan, and of the ways of distributing that it is compared with."""
+    known = {"plan": contents, **contents["alternatives"]}
+    return {name: known[name] for name in SCHEMES if name in known}
 
 
 def print_plan(contents: Mapping[str, Any], console: Console) -> None:
