@@ -64,11 +64,6 @@ class Mesh:
         """How many ranks there are."""
         return self.dp_replicate * self.dp_shard * self.tp
 
-    def __str__(self) -> str:
-        sizes = zip(AXES, self.shape, strict=True)
-        named = [f"{axis}={size}" for axis, size in sizes if size > 1]
-        return ",".join(named) or "dp_shard=1"
-
     def placements(self, shape: Sequence[int], style: str | None) -> tuple[Placement, ...]:
         """How a parameter lies on the mesh, one placement per axis.
 
