@@ -6,6 +6,7 @@ libraries' names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from normuon_lab.train.arms.registry import ARMS
@@ -108,16 +109,20 @@ def color_of(arm: str) -> str:
     return style_of(arm).color
 
 
-def marker_of(arm: str) -> str:
-    """The arm's marker, by plotly's name."""
-    return style_of(arm).marker
-
-
-def dash_of(arm: str) -> str:
-    """The dash of the arm's lines, by plotly's name."""
-    return style_of(arm).dash
-
-
 def arm_index(arm: str) -> int:
     """The arm's place in the registry; one past the end for an arm of another version."""
     return list(ARMS).index(arm) if arm in ARMS else len(ARMS)
+
+
+def spread_out(values: Iterable[float], *, ratio: float) -> list[float]:
+    """Those values that are far enough apart on a logarithmic axis to be labelled.
+
+    Example:
+        >>> spread_out([4.0, 1.0, 1.5, 2.0], ratio=2)
+        [1.0, 2.0, 4.0]
+    """
+    chosen: list[float] = []
+    for value in sorted(set(values)):
+        if not chosen or value >= ratio * chosen[-1]:
+            chosen.append(value)
+    return chosen

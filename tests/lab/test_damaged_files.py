@@ -18,8 +18,8 @@ from normuon_lab.data.prepare import PrepareRequest, prepare, verify
 from normuon_lab.errors import InputError
 from normuon_lab.study.compare.comparison import planned
 from normuon_lab.study.compare.results import RESULTS_FILE, Results, open_results
-from normuon_lab.study.evidence.runs_store import StoredRun, read_runs, write_run
-from normuon_lab.study.search.space import Setting, Trial
+from normuon_lab.study.evidence.runs import StoredRun, read_runs, write_run
+from normuon_lab.study.search.space import Trial
 from normuon_lab.study.search.sweep import KIND as SWEEP_KIND
 from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
 from normuon_lab.study.search.tune import KIND as TUNE_KIND
@@ -84,7 +84,7 @@ def check_damages(file: Path, read: Callable[[], object]) -> None:
 
 def test_a_tuning_file(tmp_path: Path) -> None:
     trials = [
-        Trial(place=(rate,), setting=Setting(rate), objectives={1000: loss})
+        Trial(place=(rate,), setting={"learning_rate": rate}, objectives={1000: loss})
         for rate, loss in ((0.1, 3.0), (0.2, 2.0), (0.4, None))
     ]
     request = TuneRequest(

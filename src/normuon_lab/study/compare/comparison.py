@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from normuon_lab.atomic_files import damage_named, write_json, write_text
+from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.study.compare.results import REPORT_FILE, RESULTS_FILE, Results, open_results
-from normuon_lab.study.search.tune import TunedRates
+from normuon_lab.study.search.tune import tuned_rates
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import Task
@@ -37,57 +37,34 @@ def planned(
         InputError: an arm has neither a given nor a tuned rate, or its rate was tuned on one of the
             comparison's seeds.
     """
-    chosen: dict[str, dict[str, Any]] = {}
     for arm, value in given_rates.items():
         # Validates it, before anything is read or written.
         RunSpec(arm=arm, seed=0, learning_rate=value)
-        chosen[arm] = {"value": value, "source": "given on the command line", "trials": []}
-    untuned = [arm for arm in arms if arm not in chosen]
+    rates: dict[str, dict[str, Any]] = {
+        arm: {"value": value, "source": "given on the command line", "trials": []}
+        for arm, value in given_rates.items()
+    }
+    untuned = [arm for arm in arms if arm not in rates]
     require(
         bool(untuned) or tuned_path is None,
         f"--tuned {tuned_path} is not needed: --lr gives every arm's rate; leave one of them out",
     )
     if untuned:
-        chosen |= _tuned_rates(untuned, seeds, tuned_path, experiment, task)
+        rates |= tuned_rates(
+            tuned_path, untuned, seeds=seeds, experiment=experiment, corpus_digest=task.digest
+        )
     return Results(
         config={
             "arms": list(arms),
             "seeds": list(seeds),
-            "learning_rates": {arm: chosen[arm]["value"] for arm in arms},
+            "learning_rates": {arm: rates[arm]["value"] for arm in arms},
             **experiment.to_json(),
         },
         corpus=task.to_json(),
-        learning_rates={arm: chosen[arm] for arm in arms},
+        learning_rates={arm: rates[arm] for arm in arms},
         machine={},
         created=utc_now(),
     )
-
-
-def _tuned_rates(
-    arms: Sequence[str],
-    seeds: Sequence[int],
-    path: str | None,
-    experiment: Experiment,
-    task: Task,
-) -> dict[str, dict[str, Any]]:
-    """The entries of `learning_rates` for arms whose rates were tuned."""
-    tuned = TunedRates.load(path)
-    with damage_named(tuned.source):
-        shared = sorted(set(tuned.seeds) & set(seeds))
-        require(
-            not shared,
-            f"{tuned.source} was tuned on seed {shared[0] if shared else ''}, which this "
-            "comparison uses too: tune on other seeds",
-        )
-        return {
-            arm: {
-                "value": tuned.learning_rate(arm),
-                "source": tuned.summary(arm, experiment, task.digest),
-                "trials": tuned.values["arms"][arm]["trials"],
-                "command": tuned.values.get("command"),
-            }
-            for arm in arms
-        }
 
 
 def run_comparison(

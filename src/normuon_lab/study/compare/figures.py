@@ -1,4 +1,4 @@
-"""The report's figures of losses and learning rates."""
+"""The report's figures: losses, learning rates, and update matrices (the paper's Fig. 1)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from normuon_lab.plot_style import INK, MUTED, color_of, dash_of, marker_of
+from normuon_lab.layer_names import layer_numbers, layer_of
+from normuon_lab.plot_style import INK, MUTED, arm_index, color_of, spread_out, style_of
 from normuon_lab.study.compare.results import Results
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics.curves import Comparison, steps_to_target
@@ -31,7 +32,7 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                     x=x,
                     y=record.eval_losses,
                     mode="lines",
-                    line={"color": color_of(arm), "dash": dash_of(arm), "width": 1},
+                    line=_line(arm, 1),
                     opacity=0.35,
                     hoverinfo="skip",
                     showlegend=False,
@@ -45,8 +46,8 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
                 y=means[arm][1],
                 mode="lines+markers",
                 name=label_of(arm),
-                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2.5},
-                marker={"symbol": marker_of(arm), "size": 6},
+                line=_line(arm, 2.5),
+                marker={"symbol": style_of(arm).marker, "size": 6},
                 hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
             )
         )
@@ -113,9 +114,9 @@ def tuning_figure(results: Results) -> go.Figure | None:
                 y=[trial["mean_final_loss"] for trial in trials],
                 mode="lines+markers",
                 name=label_of(arm),
-                line={"color": color_of(arm), "dash": dash_of(arm), "width": 2},
+                line=_line(arm, 2),
                 marker={
-                    "symbol": ["star" if c else marker_of(arm) for c in chosen],
+                    "symbol": ["star" if c else style_of(arm).marker for c in chosen],
                     "size": [15 if c else 7 for c in chosen],
                     "opacity": 1.0,
                     "line": {"width": [1 if c else 0 for c in chosen], "color": INK},
@@ -126,7 +127,7 @@ def tuning_figure(results: Results) -> go.Figure | None:
     if not losses:
         return None
     apply_style(figure, height=400)
-    ticks = _spread_out(rates)
+    ticks = spread_out(rates, ratio=1.35)
     figure.update_xaxes(
         title_text="peak learning rate (logarithmic)",
         type="log",
@@ -141,6 +142,11 @@ def tuning_figure(results: Results) -> go.Figure | None:
         range=[min(losses) - margin, top + margin],
     )
     return figure
+
+
+def _line(arm: str, width: float) -> dict[str, Any]:
+    style = style_of(arm)
+    return {"color": style.color, "dash": style.dash, "width": width}
 
 
 def _unit(results: Results) -> str:
@@ -191,7 +197,7 @@ def _add_finals(figure: go.Figure, results: Results) -> None:
                 line={"color": "#9aa5b1", "width": 1},
                 marker={
                     "color": [color_of(record.arm) for record in shown],
-                    "symbol": [marker_of(record.arm) for record in shown],
+                    "symbol": [style_of(record.arm).marker for record in shown],
                     "size": 9,
                 },
                 hovertemplate=f"%{{x}}, seed {seed}: %{{y:.4f}}<extra></extra>",
@@ -219,12 +225,11 @@ def _add_difference(figure: go.Figure, comparison: Comparison, column: int) -> N
         return
     error: dict[str, Any] = {"visible": False}
     if estimate.low is not None and estimate.high is not None:
-        error = {
+        ends = {
             "array": [estimate.high - estimate.mean],
             "arrayminus": [estimate.mean - estimate.low],
-            "thickness": 2,
-            "width": 7,
         }
+        error = {**ends, "thickness": 2, "width": 7}
     figure.add_trace(
         go.Scatter(
             x=[estimate.mean],
@@ -232,7 +237,7 @@ def _add_difference(figure: go.Figure, comparison: Comparison, column: int) -> N
             mode="markers",
             marker={
                 "color": color_of(comparison.arm),
-                "symbol": marker_of(comparison.arm),
+                "symbol": style_of(comparison.arm).marker,
                 "size": 11,
             },
             error_x=error,
@@ -255,19 +260,109 @@ def _loss_range(results: Results) -> list[float]:
         for step, loss in zip(record.eval_steps, record.eval_losses, strict=True)
         if step >= 0.1 * record.eval_steps[-1]
     ]
-    high = max(early)
-    margin = 0.05 * (high - low)
-    return [low - margin, high + margin]
+    margin = 0.05 * (max(early) - low)
+    return [low - margin, max(early) + margin]
 
 
 def _mean_columns(rows: Sequence[Sequence[float]]) -> list[float]:
     return [math.fsum(column) / len(column) for column in zip(*rows, strict=True)]
 
 
-def _spread_out(rates: set[float]) -> list[float]:
-    """Those rates that are far enough apart on a logarithmic axis to be labelled."""
-    chosen: list[float] = []
-    for rate in sorted(rates):
-        if not chosen or rate > 1.35 * chosen[-1]:
-            chosen.append(rate)
-    return chosen
+def update_figure(results: Results, key: str) -> go.Figure | None:
+    """A panel per stage (rows) and kind of matrix (columns), with a button per layer.
+
+    `key` is `"singular_values"`, drawn over their root mean square, or `"row_norms"`, over their
+    mean. None where nothing was measured.
+    """
+    is_spectrum = key == "singular_values"
+    measured = [(record.arm, update) for record in results.records for update in record.updates]
+    if not measured:
+        return None
+    steps = sorted({update["step"] for _, update in measured})
+    layers = layer_numbers([update["matrix"] for _, update in measured])
+    kinds = list(dict.fromkeys(_kind_of(update["matrix"]) for _, update in measured))
+    shapes = {_kind_of(u["matrix"]): u["shape"] for _, u in measured}
+    figure = make_subplots(
+        rows=len(steps),
+        cols=len(kinds),
+        column_titles=[f"{kind} [{shapes[kind][0]} x {shapes[kind][1]}]" for kind in kinds],
+        row_titles=[f"step {step}" for step in steps],
+        shared_xaxes="columns",
+        shared_yaxes="all",
+        horizontal_spacing=0.025,
+        vertical_spacing=0.05,
+    )
+    panels = [f"{kind}, step {step}" for step in steps for kind in kinds]
+    stack_when_narrow(figure, panels, height=210)
+    layer_of_trace = []
+    named: set[tuple[str, int | None]] = set()
+    for arm, update in measured:
+        values = update[key]
+        squares = math.fsum(v * v for v in values) / len(values)
+        scale = math.sqrt(squares) if is_spectrum else math.fsum(values) / len(values)
+        layer = layer_of(update["matrix"])
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(1, len(values) + 1)),
+                y=[value / scale if scale else 0.0 for value in values],
+                mode="lines",
+                name=label_of(arm),
+                legendgroup=arm,
+                showlegend=(arm, layer) not in named,
+                visible=layer == layers[-1],
+                # Every second one wide, so that equal curves show that they are two.
+                line=_line(arm, 3.4 if arm_index(arm) % 2 else 1.8),
+                hovertemplate=f"{label_of(arm)}, %{{x}}: %{{y:.3f}}<extra></extra>",
+            ),
+            row=1 + steps.index(update["step"]),
+            col=1 + kinds.index(_kind_of(update["matrix"])),
+        )
+        named.add((arm, layer))
+        layer_of_trace.append(layer)
+    apply_style(figure, height=190 * len(steps) + 130)
+    _add_layer_buttons(figure, layers, layer_of_trace)
+    figure.update_annotations(font_size=13)
+    # Below 1/1000 of the RMS a value is rounding noise of the measurement.
+    shown = {"type": "log", "range": [-3, 1]} if is_spectrum else {"rangemode": "tozero"}
+    figure.update_yaxes(**shown)
+    y_title = "singular value / RMS" if is_spectrum else "row norm / mean"
+    figure.update_yaxes(title_text=y_title, col=1)
+    x_title = f"{'index' if is_spectrum else 'neuron'}, largest first"
+    figure.update_xaxes(title_text=x_title, row=len(steps))
+    return figure
+
+
+def _add_layer_buttons(
+    figure: go.Figure, layers: Sequence[int], layer_of_trace: Sequence[int | None]
+) -> None:
+    figure.update_layout(
+        margin={"t": 110},
+        legend={"yref": "container", "y": 1.0, "yanchor": "top", "x": 0.0},
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "right",
+                "active": len(layers) - 1,
+                "x": 1.0,
+                "xanchor": "right",
+                "y": 1.0,
+                "yanchor": "bottom",
+                "pad": {"b": 30},
+                "bgcolor": "#e4e7eb",
+                "bordercolor": "#cbd2d9",
+                "font": {"color": INK},
+                "buttons": [
+                    {
+                        "label": f"layer {layer}",
+                        "method": "update",
+                        "args": [{"visible": [other == layer for other in layer_of_trace]}],
+                    }
+                    for layer in layers
+                ],
+            }
+        ],
+    )
+
+
+def _kind_of(matrix: str) -> str:
+    return ".".join(matrix.removesuffix(".weight").split(".")[-2:])

@@ -18,7 +18,6 @@ from normuon_lab.study.compare.summary import (
     summary_rows,
     verdict,
 )
-from normuon_lab.study.compare.update_figures import update_figure
 from normuon_lab.study.statistics.curves import METHOD
 from normuon_lab.train.arms.registry import ARMS
 from normuon_lab.web_page import render_page
@@ -34,8 +33,8 @@ def render_report(results: Results) -> str:
             "loss-seconds": figures.loss_figure(results, against="seconds"),
             "final-loss": figures.final_loss_figure(results),
             "tuning": figures.tuning_figure(results),
-            "singular-values": update_figure(results, "singular_values"),
-            "row-norms": update_figure(results, "row_norms"),
+            "singular-values": figures.update_figure(results, "singular_values"),
+            "row-norms": figures.update_figure(results, "row_norms"),
         },
         filters={
             "label": label_of,

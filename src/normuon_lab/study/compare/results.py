@@ -73,10 +73,8 @@ class Results:
 
     def record(self, arm: str, seed: int) -> RunRecord | None:
         """The record of one run, or None while it is missing."""
-        for record in self.records:
-            if record.arm == arm and record.seed == seed:
-                return record
-        return None
+        found = (r for r in self.records if (r.arm, r.seed) == (arm, seed))
+        return next(found, None)
 
     def of_arm(self, arm: str) -> list[RunRecord]:
         """The arm's finished runs that did not diverge, by seed."""
@@ -129,14 +127,9 @@ class Results:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Results:
         """The inverse of `to_json`; the analysis is computed again from the runs."""
-        return cls(
-            config=values["config"],
-            corpus=values["corpus"],
-            learning_rates=values["learning_rates"],
-            machine=values["machine"],
-            created=values["created"],
-            records=[RunRecord.from_json(run) for run in values["runs"]],
-        )
+        kept = ("config", "corpus", "learning_rates", "machine", "created")
+        records = [RunRecord.from_json(run) for run in values["runs"]]
+        return cls(**{name: values[name] for name in kept}, records=records)
 
 
 def open_results(out: Path, new: Results, *, resume: bool) -> Results:

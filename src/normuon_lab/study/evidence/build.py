@@ -12,7 +12,6 @@ from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import require
 from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.evidence import table1 as first_table
-from normuon_lab.study.evidence.collected import CellEvidence, collect
 from normuon_lab.study.evidence.figures.hyperparameters import (
     learning_rate_figure,
     other_rate_figure,
@@ -38,6 +37,7 @@ from normuon_lab.study.evidence.page import (
 )
 from normuon_lab.study.evidence.protocol import CELLS, SENSITIVITY, Cell
 from normuon_lab.study.evidence.recent_rivals import recent_tables
+from normuon_lab.study.evidence.runs import CellEvidence, collect
 from normuon_lab.study.evidence.table2 import read_table2
 
 PAGE = "results.md"
@@ -95,7 +95,7 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
             "learning-rates": learning_rate_figure(found),
             "other-rates": other_rate_figure(found),
         }
-        if found.target_accuracy is None:
+        if found.cell.target_accuracy is None:
             of_cell |= {
                 "losses": loss_figure(found),
                 "schedules": schedule_figure(found, rows),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,21 @@ import jinja2
 from normuon_lab.errors import require
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper, protocol
-from normuon_lab.study.evidence.collected import CellEvidence, shortfalls
-from normuon_lab.study.evidence.paper_claims import interval_words, p_words, paper_claims
-from normuon_lab.study.evidence.short_answer import lead, own_rates, own_rates_matter_more
+from normuon_lab.study.evidence.paper_claims import (
+    finding_of,
+    interval_words,
+    p_words,
+    paper_claims,
+)
+from normuon_lab.study.evidence.runs import CellEvidence, shortfalls
+from normuon_lab.study.evidence.table1 import Row, Table, rows_of
 from normuon_lab.study.evidence.verdicts import ALPHA
 from normuon_lab.study.statistics.estimates import t_interval
+from normuon_lab.train.arms.registry import MAIN_ARMS
 
 FIGURES_FOLDER = "figures/results"
 UPDATE_FIGURES = ("singular-values", "row-norms")
+Trial = Mapping[str, Any]
 
 EIGHT_BIT_PAGE = "how-to/eight-bit-momentum.md"
 START, END = "<!-- table: normuon evidence build -->", "<!-- end of table -->"
@@ -48,8 +56,8 @@ def _render(template: str, **values: Any) -> str:
 
 def render_page(
     evidence: Sequence[CellEvidence],
-    table1: Mapping[str, Any],
-    table2: Mapping[str, Any] | None,
+    table1: Table,
+    table2: Table | None,
     recent: Sequence[Mapping[str, Any]],
     figures: Collection[str],
 ) -> str:
@@ -115,17 +123,104 @@ def missing_words(found: CellEvidence) -> list[str]:
     return missing
 
 
-def _tables(found: CellEvidence, table1: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+def _tables(found: CellEvidence, table1: Table) -> dict[str, list[Row]]:
     """By baseline, the cell's rows of Table 1.
 
     Arms that were never run are left out: `missing_words` names them once for the whole cell.
     """
     run = {record.arm for record in found.runs}
-    tables: dict[str, list[Mapping[str, Any]]] = {}
+    tables: dict[str, list[Row]] = {}
     for row in table1["rows"]:
         if row["cell"] == found.cell.name and row["arm"] in run:
             tables.setdefault(row["baseline"], []).append(row)
     return tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """In how many cells one arm is shown to need fewer steps than another, and in how many more.
+
+    `num_cells` counts those in which both were run, all seeds; `saved` are their figures, in words.
+    """
+
+    num_shown: int
+    num_behind: int
+    num_cells: int
+    saved: str
+
+
+def lead(table1: Table, arm: str, baseline: str) -> Lead:
+    """An arm's lead over a baseline, over all cells of Table 1."""
+    findings = [finding_of(row) for row in rows_of(table1, arm, baseline)]
+    run = [finding for finding in findings if finding.was_run]
+    return Lead(
+        num_shown=sum(finding.is_shown for finding in run),
+        num_behind=sum(finding.opposite().is_shown for finding in run),
+        num_cells=len(run),
+        saved=_range_in_words([found.estimate for found in run if found.estimate is not None]),
+    )
+
+
+def _range_in_words(percents: Sequence[float]) -> str:
+    """
+    >>> _range_in_words([44.71, 10.1]), _range_in_words([5.04]), _range_in_words([])
+    ('10.1% to 44.7%', '5.0%', '')
+    """
+    if not percents:
+        return ""
+    low, high = f"{min(percents):.1f}%", f"{max(percents):.1f}%"
+    return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnRate:
+    """What a separate learning rate for the AdamW parameters was worth to an arm, from its tuning.
+
+    `shared` is the best trial with one rate for both, `own` the best of the same weight decay.
+    """
+
+    arm: str
+    shared: Trial
+    own: Trial
+
+    @property
+    def gain(self) -> float:
+        """By how much the objective falls with a rate each; 0 where sharing was best."""
+        shared, own = self.shared["mean_objective"], self.own["mean_objective"]
+        return float(shared - own)
+
+
+def own_rates(found: CellEvidence) -> list[OwnRate]:
+    """Every arm that had both tried: one rate for both halves, and others."""
+    rates = []
+    for arm, tuned in found.tuning.items():
+        finished = [trial for trial in tuned["trials"] if trial["mean_objective"] is not None]
+        finished.sort(key=lambda trial: trial["mean_objective"])
+        shared = next((t for t in finished if t["adam_lr"] == t["learning_rate"]), None)
+        if shared is not None and "adam_lr" in tuned["axes"]:
+            own = next(t for t in finished if t["weight_decay"] == shared["weight_decay"])
+            rates.append(OwnRate(arm=arm, shared=shared, own=own))
+    return rates
+
+
+def own_rates_matter_more(evidence: Sequence[CellEvidence], table1: Table) -> bool:
+    """Whether even the smallest gain exceeds the largest difference between NorMuon and Muon.
+
+    Over all cells that count losses; False where either is not known.
+    """
+    gains = [
+        rate.gain
+        for found in evidence
+        if found.cell.target_accuracy is None
+        for rate in own_rates(found)
+        if rate.arm in MAIN_ARMS[1:]
+    ]
+    differences = [
+        abs(row["loss_difference"])
+        for row in rows_of(table1, "normuon", "muon")
+        if row["loss_difference"] is not None
+    ]
+    return bool(gains and differences) and min(gains) > max(differences)
 
 
 def eight_bit_table(evidence: Sequence[CellEvidence]) -> str:
@@ -135,22 +230,14 @@ def eight_bit_table(evidence: Sequence[CellEvidence]) -> str:
     """
     rows = []
     for found in evidence:
-        coded = {
-            run.record.seed: run.record.final_loss
-            for run in found.sensitivity
-            if run.varied == ("momentum_dtype", "int8")
-        }
-        plain = {run.seed: run.final_loss for run in found.full_runs("normuon")}
-        seeds = sorted(coded.keys() & plain.keys())
-        pairs = [
-            (ours, theirs)
-            for ours, theirs in ((coded[seed], plain[seed]) for seed in seeds)
-            if ours is not None and theirs is not None
+        pairs = found.varied_losses().get("momentum_dtype", {}).get("int8", [])
+        whole = [
+            (ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None
         ]
-        if not seeds or len(pairs) < len(seeds):
-            continue
-        means = [math.fsum(losses) / len(seeds) for losses in zip(*pairs, strict=True)]
-        rows.append((found.title, len(seeds), *means, t_interval([a - b for a, b in pairs])))
+        if pairs and len(whole) == len(pairs):
+            means = [math.fsum(losses) / len(whole) for losses in zip(*whole, strict=True)]
+            difference = t_interval([a - b for a, b in whole])
+            rows.append((found.title, len(whole), *means, difference))
     return _render("eight_bit.md.j2", rows=rows).strip()
 
 

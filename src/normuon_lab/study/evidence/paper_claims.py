@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
-from normuon_lab.study.evidence.collected import FINAL_LOSS, CellEvidence
-from normuon_lab.study.evidence.protocol import CLAIM_SEEDS
-from normuon_lab.study.evidence.table1 import mirrored_bounds, negative
+from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, FINAL_LOSS
+from normuon_lab.study.evidence.runs import CellEvidence
+from normuon_lab.study.evidence.table1 import Row, Table, more_steps, rows_of
 from normuon_lab.study.evidence.table2 import expected_hidden_state
 from normuon_lab.study.evidence.verdicts import (
     Finding,
@@ -21,7 +20,6 @@ from normuon_lab.study.evidence.verdicts import (
     verdict_by_count,
     verdict_in_cell,
 )
-from normuon_lab.study.statistics.estimates import paired_test, t_interval
 
 EARLY = 0.2
 """The share of the steps at which "early" is read."""
@@ -37,13 +35,13 @@ class CellVerdict:
     text: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ClaimResult:
     """A claim in one sentence, the paper's figure, and what each cell says."""
 
     claim: str
     paper: str
-    cells: tuple[CellVerdict, ...]
+    cells: Sequence[CellVerdict]
 
     @property
     def verdict(self) -> Verdict:
@@ -65,66 +63,63 @@ class ClaimResult:
 
 
 def paper_claims(
-    evidence: Sequence[CellEvidence],
-    table1: Mapping[str, Any],
-    table2: Mapping[str, Any] | None,
+    evidence: Sequence[CellEvidence], table1: Table, table2: Table | None
 ) -> list[ClaimResult]:
     """Every claim, in the paper's order."""
     saved, larger = paper.STEPS_SAVED_1B, paper.STEPS_SAVED_5B
-    on_text = [found for found in evidence if found.target_accuracy is None]
-    return [
-        _from_rows(
-            "NorMuon reaches AdamW's final loss in fewer steps.",
-            f"{saved['normuon']}% fewer at 1.1B, {larger['normuon']}% at 5.4B",
-            _pair_rows(table1, "normuon", "adamw"),
-            paper_value=saved["normuon"],
+    on_text = [found for found in evidence if found.cell.target_accuracy is None]
+    over_muon = rows_of(table1, "normuon", "muon")
+    claims = [
+        *(
+            (
+                f"{label_of(arm)} reaches AdamW's final loss in fewer steps.",
+                f"{saved[arm]}% fewer at 1.1B, {larger[arm]}% at 5.4B",
+                _steps(_on_losses(rows_of(table1, arm, "adamw")), paper_value=saved[arm]),
+            )
+            for arm in ("normuon", "muon")
         ),
-        _from_rows(
-            "Muon reaches AdamW's final loss in fewer steps.",
-            f"{saved['muon']}% fewer at 1.1B, {larger['muon']}% at 5.4B",
-            _pair_rows(table1, "muon", "adamw"),
-            paper_value=saved["muon"],
-        ),
-        _from_rows(
+        (
             "NorMuon saves steps over Muon too.",
             f"{paper.POINTS_OVER_MUON_1B} points more of AdamW's steps at 1.1B; here, percent of "
             "Muon's own steps",
-            _pair_rows(table1, "normuon", "muon"),
-            paper_value=paper.POINTS_OVER_MUON_1B,
+            _steps(_on_losses(over_muon), paper_value=paper.POINTS_OVER_MUON_1B),
         ),
-        _from_rows(
+        (
             "Muon needs a longer schedule to reach NorMuon's loss.",
             f"{paper.MUON_MORE_STEPS_124M:.0f}% more steps at 124M, "
             f"{paper.MUON_MORE_STEPS_350M:.0f}% at 350M",
-            [row for row in table1["muon_rescale"] if row["measure"] == FINAL_LOSS],
-            paper_value=paper.MUON_MORE_STEPS_124M,
+            _steps(_on_losses(table1["muon_rescale"]), paper_value=paper.MUON_MORE_STEPS_124M),
         ),
         *(
-            ClaimResult(claim=claim, paper=stated, cells=_count(on_text, *compared))
+            (claim, stated, _variations(on_text, *compared))
             for claim, stated, compared in UPDATE_CLAIMS
         ),
         *(
-            ClaimResult(claim=claim, paper="Fig. 3 and 7", cells=_order(on_text, *pair, share))
+            (claim, "Fig. 3 and 7", _lower_losses(on_text, *pair, share))
             for claim, pair, share in ABLATION_CLAIMS
         ),
-        _state_claim(table2),
-        _not_testable(
+        (
+            "On hidden matrices NorMuon keeps m (n + 1) numbers, Muon m n, AdamW 2 m n.",
+            "Table 2",
+            _states(table2),
+        ),
+        (
             "On 16 GPUs NorMuon's training step is hardly longer than AdamW's.",
             f"{paper.STEP_TIME_OVER_ADAMW}% longer",
-            "it needs 16 GPUs; Table 2 has times of one thread on small models",
+            _not_testable("it needs 16 GPUs; Table 2 has times of one thread on small models"),
         ),
-        _not_testable(
+        (
             "The savings hold at 1.1B and 5.4B parameters.",
             "Table 1",
-            "such models cannot be trained on two CPU cores",
+            _not_testable("such models cannot be trained on two CPU cores"),
         ),
-        _from_rows(
+        (
             "The adverse case: NorMuon learns modular addition later than Muon.",
             "not in the paper: reported by a replication",
-            [_later(row) for row in _pair_rows(table1, "normuon", "muon", of_losses=False)],
-            paper_value=0.0,
+            _steps([more_steps(row) for row in over_muon if row["measure"] != FINAL_LOSS]),
         ),
     ]
+    return [ClaimResult(*claim) for claim in claims]
 
 
 UPDATE_CLAIMS = (
@@ -157,33 +152,19 @@ ABLATION_CLAIMS = (
 """The claim, which arm's loss is lower than which's, and at which share of the steps."""
 
 
-def _pair_rows(
-    table1: Mapping[str, Any], arm: str, baseline: str, *, of_losses: bool = True
-) -> list[Mapping[str, Any]]:
-    return [
-        row
-        for row in table1["rows"]
-        if (row["arm"], row["baseline"], row["measure"] == FINAL_LOSS) == (arm, baseline, of_losses)
-    ]
+def _on_losses(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["measure"] == FINAL_LOSS]
 
 
-def _later(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row for the claim that the arm takes more steps."""
-    more, ends = negative(row["steps_saved_percent"]), mirrored_bounds(row["ci95"])
-    return {**row, "more_steps_percent": more, "ci95": ends}
-
-
-def _from_rows(
-    claim: str, stated: str, rows: Sequence[Mapping[str, Any]], *, paper_value: float
-) -> ClaimResult:
+def _steps(rows: Sequence[Row], *, paper_value: float = 0.0) -> list[CellVerdict]:
     """What rows of table1.json say: of more steps where they have them, or else of steps saved."""
     cells = []
     for row in rows:
-        is_more = "more_steps_percent" in row
-        key = "more_steps_percent" if is_more else "steps_saved_percent"
+        key, what = "steps_saved_percent", "steps saved"
+        if "more_steps_percent" in row:
+            key, what = "more_steps_percent", "more steps"
         text, short = row["reason_if_missing"], "none"
         if row[key] is not None:
-            what = "more steps" if is_more else "steps saved"
             ends, p_value = interval_words(row["ci95"]), p_words(row["p_value"])
             short = f"{row[key]:.1f}%"
             text = f"{what} {short} (bootstrap {ends}; {p_value})"
@@ -193,10 +174,10 @@ def _from_rows(
         verdict = verdict_in_cell(finding_of(row, key), paper_value=paper_value)
         where = f"{row['task']}, {row['size']}"
         cells.append(CellVerdict(where=where, verdict=verdict, short=short, text=text))
-    return ClaimResult(claim=claim, paper=stated, cells=tuple(cells))
+    return cells
 
 
-def finding_of(row: Mapping[str, Any], key: str) -> Finding:
+def finding_of(row: Row, key: str = "steps_saved_percent") -> Finding:
     """What a row says; where only a bound above zero is known, more schedules are to be run."""
     low, high = row["ci95"] or (None, None)
     was_run = len(row["claim_seeds"]) == len(CLAIM_SEEDS) and row["at_least_percent"] is None
@@ -230,9 +211,9 @@ def p_words(p_value: float | None) -> str:
     return "p < 0.0001" if p_value < 1e-4 else f"p = {p_value:.2g}"
 
 
-def _count(
+def _variations(
     evidence: Sequence[CellEvidence], rough: str, even: str, key: str
-) -> tuple[CellVerdict, ...]:
+) -> list[CellVerdict]:
     """Count the matrices and stages at which the first arm's values vary more than the second's."""
     cells = []
     for found in evidence:
@@ -244,15 +225,16 @@ def _count(
             _variation(updates[rough][place][key]) > _variation(updates[even][place][key])
             for place in shared
         )
+        short = f"{count} of {len(shared)}"
         cells.append(
             CellVerdict(
                 where=found.cell.title,
                 verdict=verdict_by_count(count, len(shared)),
-                short=f"{count} of {len(shared)}",
-                text=f"{count} of {len(shared)} measured matrices and stages of one seed",
+                short=short,
+                text=f"{short} measured matrices and stages of one seed",
             )
         )
-    return tuple(cells)
+    return cells
 
 
 def _variation(values: Sequence[float]) -> float:
@@ -261,9 +243,9 @@ def _variation(values: Sequence[float]) -> float:
     return float(array.std() / array.mean()) if array.any() else 0.0
 
 
-def _order(
+def _lower_losses(
     evidence: Sequence[CellEvidence], better: str, worse: str, share: float
-) -> tuple[CellVerdict, ...]:
+) -> list[CellVerdict]:
     """By how much the better arm's loss is lower, paired, in the cells that have both arms."""
     cells = []
     for found in evidence:
@@ -276,48 +258,31 @@ def _order(
             text = "a run diverged" if was_run else "some runs are missing"
         else:
             values = differences[:, round(share * (differences.shape[1] - 1))].tolist()
-            estimate, test = t_interval(values), paired_test(values, [0.0] * len(values))
-            finding = Finding(
-                estimate=estimate.mean,
-                low=estimate.low,
-                high=estimate.high,
-                p_value=None if test is None else test.p_value,
-                was_run=len(values) == len(CLAIM_SEEDS),
-            )
+            finding = Finding.over_seeds(values, was_run=len(values) == len(CLAIM_SEEDS))
             interval = "no interval"
-            if estimate.low is not None:
-                interval = f"t interval {estimate.low:.4f} to {estimate.high:.4f}"
-            short = f"{estimate.mean:+.4f} nats"
+            if finding.low is not None:
+                interval = f"t interval {finding.low:.4f} to {finding.high:.4f}"
+            short = f"{finding.estimate:+.4f} nats"
             text = (
                 f"loss of {label_of(worse)} minus that of {label_of(better)}: "
                 f"{short} ({interval}; {p_words(finding.p_value)})"
             )
-        verdict = verdict_in_cell(finding, paper_value=0.0)
+        verdict = verdict_in_cell(finding)
         cells.append(CellVerdict(where=found.cell.title, verdict=verdict, short=short, text=text))
-    return tuple(cells)
+    return cells
 
 
-def _state_claim(table2: Mapping[str, Any] | None) -> ClaimResult:
+def _states(table2: Table | None) -> list[CellVerdict]:
     cells = []
     for name, measured in (table2 or {"cells": {}})["cells"].items():
         expected = expected_hidden_state(measured["hidden_matrices"])
         kept = {arm: measured["arms"][arm]["hidden_state_elements"] for arm in expected}
+        verdict = Verdict.REPRODUCED if kept == expected else Verdict.NOT_REPRODUCED
         share = f"{kept['normuon'] / kept['adamw']:.3f} of AdamW's"
-        cells.append(
-            CellVerdict(
-                where=name,
-                verdict=Verdict.REPRODUCED if kept == expected else Verdict.NOT_REPRODUCED,
-                short=share,
-                text=f"NorMuon keeps {share} elements, counted",
-            )
-        )
-    return ClaimResult(
-        claim="On hidden matrices NorMuon keeps m (n + 1) numbers, Muon m n, AdamW 2 m n.",
-        paper="Table 2",
-        cells=tuple(cells),
-    )
+        text = f"NorMuon keeps {share} elements, counted"
+        cells.append(CellVerdict(where=name, verdict=verdict, short=share, text=text))
+    return cells
 
 
-def _not_testable(claim: str, stated: str, why: str) -> ClaimResult:
-    cell = CellVerdict(where="no cell", verdict=Verdict.NOT_TESTABLE, short="", text=why)
-    return ClaimResult(claim=claim, paper=stated, cells=(cell,))
+def _not_testable(why: str) -> list[CellVerdict]:
+    return [CellVerdict(where="no cell", verdict=Verdict.NOT_TESTABLE, short="", text=why)]

@@ -16,6 +16,8 @@ from normuon_lab.errors import require
 from normuon_lab.train.arms.registry import MAIN_ARMS
 from normuon_lab.train.runs.config import Experiment, ModelConfig, ModularAddition, TrainConfig
 
+FINAL_LOSS = "final loss"
+
 TUNING_SEEDS = (1000, 1001)
 CLAIM_SEEDS = (0, 1, 2, 3, 4, 5)
 
@@ -150,9 +152,21 @@ class Cell:
         return f"{self.task}, {self.size}"
 
     @property
-    def has_ladder(self) -> bool:
-        """Whether claims rest on complete schedules of several lengths, not on steps to a goal."""
-        return self.experiment.training.stop_at_accuracy is None
+    def full_steps(self) -> int:
+        """The full length N of the cell's schedules."""
+        return self.experiment.training.steps
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """The held-out accuracy to which steps are counted; None where claims rest on the final
+        losses of complete schedules of several lengths."""
+        return self.experiment.training.stop_at_accuracy
+
+    @property
+    def measure(self) -> str:
+        """What the cell's steps are counted to, in words."""
+        accuracy = self.target_accuracy
+        return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -6,16 +6,14 @@ They have a smaller budget than the arms of the protocol's cells, and a folder o
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from normuon_lab.errors import require
-from normuon_lab.study.evidence.collected import CellEvidence, shortfalls
 from normuon_lab.study.evidence.protocol import (
     MAX_TUNING_TRIALS,
     RECENT_CELLS,
@@ -27,12 +25,11 @@ from normuon_lab.study.evidence.protocol import (
     RECENT_TUNING_SEEDS,
     Cell,
 )
-from normuon_lab.study.evidence.running import do_runs, final_losses_alone, tuned_settings
-from normuon_lab.study.evidence.runs_store import read_runs
+from normuon_lab.study.evidence.running import do_runs, final_losses_alone, tuned_setting
+from normuon_lab.study.evidence.runs import CellEvidence, read_runs, shortfalls
 from normuon_lab.study.evidence.verdicts import Finding
 from normuon_lab.study.search.lattice import Losses, best_place, is_interior, next_round
-from normuon_lab.study.search.space import AXES, Place
-from normuon_lab.study.statistics.estimates import paired_test, t_interval
+from normuon_lab.study.search.space import AXES, Place, spec_of
 from normuon_lab.train.runs.records import RunRecord
 
 FOLDER = "recent-rivals"
@@ -92,18 +89,13 @@ def _do_runs(
     """Do runs, each an arm, a seed and a learning rate."""
     if not wanted:
         return
-    settings = tuned_settings(results, cell)
-    first = wanted[0][0]
-    require(RECENT_PARENT in settings, f"tune {RECENT_PARENT} in {cell.name} before {first}")
-    specs = [
-        dataclasses.replace(settings[RECENT_PARENT], learning_rate=rate).spec(
-            arm, seed, steps=cell.experiment.training.steps
-        )
-        for arm, seed, rate in wanted
-    ]
+    parent = tuned_setting(results, cell, RECENT_PARENT, before=wanted[0][0])
     do_runs(
         cell,
-        specs,
+        [
+            spec_of(arm, seed, {**parent, "learning_rate": rate}, steps=cell.full_steps)
+            for arm, seed, rate in wanted
+        ],
         purpose,
         experiment=final_losses_alone(cell.experiment),
         folder=results / FOLDER,
@@ -122,16 +114,14 @@ def tuning_losses(results: Path, cell: Cell) -> dict[str, dict[Place, float]]:
         place = (round(2 * math.log(run.learning_rate / RATES.base, RATES.ratio)) / 2,)
         loss = math.inf if run.final_loss is None else run.final_loss
         found.setdefault(run.arm, {}).setdefault(place, {})[run.seed] = loss
-    return {arm: _means(arm, by_place) for arm, by_place in found.items()}
-
-
-def _means(arm: str, by_place: Mapping[Place, Mapping[int, float]]) -> dict[Place, float]:
-    # Nearest to the start first: of equal places the search keeps the one it tried first.
-    places = sorted(by_place, key=lambda place: (abs(place[0] - RECENT_STARTS[arm]), place))
     return {
-        place: math.fsum(by_place[place].values()) / len(RECENT_TUNING_SEEDS)
-        for place in places
-        if set(by_place[place]) == set(RECENT_TUNING_SEEDS)
+        arm: {
+            place: math.fsum(by_place[place].values()) / len(RECENT_TUNING_SEEDS)
+            # Nearest to the start first: of equal places the search keeps the one it tried first.
+            for place in sorted(by_place, key=lambda p: (abs(p[0] - RECENT_STARTS[arm]), p))
+            if set(by_place[place]) == set(RECENT_TUNING_SEEDS)
+        }
+        for arm, by_place in found.items()
     }
 
 
@@ -220,24 +210,17 @@ def _compared_row(
         {run.seed: run.final_loss for run in some if run.final_loss is not None}
         for some in (runs, found.full_runs(baseline))
     )
-    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    difference = t_interval([mine - other for mine, other in pairs])
-    test = paired_test([mine for mine, _ in pairs], [other for _, other in pairs])
-    p_value = None if test is None else test.p_value
-    above = Finding(
-        estimate=difference.mean, low=difference.low, high=difference.high, p_value=p_value
-    )
+    above = Finding.over_seeds([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     verdict = "not shown to differ"
     if above.is_shown or above.opposite().is_shown:
         verdict = "above" if above.is_shown else "below"
-    elif difference.low is None:
+    elif above.low is None:
         verdict = "too few seeds"
     return {
         "arm": arm,
         "baseline": baseline,
         "seeds": [run.seed for run in runs],
         "diverged": [run.seed for run in runs if run.diverged],
-        "difference": difference,
-        "p_value": p_value,
+        "difference": above,
         "verdict": verdict,
     }

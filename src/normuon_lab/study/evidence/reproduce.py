@@ -12,7 +12,7 @@ from rich.table import Table
 
 from normuon_lab.errors import require
 from normuon_lab.study.evidence.protocol import Cell
-from normuon_lab.study.evidence.runs_store import read_runs
+from normuon_lab.study.evidence.runs import read_runs
 from normuon_lab.train.arms.options import ArmOptions
 from normuon_lab.train.arms.registry import MAIN_ARMS
 from normuon_lab.train.runs.config import RunSpec
@@ -56,7 +56,7 @@ def repeat_runs(
     Raises:
         InputError: nothing is published for that, or it was made from another text.
     """
-    full = cell.experiment.training.steps
+    full = cell.full_steps
     chosen = [
         run
         for run in read_runs(results, cell.name)

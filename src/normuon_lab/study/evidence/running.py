@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -29,9 +28,9 @@ from normuon_lab.study.evidence.protocol import (
     baselines_of,
     schedule_steps,
 )
-from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs, write_run
+from normuon_lab.study.evidence.runs import SWEEP_FILE, StoredRun, read_runs, write_run
 from normuon_lab.study.search.searching import run_search
-from normuon_lab.study.search.space import AXES, Setting
+from normuon_lab.study.search.space import AXES, Setting, spec_of
 from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
 from normuon_lab.train.arms.registry import MAIN_ARMS
 from normuon_lab.train.runs.config import Experiment, RunSpec
@@ -54,20 +53,16 @@ def tune_cell(
     """Tune the arms of a cell, the main ones before those that take over their settings."""
     experiment = cell.experiment
     # Where runs stop at an accuracy, the evaluations are what finds it.
-    if cell.has_ladder:
+    if cell.target_accuracy is None:
         experiment = final_losses_alone(experiment)
     main = tuple(arm for arm in arms if arm in MAIN_ARMS)
     others = tuple(arm for arm in arms if arm not in MAIN_ARMS)
     for group, axes in ((main, tuple(AXES)), (others, ("learning_rate",))):
         if not group:
             continue
-        fixed: dict[str, Mapping[str, float | None]] = {}
-        if group is others:
-            settings = tuned_settings(results, cell)
-            for arm in others:
-                parent = INHERITED_FROM[arm]
-                require(parent in settings, f"tune {parent} in {cell.name} before {arm}")
-                fixed[arm] = settings[parent].to_json()
+        fixed: dict[str, Setting] = {}
+        for arm in others if group is others else ():
+            fixed[arm] = tuned_setting(results, cell, INHERITED_FROM[arm], before=arm)
         request = SweepRequest(
             name=cell.name,
             experiment=experiment,
@@ -91,55 +86,63 @@ def final_losses_alone(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, training=training)
 
 
-def tuned_settings(results: Path, cell: Cell) -> dict[str, Setting]:
-    """The best setting of every arm that was tuned."""
+def tuned_setting(results: Path, cell: Cell, arm: str, *, before: str) -> Setting:
+    """The best setting of an arm.
+
+    Raises:
+        InputError: it was not tuned; the message says before what it has to be.
+    """
     tuned = read_tuned_arms(results / cell.name / SWEEP_FILE)
-    return {name: Setting(**arm["best"]) for name, arm in tuned.items()}
+    require(arm in tuned, f"tune {arm} in {cell.name} before {before}")
+    best: Setting = tuned[arm]["best"]
+    return best
 
 
 def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
     """Run the complete schedules that the claims on these arms need, rung after rung."""
-    settings = tuned_settings(results, cell)
-    for arm in arms:
-        require(arm in settings, f"tune {arm} in {cell.name} before its claim runs")
-    full = cell.experiment.training.steps
+    settings = {arm: tuned_setting(results, cell, arm, before="its claim runs") for arm in arms}
     while True:
         records = [run.record for run in read_runs(results, cell.name)]
-        wanted = _missing(_losses_by_rung(records, full), arms, has_ladder=cell.has_ladder)
-        if not wanted:
-            return
         known = {(record.arm, record.steps, record.seed) for record in records}
         specs = [
-            settings[arm].spec(arm, seed, steps=steps)
-            for arm, steps in ((arm, schedule_steps(full, rung)) for arm, rung in wanted)
+            spec_of(arm, seed, settings[arm], steps=steps)
+            for arm, steps in (
+                (arm, schedule_steps(cell.full_steps, rung))
+                for arm, rung in _missing(cell, records, arms)
+            )
             for seed in CLAIM_SEEDS
             if (arm, steps, seed) not in known
         ]
+        if not specs:
+            return
         do_runs(cell, specs, "claim", folder=results, console=console, probed_seed=PROBED_SEED)
 
 
 def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
     """Vary one hyperparameter of NorMuon at a time, at its tuned setting and full length."""
-    settings = tuned_settings(results, cell)
-    require("normuon" in settings, f"tune normuon in {cell.name} before its sensitivity")
-    done = {
-        (run.varied, run.record.seed)
-        for run in read_runs(results, cell.name, purpose="sensitivity")
-    }
-    steps = cell.experiment.training.steps
-    varied = {
-        settings["normuon"].spec("normuon", seed, steps=steps, normuon=(change,)): change
+    setting = tuned_setting(results, cell, "normuon", before="its sensitivity")
+    stored = read_runs(results, cell.name, purpose="sensitivity")
+    done = {(run.varied, run.record.seed) for run in stored}
+    specs = [
+        spec_of("normuon", seed, setting, steps=cell.full_steps, normuon=(change,))
         for change in ((name, value) for name in cell.varied for value in SENSITIVITY[name])
         for seed in CLAIM_SEEDS
         if (change, seed) not in done
-    }
-    do_runs(cell, list(varied), "sensitivity", folder=results, console=console, varied=varied)
+    ]
+    do_runs(cell, specs, "sensitivity", folder=results, console=console)
 
 
 def _missing(
-    losses: Mapping[tuple[str, int], Mapping[int, float]], arms: Sequence[str], *, has_ladder: bool
+    cell: Cell, records: Sequence[RunRecord], arms: Sequence[str]
 ) -> list[tuple[str, int]]:
     """Arm and rung still to run, so that the means and every single seed have their crossings."""
+    rungs = range(LOWEST_RUNG, HIGHEST_RUNG + 1)
+    rung_of = {schedule_steps(cell.full_steps, rung): rung for rung in rungs}
+    losses: dict[tuple[str, int], dict[int, float]] = {}
+    for record in records:
+        if record.steps in rung_of and record.seed in CLAIM_SEEDS:
+            loss = math.inf if record.final_loss is None else record.final_loss
+            losses.setdefault((record.arm, rung_of[record.steps]), {})[record.seed] = loss
     views: list[dict[str, dict[int, float]]] = [{} for _ in range(1 + len(CLAIM_SEEDS))]
     for (arm, rung), by_seed in losses.items():
         if len(by_seed) == len(CLAIM_SEEDS):
@@ -147,8 +150,8 @@ def _missing(
             values = [mean, *(by_seed[seed] for seed in CLAIM_SEEDS)]
             for view, value in zip(views, values, strict=True):
                 view.setdefault(arm, {})[rung] = value
-    if not has_ladder:
-        return missing_full(views[0], arms)
+    if cell.target_accuracy is not None:
+        return _missing_full(views[0], arms)
     return sorted({wanted for view in views for wanted in missing_rungs(view, arms)})
 
 
@@ -165,28 +168,21 @@ def missing_rungs(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, in
         >>> missing_rungs({"adamw": {0: 2.0}, "normuon": {0: 1.8, -1: 2.1}}, ["adamw", "normuon"])
         []
     """
-    full = missing_full(losses, arms)
-    if full:
+    if full := _missing_full(losses, arms):
         return full
     wanted = []
     for arm in arms:
-        for target in _targets(losses, arm):
-            rung = _next_rung(losses[arm], target)
+        # Muon's own way to NorMuon's loss is Muon-rescale.
+        baselines = (*baselines_of(arm), *(("normuon",) if arm == "muon" else ()))
+        targets = [losses[name][0] for name in baselines if 0 in losses.get(name, {})]
+        for rung in (_next_rung(losses[arm], target) for target in targets):
             if rung is not None and (arm, rung) not in wanted:
                 wanted.append((arm, rung))
     return wanted
 
 
-def missing_full(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
-    """The arms without the full length, each with its rung, 0."""
+def _missing_full(losses: RungLosses, arms: Sequence[str]) -> list[tuple[str, int]]:
     return [(arm, 0) for arm in arms if 0 not in losses.get(arm, {})]
-
-
-def _targets(losses: RungLosses, arm: str) -> list[float]:
-    """The losses whose crossing an arm's schedules must bracket."""
-    # Muon's own way to NorMuon's loss is Muon-rescale.
-    baselines = (*baselines_of(arm), *(("normuon",) if arm == "muon" else ()))
-    return [losses[name][0] for name in baselines if 0 in losses.get(name, {})]
 
 
 def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:
@@ -202,19 +198,6 @@ def _next_rung(by_rung: Mapping[int, float], target: float) -> int | None:
     return rung if rung not in by_rung and rung >= LOWEST_RUNG else None
 
 
-def _losses_by_rung(
-    records: Sequence[RunRecord], full: int
-) -> dict[tuple[str, int], dict[int, float]]:
-    """Final losses by arm and rung, and by seed; infinite where a run diverged."""
-    rung_of = {schedule_steps(full, rung): rung for rung in range(LOWEST_RUNG, HIGHEST_RUNG + 1)}
-    losses: dict[tuple[str, int], dict[int, float]] = {}
-    for record in records:
-        if record.steps in rung_of and record.seed in CLAIM_SEEDS:
-            loss = math.inf if record.final_loss is None else record.final_loss
-            losses.setdefault((record.arm, rung_of[record.steps]), {})[record.seed] = loss
-    return losses
-
-
 def do_runs(
     cell: Cell,
     specs: Sequence[RunSpec],
@@ -223,19 +206,17 @@ def do_runs(
     folder: Path,
     console: Console,
     experiment: Experiment | None = None,
-    varied: Mapping[RunSpec, tuple[str, Any]] | None = None,
     probed_seed: int | None = None,
 ) -> None:
     """Do runs and keep each below `folder` as soon as it is finished.
 
     Args:
         cell: whose runs these are.
-        specs: the runs.
+        specs: the runs; one that varies a hyperparameter of NorMuon's varies no other.
         purpose: see `StoredRun`.
         folder: the results' folder, or one that is laid out alike.
         console: where to show progress.
         experiment: the cell's unless given.
-        varied: by run, the hyperparameter that it varies and its value.
         probed_seed: whose runs of the full length measure their update matrices.
     """
     if not specs:
@@ -252,13 +233,13 @@ def do_runs(
     }
 
     def keep(spec: RunSpec, record: RunRecord) -> None:
-        change = varied[spec] if varied else None
+        change = spec.options.normuon[0] if spec.options.normuon else None
         run = StoredRun(cell=cell.name, purpose=purpose, record=record, varied=change)
         write_run(folder, run, {**provenance, "created": utc_now()})
 
-    full = cell.experiment.training.steps
     jobs = [
-        Job(spec, probe_updates=spec.seed == probed_seed and spec.steps == full) for spec in specs
+        Job(spec, probe_updates=(spec.seed, spec.steps) == (probed_seed, cell.full_steps))
+        for spec in specs
     ]
     try:
         execute(jobs, experiment, task, console=console, on_finished=keep)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, baselines_of
+from normuon_lab.study.evidence.runs import CellEvidence
 from normuon_lab.study.statistics.estimates import Estimate, Interval, t_interval
 from normuon_lab.study.statistics.schedules import (
     StepsSaved,
@@ -20,8 +20,9 @@ from normuon_lab.study.statistics.schedules import (
 )
 from normuon_lab.train.runs.records import MISSED_FACTOR
 
-SavedByPair = Mapping[tuple[str, str, str], StepsSaved]
-"""What is saved, by the name of the cell, the arm and the baseline."""
+Row = Mapping[str, Any]
+Table = Mapping[str, Any]
+"""The contents of a file of a table."""
 
 KIND = "normuon evidence table1"
 SCHEMA_VERSION = 1
@@ -42,29 +43,30 @@ METHOD = (
 
 def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
     """The contents of table1.json."""
-    saved = {
-        (found.cell.name, arm, baseline): steps_saved(found, arm, baseline)
+    saved = [
+        (found, arm, baseline, steps_saved(found, arm, baseline))
         for found in evidence
         for arm in found.cell.arms
         for baseline in baselines_of(arm)
-    }
-    cells = {found.cell.name: found for found in evidence}
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "kind": KIND,
         "method": METHOD,
-        "rows": [
-            _row(cells[name], arm, baseline, of_pair)
-            for (name, arm, baseline), of_pair in saved.items()
-        ],
+        "rows": [_row(*pair) for pair in saved],
         "muon_rescale": [_rescale_row(found) for found in evidence],
-        "size_trends": _size_trends(evidence, saved),
+        "size_trends": _size_trends(saved),
     }
+
+
+def rows_of(table: Table, arm: str, baseline: str) -> list[Row]:
+    """The rows of an arm against a baseline, one for each cell."""
+    return [row for row in table["rows"] if (row["arm"], row["baseline"]) == (arm, baseline)]
 
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
     """The share of a baseline's steps that an arm saves in a cell."""
-    counts_losses = found.target_accuracy is None
+    counts_losses = found.cell.target_accuracy is None
     runs = {name: found.full_runs(name) for name in (arm, baseline)}
     if counts_losses:
         # Of the arm any length will do.
@@ -73,9 +75,9 @@ def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
         if not there:
             return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
     if counts_losses:
-        target = found.final_losses(baseline)[found.full_steps]
+        target = found.final_losses(baseline)[found.cell.full_steps]
         return steps_saved_by_schedules(
-            found.final_losses(arm), target, full_steps=found.full_steps
+            found.final_losses(arm), target, full_steps=found.cell.full_steps
         )
     saved = steps_saved_to_threshold(
         found.steps_to_accuracy(arm), found.steps_to_accuracy(baseline)
@@ -91,62 +93,69 @@ def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
 
 
 def _row(found: CellEvidence, arm: str, baseline: str, saved: StepsSaved) -> dict[str, Any]:
+    cell, test = found.cell, saved.test
+    counts_losses = cell.target_accuracy is None
+    notes = list(saved.notes)
+    num_missing = len(CLAIM_SEEDS) - len(saved.seeds)
+    if saved.seeds and num_missing:
+        notes.append(f"{num_missing} of {len(CLAIM_SEEDS)} claim seeds have not been run yet")
     return {
-        **_cell_fields(found),
+        "task": cell.task,
+        "size": cell.size,
+        "cell": cell.name,
         "arm": arm,
         "baseline": baseline,
-        "measure": found.measure,
+        "measure": cell.measure,
         "steps_saved_percent": _rounded(saved.percent),
         "ci95": _bounds(saved.interval),
         "ci95_method": saved.interval.method if saved.interval else None,
         "ci95_t": _bounds(saved.by_seed),
-        **_test_fields(found, saved),
+        "loss_difference": round(test.mean_difference, 5) if test and counts_losses else None,
+        "p_value": float(f"{test.p_value:.4g}") if test else None,
+        "p_value_sign_flip": float(f"{test.sign_flip_p_value:.4g}") if test else None,
+        "smallest_p_value_sign_flip": test.smallest_sign_flip_p_value if test else None,
         "claim_seeds": list(saved.seeds),
         "tuning_trials": len(found.tuning[arm]["trials"]) if arm in found.tuning else None,
         "tuning_is_interior": found.tuning.get(arm, {}).get("is_interior"),
         "reason_if_missing": saved.reason,
         "at_least_percent": _rounded(saved.at_least),
         "at_most_percent": _rounded(saved.at_most),
-        "notes": _notes(saved),
+        "notes": notes,
     }
 
 
 def _rescale_row(found: CellEvidence) -> dict[str, Any]:
     """How many percent more steps Muon needs to reach NorMuon's mean final loss at full length."""
-    saved = steps_saved(found, "muon", "normuon")
-    return {
-        **_cell_fields(found),
-        "measure": found.measure,
-        "more_steps_percent": negative(saved.percent),
-        "ci95": mirrored_bounds(_bounds(saved.interval)),
-        "ci95_t": mirrored_bounds(_bounds(saved.by_seed)),
-        **_test_fields(found, saved),
-        "claim_seeds": list(saved.seeds),
-        "reason_if_missing": saved.reason,
-        "at_least_percent": negative(saved.at_most),
-        "at_most_percent": negative(saved.at_least),
-        "notes": _notes(saved),
+    row = more_steps(_row(found, "muon", "normuon", steps_saved(found, "muon", "normuon")))
+    return {name: value for name, value in row.items() if name not in NOT_OF_RESCALE}
+
+
+NOT_OF_RESCALE = ("arm", "baseline", "ci95_method", "tuning_trials", "tuning_is_interior")
+
+
+def more_steps(row: Row) -> dict[str, Any]:
+    """A row the other way round: how many percent more steps the arm needs."""
+    turned = {
+        "steps_saved_percent": _negative(row["steps_saved_percent"]),
+        "at_least_percent": _negative(row["at_most_percent"]),
+        "at_most_percent": _negative(row["at_least_percent"]),
     }
+    for name in ("ci95", "ci95_t"):
+        ends = row[name]
+        turned[name] = None if ends is None else [_negative(end) for end in reversed(ends)]
+    new_names = {"steps_saved_percent": "more_steps_percent"}
+    return {new_names.get(name, name): value for name, value in {**row, **turned}.items()}
 
 
-def _cell_fields(found: CellEvidence) -> dict[str, str]:
-    return {"task": found.cell.task, "size": found.cell.size, "cell": found.cell.name}
-
-
-def _size_trends(evidence: Sequence[CellEvidence], saved: SavedByPair) -> list[dict[str, Any]]:
+def _size_trends(
+    saved: Sequence[tuple[CellEvidence, str, str, StepsSaved]],
+) -> list[dict[str, Any]]:
     """How savings change with the size of the model: per task, arm and baseline with two sizes."""
     at_sizes: dict[tuple[str, str, str], list[tuple[int, str, StepsSaved]]] = {}
-    for found in evidence:
-        if found.target_accuracy is not None:
-            continue
-        for arm in found.cell.arms:
-            for baseline in baselines_of(arm):
-                here = saved[found.cell.name, arm, baseline]
-                if here.percent is not None:
-                    num_parameters = found.full_runs(arm)[0].num_parameters
-                    at_sizes.setdefault((found.cell.task, arm, baseline), []).append(
-                        (num_parameters, found.cell.size, here)
-                    )
+    for found, arm, baseline, here in saved:
+        if found.cell.target_accuracy is None and here.percent is not None:
+            point = (found.full_runs(arm)[0].num_parameters, found.cell.size, here)
+            at_sizes.setdefault((found.cell.task, arm, baseline), []).append(point)
     return [
         _trend_row(*pair, sorted(points, key=lambda point: point[0]))
         for pair, points in at_sizes.items()
@@ -191,36 +200,12 @@ def _change_by_seed(first: StepsSaved, last: StepsSaved) -> Estimate | None:
     return t_interval([after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())])
 
 
-def _test_fields(found: CellEvidence, saved: StepsSaved) -> Mapping[str, float | None]:
-    test = saved.test
-    if test is None:
-        names = ("loss_difference", "p_value", "p_value_sign_flip", "smallest_p_value_sign_flip")
-        return dict.fromkeys(names)
-    return {
-        "loss_difference": None
-        if found.target_accuracy is not None
-        else round(test.mean_difference, 5),
-        "p_value": float(f"{test.p_value:.4g}"),
-        "p_value_sign_flip": float(f"{test.sign_flip_p_value:.4g}"),
-        "smallest_p_value_sign_flip": test.smallest_sign_flip_p_value,
-    }
-
-
-def _notes(saved: StepsSaved) -> list[str]:
-    notes = list(saved.notes)
-    missing = len(CLAIM_SEEDS) - len(saved.seeds)
-    if saved.seeds and missing:
-        notes.append(f"{missing} of {len(CLAIM_SEEDS)} claim seeds have not been run yet")
-    return notes
-
-
 def _rounded(value: float | None) -> float | None:
     # -0.0 would read as a saving of its own.
     return None if value is None else round(value, 2) + 0.0
 
 
-def negative(value: float | None) -> float | None:
-    """The same percentage the other way round."""
+def _negative(value: float | None) -> float | None:
     return None if value is None else _rounded(-value)
 
 
@@ -229,10 +214,3 @@ def _bounds(interval: Interval | Estimate | None) -> list[float | None] | None:
     if interval is None or (interval.low is None and interval.high is None):
         return None
     return [_rounded(interval.low), _rounded(interval.high)]
-
-
-def mirrored_bounds(bounds: list[float | None] | None) -> list[float | None] | None:
-    """The interval of the same percentage the other way round."""
-    if bounds is None:
-        return None
-    return [negative(end) for end in reversed(bounds)]

@@ -1,9 +1,9 @@
 """Decides by a rule whether a claim of the paper holds here.
 
-In one cell a claim is *shown* when two things agree: the bootstrap interval lies wholly on the
-claimed side of zero, and the paired t test on the same seeds gives p < 0.05 (the bootstrap alone
-is too narrow over six seeds). Then it is reproduced where the estimate is at least the paper's, and
-weaker where it is less. Over cells the worst and the best decide, see `overall`.
+In one cell a claim is *shown* when two things agree: the interval lies wholly on the claimed side
+of zero, and the paired t test on the same seeds gives p < 0.05 (the bootstrap alone is too narrow
+over six seeds). Then it is reproduced where the estimate is at least the paper's, and weaker where
+it is less. Over cells the worst and the best decide, see `overall`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+
+from normuon_lab.study.statistics.estimates import paired_test, t_interval
 
 ALPHA = 0.05
 
@@ -44,6 +46,19 @@ class Finding:
     p_value: float | None = None
     was_run: bool = True
 
+    @classmethod
+    def over_seeds(cls, differences: Sequence[float], *, was_run: bool = True) -> Finding:
+        """The mean of paired differences, with Student's t."""
+        estimate = t_interval(differences)
+        test = paired_test(differences, [0.0] * len(differences))
+        return cls(
+            estimate=estimate.mean,
+            low=estimate.low,
+            high=estimate.high,
+            p_value=None if test is None else test.p_value,
+            was_run=was_run,
+        )
+
     @property
     def is_shown(self) -> bool:
         """Whether the interval lies on the claimed side, and the test agrees."""
@@ -64,7 +79,7 @@ class Finding:
         return replace(self, estimate=estimate, low=low, high=high)
 
 
-def verdict_in_cell(finding: Finding, *, paper_value: float) -> Verdict:
+def verdict_in_cell(finding: Finding, *, paper_value: float = 0.0) -> Verdict:
     """The rule in one cell; the paper's estimate is 0 where only the sign is claimed.
 
     Example:

@@ -1,6 +1,5 @@
-"""Does a search round by round and keeps its file, for `normuon tune` and `sweep`. The request
-decides what is tried next and what the file says.
-"""
+"""Does a search round by round and keeps its file. The request decides what is tried next and what
+the file says."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from normuon_lab.atomic_files import prove_file, write_json
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine
-from normuon_lab.study.search.space import Place, Setting, Trial
+from normuon_lab.study.search.space import Place, Setting, Trial, spec_of
 from normuon_lab.train.arms.registry import check_arms
 from normuon_lab.train.runs.config import FIRST_TUNING_SEED, Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord, objective
@@ -85,18 +84,6 @@ class SearchRequest(ABC):
     def keep(self, arm: str, trials: Sequence[Trial]) -> None:  # noqa: B027
         """Keep new trials also outside the file, if asked."""
 
-    def spec(self, arm: str, place: Place, seed: int) -> RunSpec:
-        """The run of an arm at a place."""
-        return self.setting(arm, place).spec(arm, seed)
-
-    def trial(self, arm: str, place: Place, records: Mapping[RunSpec, RunRecord]) -> Trial:
-        """The result of an arm's finished runs at a place."""
-        objectives = {
-            seed: objective(records[self.spec(arm, place, seed)], self.experiment.training)
-            for seed in self.seeds
-        }
-        return Trial(place=place, setting=self.setting(arm, place), objectives=objectives)
-
 
 def do_rounds(
     request: SearchRequest,
@@ -107,16 +94,27 @@ def do_rounds(
 ) -> None:
     """Try each arm's next places, round by round, until no arm has any; `tried` grows."""
     while wanted := request.next_round(tried):
-        records = run_many(
-            [
-                request.spec(arm, place, seed)
-                for seed in request.seeds
-                for arm, places in wanted.items()
+        specs = {
+            (seed, arm, place): spec_of(arm, seed, request.setting(arm, place))
+            for seed in request.seeds
+            for arm, places in wanted.items()
+            for place in places
+        }
+        records = run_many(list(specs.values()))
+        for arm, places in wanted.items():
+            new = [
+                Trial(
+                    place=place,
+                    setting=request.setting(arm, place),
+                    objectives={
+                        seed: objective(
+                            records[specs[seed, arm, place]], request.experiment.training
+                        )
+                        for seed in request.seeds
+                    },
+                )
                 for place in places
             ]
-        )
-        for arm, places in wanted.items():
-            new = [request.trial(arm, place, records) for place in places]
             request.keep(arm, new)
             tried[arm].extend(new)
         save()

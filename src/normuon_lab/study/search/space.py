@@ -17,16 +17,16 @@ class Axis:
     """One hyperparameter: its values are ``base * ratio^k``, k an integer or, refined, a half.
 
     Attributes:
-        name: as in `RunSpec` or `ArmOptions`.
         base: the value at k = 0.
         ratio: between neighbouring values.
         start: the k where a search begins by default.
+        untuned: the value where it is not tuned; None: the learning rate's.
     """
 
-    name: str
     base: float
     ratio: float
     start: int
+    untuned: float | None = None
 
     def value(self, k: float) -> float:
         """The value at place k, to twelve digits, so that equal places give equal numbers.
@@ -38,18 +38,21 @@ class Axis:
         return float(f"{self.base * self.ratio**k:.12g}")
 
 
-# In the order in which a search looks at them: the most sensitive first.
-AXES: dict[str, Axis] = {
-    axis.name: axis
-    for axis in (
-        Axis(name="learning_rate", base=0.001, ratio=2.0, start=3),
-        Axis(name="adam_lr", base=0.001, ratio=2.0, start=3),
-        Axis(name="weight_decay", base=0.1, ratio=10**0.5, start=0),
-    )
+AXES = {
+    "learning_rate": Axis(base=0.001, ratio=2.0, start=3),
+    "adam_lr": Axis(base=0.001, ratio=2.0, start=3),
+    "weight_decay": Axis(base=0.1, ratio=10**0.5, start=0, untuned=HIDDEN_WEIGHT_DECAY),
 }
+"""By their names in `RunSpec` and `ArmOptions`, in the order in which a search looks at them: the
+most sensitive first."""
 
 Place = tuple[float, ...]
 """Where a search has put a setting: one k per axis of a sweep, the learning rate of a grid."""
+
+Setting = Mapping[str, float | None]
+"""The hyperparameters of a trial, of `AXES`: the peak learning rate of hidden matrices, that of
+everything else (None: the same), and the weight decay of hidden matrices. What is not there has the
+default of `ArmOptions`."""
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
@@ -65,49 +68,33 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in AXES if name in names)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """The hyperparameters of one trial.
-
-    Attributes:
-        learning_rate: the peak, of hidden matrices.
-        adam_lr: the peak of everything else; None: the same.
-        weight_decay: of hidden matrices.
-    """
-
-    learning_rate: float
-    adam_lr: float | None = None
-    weight_decay: float = HIDDEN_WEIGHT_DECAY
-
-    def spec(
-        self,
-        arm: str,
-        seed: int,
-        *,
-        steps: int | None = None,
-        normuon: tuple[tuple[str, Any], ...] = (),
-    ) -> RunSpec:
-        """A run with these hyperparameters; `normuon` is `ArmOptions`'."""
-        options = ArmOptions(adam_lr=self.adam_lr, weight_decay=self.weight_decay, normuon=normuon)
-        return RunSpec(
-            arm=arm, seed=seed, learning_rate=self.learning_rate, options=options, steps=steps
-        )
-
-    def to_json(self) -> dict[str, float | None]:
-        """Plain values by axis, as stored."""
-        return {name: getattr(self, name) for name in AXES}
-
-
-def setting_at(names: tuple[str, ...], place: Place, fixed: Mapping[str, float | None]) -> Setting:
+def setting_at(names: tuple[str, ...], place: Place, fixed: Setting) -> Setting:
     """The hyperparameters at a place; those that no axis names are `fixed`'s, or the defaults.
 
     Example:
-        >>> setting_at(("learning_rate",), (1.0,), {"adam_lr": 0.008, "weight_decay": 0.1})
-        Setting(learning_rate=0.002, adam_lr=0.008, weight_decay=0.1)
+        >>> setting_at(("learning_rate",), (1.0,), {"adam_lr": 0.008})
+        {'learning_rate': 0.002, 'adam_lr': 0.008, 'weight_decay': 0.1}
     """
-    values: dict[str, Any] = dict(fixed)
-    values |= {name: AXES[name].value(k) for name, k in zip(names, place, strict=True)}
-    return Setting(**values)
+    tuned = dict(zip(names, place, strict=True))
+    return {
+        name: axis.value(tuned[name]) if name in tuned else fixed.get(name, axis.untuned)
+        for name, axis in AXES.items()
+    }
+
+
+def spec_of(
+    arm: str,
+    seed: int,
+    setting: Setting,
+    *,
+    steps: int | None = None,
+    normuon: tuple[tuple[str, Any], ...] = (),
+) -> RunSpec:
+    """A run with the hyperparameters of a trial; `normuon` is `ArmOptions`'."""
+    others: dict[str, Any] = dict(setting)
+    rate = others.pop("learning_rate")
+    options = ArmOptions(**others, normuon=normuon)
+    return RunSpec(arm=arm, seed=seed, learning_rate=rate, options=options, steps=steps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,19 +115,19 @@ class Trial:
         """Mean over the seeds; infinite where a run diverged.
 
         Example:
-            >>> Trial(place=(), setting=Setting(1.0, 1.0, 0.0), objectives={1: 2.0, 2: None}).mean
+            >>> Trial(place=(), setting={}, objectives={1: 2.0, 2: None}).mean
             inf
         """
-        values = list(self.objectives.values())
-        if any(value is None for value in values):
+        values = [value for value in self.objectives.values() if value is not None]
+        if len(values) < len(self.objectives):
             return math.inf
-        return math.fsum(value for value in values if value is not None) / len(values)
+        return math.fsum(values) / len(values)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as exported."""
         return {
             "place": list(self.place),
-            **self.setting.to_json(),
+            **self.setting,
             "mean_objective": self.mean if math.isfinite(self.mean) else None,
             "objectives": {str(seed): value for seed, value in self.objectives.items()},
         }
@@ -150,6 +137,6 @@ class Trial:
         """The inverse of `to_json`."""
         return cls(
             place=tuple(values["place"]),
-            setting=Setting(**{name: values[name] for name in AXES}),
+            setting={name: values[name] for name in AXES},
             objectives={int(seed): value for seed, value in values["objectives"].items()},
         )

@@ -71,7 +71,7 @@ class Studies:
         study = self._study(arm)
         any_value = self._optuna.distributions.FloatDistribution(1e-9, 1e6, log=True)
         for trial in trials:
-            given = {name: v for name, v in trial.setting.to_json().items() if v is not None}
+            given = {name: v for name, v in trial.setting.items() if v is not None}
             study.add_trial(
                 self._optuna.trial.create_trial(
                     params=given,
@@ -109,7 +109,7 @@ class SweepRequest(SearchRequest):
     min_trials: int
     max_trials: int
     storage: Path
-    fixed: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    fixed: Mapping[str, Setting] = field(default_factory=dict)
     starts: Mapping[str, Place] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -183,7 +183,7 @@ class SweepRequest(SearchRequest):
         best = next(trial for trial in trials if trial.place == best_place(losses))
         return {
             "axes": list(self.axes),
-            "best": best.setting.to_json(),
+            "best": best.setting,
             "is_interior": is_interior(losses),
             "mean_objective": best.to_json()["mean_objective"],
             "trials": [{"number": i, **trial.to_json()} for i, trial in enumerate(trials)],

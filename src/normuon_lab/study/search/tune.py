@@ -1,11 +1,9 @@
-"""`normuon tune`: its search, its file, and reading the learning rates of such a file.
+"""`normuon tune`: its search, its file, and the learning rates of such a file.
 
 First every arm gets the same grid. Then, round by round, every arm gets one more rate, so that the
 budgets stay equal: an arm whose best rate is at an end of what it tried gets one beyond that end;
 any other gets the geometric mean of its best rate and a neighbour. It ends once every arm's best
 rate is interior and at least a given number of rounds were made.
-
-The file shipped with the package, tuned.json, holds the rates of the default comparison.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json
+from normuon_lab.atomic_files import damage_named, read_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.machine import utc_now
@@ -28,6 +25,8 @@ from normuon_lab.train.runs.tasks import Task
 
 KIND = "normuon tune"
 SCHEMA_VERSION = 1
+SHIPPED = Path(__file__).with_name("tuned.json")
+"""The rates of the default comparison."""
 
 Losses = Mapping[float, float]
 """The mean final loss by learning rate; infinite where a run diverged."""
@@ -35,16 +34,6 @@ Losses = Mapping[float, float]
 EXTENSION_FACTOR = 2.0
 # Finer steps than this are lost in the noise between seeds.
 _FINEST_RATIO = 2.0**0.25
-
-
-def check_grid(rates: tuple[float, ...]) -> None:
-    """Raise `InputError` unless `rates` are three or more positive numbers, each once."""
-    require(len(rates) >= 3, "--lrs needs at least three learning rates")
-    require(
-        all(math.isfinite(rate) and rate > 0.0 for rate in rates),
-        "--lrs must be positive numbers",
-    )
-    require(len(set(rates)) == len(rates), "--lrs names a learning rate twice")
 
 
 def best_rate(losses: Losses) -> float:
@@ -103,7 +92,11 @@ class TuneRequest(SearchRequest):
 
     def __post_init__(self) -> None:
         SearchRequest.__post_init__(self)
-        check_grid(self.rates)
+        rates = self.rates
+        require(len(rates) >= 3, "--lrs needs at least three learning rates")
+        is_positive = all(math.isfinite(rate) and rate > 0.0 for rate in rates)
+        require(is_positive, "--lrs must be positive numbers")
+        require(len(set(rates)) == len(rates), "--lrs names a learning rate twice")
         require(
             0 <= self.min_rounds <= self.max_rounds,
             f"--rounds {self.min_rounds} must be between 0 and --max-rounds {self.max_rounds}",
@@ -121,7 +114,7 @@ class TuneRequest(SearchRequest):
         return {arm: [(next_rate(losses[arm]),)] for arm in self.arms}
 
     def setting(self, arm: str, place: Place) -> Setting:
-        return Setting(learning_rate=place[0])
+        return {"learning_rate": place[0]}
 
     def contents(self, task: Task) -> dict[str, Any]:
         require(not self.out.exists(), f"--out {self.out} exists already: give another file")
@@ -144,77 +137,93 @@ class TuneRequest(SearchRequest):
             "is_interior": is_interior(losses),
             "trials": [
                 {
-                    "learning_rate": trial.setting.learning_rate,
+                    "learning_rate": trial.place[0],
                     "mean_final_loss": _finite(trial.mean),
                     "final_losses": {str(seed): trial.objectives[seed] for seed in self.seeds},
                 }
-                for trial in sorted(trials, key=lambda trial: trial.setting.learning_rate)
+                for trial in sorted(trials, key=lambda trial: trial.place[0])
             ],
         }
 
 
 def _losses(trials: Sequence[Trial]) -> dict[float, float]:
-    return {trial.setting.learning_rate: trial.mean for trial in trials}
+    return {trial.place[0]: trial.mean for trial in trials}
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-@dataclass(frozen=True, slots=True)
-class TunedRates:
-    """The contents of a tuning file."""
+def tuned_rates(
+    path: str | None,
+    arms: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    experiment: Experiment,
+    corpus_digest: str,
+) -> dict[str, dict[str, Any]]:
+    """What a tuning file says of arms: each one's rate, how it was chosen, and its trials.
 
-    source: str
-    values: Mapping[str, Any]
+    Args:
+        path: the file; None: the one that is shipped with the package.
+        arms: which arms.
+        seeds: those of the comparison, which must be others than the tuning's.
+        experiment: the comparison's; the words say where the tuning's was another.
+        corpus_digest: of the comparison's text.
 
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds the rates were tuned on."""
-        return list(self.values["seeds"])
-
-    @classmethod
-    def load(cls, path: str | None = None) -> TunedRates:
-        """Read `path`, or the file shipped with the package."""
-        if path is None:
-            with resources.as_file(resources.files(__package__) / "tuned.json") as shipped:
-                require(shipped.exists(), "no tuned rates are shipped: give --lr ARM=VALUE")
-                return cls("shipped tuned.json", _read(shipped))
-        require(Path(path).is_file(), f"--tuned: no such file: {path}")
-        return cls(path, _read(Path(path)))
-
-    def learning_rate(self, arm: str) -> float:
-        """The chosen rate of `arm`."""
-        if arm not in self.values["arms"]:
+    Raises:
+        InputError: the file has no rate of an arm, or was made on one of the seeds.
+    """
+    source, file = ("shipped tuned.json", SHIPPED) if path is None else (path, Path(path))
+    require(path is None or file.is_file(), f"--tuned: no such file: {path}")
+    values = read_json(file, kind=KIND, schema_version=SCHEMA_VERSION)
+    with damage_named(source):
+        for seed in sorted(set(values["seeds"]) & set(seeds)):
             raise InputError(
-                f"{self.source} has no learning rate for {arm}: give --lr {arm}=VALUE, "
-                f"or tune it with `normuon tune --arms {arm}`"
+                f"{source} was tuned on seed {seed}, which this comparison uses too: tune on other "
+                "seeds"
             )
-        found = self.values["arms"][arm]
-        require(
-            found["mean_final_loss"] is not None,
-            f"{self.source}: every learning rate of {arm} diverged; tune again with lower --lrs",
+        return {
+            arm: {
+                "value": _chosen_rate(values, arm, source),
+                "source": _how_chosen(values, arm, source, experiment, corpus_digest),
+                "trials": values["arms"][arm]["trials"],
+                "command": values.get("command"),
+            }
+            for arm in arms
+        }
+
+
+def _chosen_rate(values: Mapping[str, Any], arm: str, source: str) -> float:
+    if arm not in values["arms"]:
+        raise InputError(
+            f"{source} has no learning rate for {arm}: give --lr {arm}=VALUE, "
+            f"or tune it with `normuon tune --arms {arm}`"
         )
-        return float(found["learning_rate"])
-
-    def summary(self, arm: str, experiment: Experiment, corpus_digest: str) -> str:
-        """One sentence: how the rate of `arm` was chosen, and whether for this experiment."""
-        chosen = self.values["arms"][arm]
-        rates = [trial["learning_rate"] for trial in chosen["trials"]]
-        text = (
-            f"tuned: {len(rates)} rates from {min(rates):.3g} to {max(rates):.3g}, "
-            f"seeds {', '.join(map(str, self.seeds))}, "
-            f"mean final loss {chosen['mean_final_loss']:.4f} ({self.source})"
-        )
-        difference = first_difference(self.values["config"], experiment.to_json())
-        if difference is not None:
-            name, before, after = difference
-            text += f"; tuned for another configuration ({flag_of(name)} {before}, here {after})"
-        elif self.values["corpus"]["sha256"] != corpus_digest:
-            # The standard library of another Python, say.
-            text += "; tuned on another version of the text"
-        return text
+    found = values["arms"][arm]
+    require(
+        found["mean_final_loss"] is not None,
+        f"{source}: every learning rate of {arm} diverged; tune again with lower --lrs",
+    )
+    return float(found["learning_rate"])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+def _how_chosen(
+    values: Mapping[str, Any], arm: str, source: str, experiment: Experiment, corpus_digest: str
+) -> str:
+    """One sentence: how the rate was chosen, and whether for this experiment."""
+    chosen = values["arms"][arm]
+    rates = [trial["learning_rate"] for trial in chosen["trials"]]
+    text = (
+        f"tuned: {len(rates)} rates from {min(rates):.3g} to {max(rates):.3g}, "
+        f"seeds {', '.join(map(str, values['seeds']))}, "
+        f"mean final loss {chosen['mean_final_loss']:.4f} ({source})"
+    )
+    difference = first_difference(values["config"], experiment.to_json())
+    if difference is not None:
+        name, before, after = difference
+        text += f"; tuned for another configuration ({flag_of(name)} {before}, here {after})"
+    elif values["corpus"]["sha256"] != corpus_digest:
+        # The standard library of another Python, say.
+        text += "; tuned on another version of the text"
+    return text

@@ -21,7 +21,7 @@ from normuon_lab.study.evidence.protocol import (
     Cell,
     schedule_steps,
 )
-from normuon_lab.study.evidence.runs_store import StoredRun, write_run
+from normuon_lab.study.evidence.runs import StoredRun, write_run
 from normuon_lab.train.runs.config import Experiment, TrainConfig
 from normuon_lab.train.runs.records import RunRecord
 

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from normuon_lab.plot_style import color_of
 from normuon_lab.study.evidence.build import draw_figures
-from normuon_lab.study.evidence.collected import CellEvidence, collect
 from normuon_lab.study.evidence.figures.hyperparameters import (
     DEFAULTS,
     PANELS,
@@ -31,6 +30,7 @@ from normuon_lab.study.evidence.protocol import (
     MAIN_ARMS,
     SENSITIVITY,
 )
+from normuon_lab.study.evidence.runs import CellEvidence, collect
 from normuon_lab.study.evidence.table1 import table1
 from normuon_lab.train.arms.registry import ARMS
 from tests.lab.study.evidence import synthetic

@@ -15,13 +15,11 @@ import pytest
 
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence.build import build
-from normuon_lab.study.evidence.collected import CellEvidence, collect
 from normuon_lab.study.evidence.figures.hyperparameters import sensitivity
-from normuon_lab.study.evidence.page import missing_words
+from normuon_lab.study.evidence.page import lead, missing_words, own_rates_matter_more
 from normuon_lab.study.evidence.paper_claims import paper_claims
 from normuon_lab.study.evidence.protocol import Cell
-from normuon_lab.study.evidence.runs_store import StoredRun, write_run
-from normuon_lab.study.evidence.short_answer import lead, own_rates_matter_more
+from normuon_lab.study.evidence.runs import CellEvidence, StoredRun, collect, write_run
 from normuon_lab.study.evidence.table1 import table1
 from normuon_lab.study.evidence.verdicts import Verdict
 from normuon_lab.train.arms.registry import ARMS

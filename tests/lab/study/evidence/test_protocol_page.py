@@ -23,7 +23,7 @@ from normuon_lab.study.evidence.protocol import (
     TUNING_SEEDS,
     schedule_steps,
 )
-from normuon_lab.study.evidence.runs_store import SWEEP_FILE
+from normuon_lab.study.evidence.runs import SWEEP_FILE
 from normuon_lab.study.search.space import AXES
 from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.arms.registry import ARMS
@@ -72,11 +72,11 @@ def test_cells() -> None:
 def test_tuning() -> None:
     lattice = [
         [
-            f"`{axis.name}`",
+            f"`{name}`",
             f"`{axis.base:g} * {axis.ratio:.4g}^k`, from "
-            + ", ".join(f"{axis.value(STARTS[arm][axis.name]):g} ({arm})" for arm in MAIN_ARMS),
+            + ", ".join(f"{axis.value(STARTS[arm][name]):g} ({arm})" for arm in MAIN_ARMS),
         ]
-        for axis in AXES.values()
+        for name, axis in AXES.items()
     ]
     assert rows("tuning") == [
         ["tuning seeds", ", ".join(map(str, TUNING_SEEDS))],
@@ -89,7 +89,7 @@ def test_tuning() -> None:
 def test_the_larger_size_starts_where_the_smaller_one_ended() -> None:
     tuned = read_tuned_arms(RESULTS / "bytes-small" / SWEEP_FILE)
     for arm in MAIN_ARMS:
-        start = {axis.name: axis.value(LARGE_STARTS[arm][axis.name]) for axis in AXES.values()}
+        start = {name: axis.value(LARGE_STARTS[arm][name]) for name, axis in AXES.items()}
         assert start == pytest.approx(tuned[arm]["best"], rel=1e-6)
     for arm in CELLS["bytes-large"].other_arms:
         rate = AXES["learning_rate"].value(LARGE_STARTS[arm]["learning_rate"])

@@ -15,7 +15,6 @@ from rich.console import Console
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence import recent_rivals
 from normuon_lab.study.evidence.build import build
-from normuon_lab.study.evidence.collected import collect
 from normuon_lab.study.evidence.protocol import (
     CELLS,
     CLAIM_SEEDS,
@@ -30,7 +29,7 @@ from normuon_lab.study.evidence.protocol import (
     Cell,
 )
 from normuon_lab.study.evidence.recent_rivals import RATES, compare_rivals, tune_rivals
-from normuon_lab.study.evidence.runs_store import StoredRun, read_runs, write_run
+from normuon_lab.study.evidence.runs import StoredRun, collect, read_runs, write_run
 from normuon_lab.train.arms.registry import ARMS
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord

@@ -12,7 +12,7 @@ from normuon_lab.errors import InputError
 from normuon_lab.study.evidence import running
 from normuon_lab.study.evidence.protocol import ARITHMETIC_STARTS, Cell
 from normuon_lab.study.evidence.reproduce import repeat_runs
-from normuon_lab.study.evidence.runs_store import read_runs
+from normuon_lab.study.evidence.runs import read_runs
 from normuon_lab.train.runs.config import (
     Experiment,
     ModelConfig,

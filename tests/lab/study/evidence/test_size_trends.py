@@ -10,9 +10,9 @@ import pytest
 
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.build import build
-from normuon_lab.study.evidence.collected import CellEvidence, collect
 from normuon_lab.study.evidence.figures.savings import size_figure
 from normuon_lab.study.evidence.protocol import Cell
+from normuon_lab.study.evidence.runs import CellEvidence, collect
 from normuon_lab.study.evidence.table1 import table1
 from tests.lab.study.evidence import synthetic
 

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import optuna
 
-from normuon_lab.study.search.space import Setting, Trial
+from normuon_lab.study.search.space import Trial
 from normuon_lab.study.search.sweep import Studies
 
 GOOD = Trial(
-    place=(1.0, 3.0), setting=Setting(0.002, 0.008, 0.1), objectives={1000: 1.5, 1001: 2.0}
+    place=(1.0, 3.0),
+    setting={"learning_rate": 0.002, "adam_lr": 0.008, "weight_decay": 0.1},
+    objectives={1000: 1.5, 1001: 2.0},
 )
 DIVERGED = Trial(
-    place=(9.0, 3.0), setting=Setting(0.512, 0.008, 0.1), objectives={1000: None, 1001: 2.0}
+    place=(9.0, 3.0),
+    setting={"learning_rate": 0.512, "adam_lr": 0.008, "weight_decay": 0.1},
+    objectives={1000: None, 1001: 2.0},
 )
 
 

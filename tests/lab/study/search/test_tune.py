@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,16 +12,16 @@ import pytest
 from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InputError
 from normuon_lab.study.search.searching import do_rounds
-from normuon_lab.study.search.space import Setting, Trial
+from normuon_lab.study.search.space import Trial
 from normuon_lab.study.search.tune import (
     KIND,
     SCHEMA_VERSION,
-    TunedRates,
+    SHIPPED,
     TuneRequest,
     best_rate,
-    check_grid,
     is_interior,
     next_rate,
+    tuned_rates,
 )
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
@@ -75,8 +76,7 @@ def do_tune(loss_of: LossOf, request: TuneRequest) -> tuple[dict[str, Losses], i
     tried = request.tried_before({})
     do_rounds(request, tried, run_many=run_many, save=save)
     losses = {
-        arm: {trial.setting.learning_rate: trial.mean for trial in trials}
-        for arm, trials in tried.items()
+        arm: {trial.place[0]: trial.mean for trial in trials} for arm, trials in tried.items()
     }
     return losses, saves
 
@@ -129,14 +129,14 @@ def test_a_rate_with_one_diverged_seed_is_the_worst() -> None:
 @pytest.mark.parametrize("rates", [(1.0, 2.0), (1.0, 1.0, 2.0), (0.0, 1.0, 2.0), (1.0, -1.0, 2.0)])
 def test_bad_grids_are_refused(rates: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match="--lrs"):
-        check_grid(rates)
+        request_for(rates=rates)
 
 
 @pytest.fixture
 def tuning_file(tmp_path: Path) -> Path:
     losses = {0.2: 2.0, 0.1: 3.0, 0.4: None}
     trials = [
-        Trial(place=(rate,), setting=Setting(rate), objectives={1000: loss})
+        Trial(place=(rate,), setting={"learning_rate": rate}, objectives={1000: loss})
         for rate, loss in losses.items()
     ]
     path = tmp_path / "tuned.json"
@@ -156,23 +156,37 @@ def tuning_file(tmp_path: Path) -> Path:
     return path
 
 
+def rate_of(
+    path: Path | None, arm: str, experiment: Experiment, corpus_digest: str
+) -> tuple[float, str]:
+    """A tuned rate, and how it was chosen."""
+    found = tuned_rates(
+        None if path is None else str(path),
+        [arm],
+        seeds=[0],
+        experiment=experiment,
+        corpus_digest=corpus_digest,
+    )[arm]
+    return found["value"], found["source"]
+
+
 def test_a_tuning_file_gives_the_best_rate_and_says_how(tuning_file: Path) -> None:
-    tuned = TunedRates.load(str(tuning_file))
-    assert tuned.learning_rate("adamw") == 0.2
-    summary = tuned.summary("adamw", Experiment(), "a")
+    rate, summary = rate_of(tuning_file, "adamw", Experiment(), "a")
+    assert rate == 0.2
     assert "3 rates from 0.1 to 0.4, seeds 1000, mean final loss 2.0000" in summary
     assert "another" not in summary
-    assert "another version of the text" in tuned.summary("adamw", Experiment(), "b")
-    other = Experiment(data=("shakespeare",))
-    assert "another configuration (--data" in tuned.summary("adamw", other, "a")
+    _, summary = rate_of(tuning_file, "adamw", Experiment(), "b")
+    assert "another version of the text" in summary
+    _, summary = rate_of(tuning_file, "adamw", Experiment(data=("shakespeare",)), "a")
+    assert "another configuration (--data" in summary
     with pytest.raises(InputError, match="normuon tune --arms muon"):
-        tuned.learning_rate("muon")
+        rate_of(tuning_file, "muon", Experiment(), "a")
 
 
 def test_the_shipped_rates_are_for_the_default_comparison() -> None:
-    tuned = TunedRates.load()
+    shipped = json.loads(SHIPPED.read_text())
     for arm in ("adamw", "muon", "normuon"):
-        assert tuned.values["arms"][arm]["is_interior"]
-        assert "another configuration" not in tuned.summary(arm, Experiment(), "")
-    assert len({len(arm["trials"]) for arm in tuned.values["arms"].values()}) == 1
-    assert min(tuned.seeds) >= 1000
+        assert shipped["arms"][arm]["is_interior"]
+        assert "another configuration" not in rate_of(None, arm, Experiment(), "")[1]
+    assert len({len(arm["trials"]) for arm in shipped["arms"].values()}) == 1
+    assert min(shipped["seeds"]) >= 1000

@@ -1,1 +1,1 @@
-"""The figures of the results page, from what `collected.py` reads; drawn by matplotlib."""
+"""The figures of the results page, from what the results have; drawn by matplotlib."""

@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, color_of
-from normuon_lab.study.evidence.collected import CellEvidence
+from normuon_lab.plot_style import INK, MUTED, color_of, spread_out
 from normuon_lab.study.evidence.figures.bands import (
     add_panel_legend,
     line_of,
@@ -20,6 +19,7 @@ from normuon_lab.study.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
+from normuon_lab.study.evidence.runs import CellEvidence
 from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from normuon_lab.train.arms.registry import MAIN_ARMS
 
@@ -130,17 +130,18 @@ def _draw_panel(axes: Axes, curves: Mapping[str, Curve]) -> None:
 
 def _scale(axes: Axes, curves: Mapping[str, Curve]) -> None:
     """Panels share the axes: the rates that were tried, as far as they do not overlap."""
-    ticks: list[float] = []
-    for rate in sorted({rate for curve in curves.values() for rate in curve}):
-        if not ticks or rate / ticks[-1] >= LEAST_TICK_RATIO:
-            ticks.append(rate)
-    log_ticks(axes, ticks, "{x:.3g}")
+    rates = (rate for curve in curves.values() for rate in curve)
+    log_ticks(axes, spread_out(rates, ratio=LEAST_TICK_RATIO), "{x:.3g}")
     axes.set_ylim(*_losses_shown(curves))
 
 
 def _write_names(figure: Figure, found: CellEvidence, title: str, *, rate: str) -> None:
-    what = "final loss" if found.target_accuracy is None else "steps to the accuracy"
-    unit = "(nats per token)" if found.target_accuracy is None else "(a run that misses it: 1.5 x)"
+    what = "final loss" if found.cell.target_accuracy is None else "steps to the accuracy"
+    unit = (
+        "(nats per token)"
+        if found.cell.target_accuracy is None
+        else "(a run that misses it: 1.5 x)"
+    )
     figure.supylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK, fontsize=10)
     figure.supxlabel(f"{rate} (logarithmic)", color=INK, fontsize=10)
     figure.suptitle(f"{title}: {found.title}", color=INK)
@@ -186,24 +187,14 @@ def sensitivity_figure(found: CellEvidence) -> Figure | None:
 def sensitivity(found: CellEvidence) -> dict[str, dict[Any, Estimate | None]]:
     """By hyperparameter and value, the paired difference of final loss to the claim runs.
 
-    None where one of the runs diverged; values in the order of the numbers, or of the files.
+    None where one of the runs diverged.
     """
-    reference = {run.seed: run.final_loss for run in found.full_runs("normuon")}
-    losses: dict[str, dict[Any, dict[int, float | None]]] = {}
-    for run in found.sensitivity:
-        assert run.varied is not None
-        name, value = run.varied
-        by_seed = losses.setdefault(name, {}).setdefault(value, {})
-        by_seed[run.record.seed] = run.record.final_loss
     changes: dict[str, dict[Any, Estimate | None]] = {}
-    for name, by_value in losses.items():
-        for value in sorted(by_value, key=_in_order):
-            seeds = sorted(by_value[value].keys() & reference.keys())
-            pairs = [(by_value[value][seed], reference[seed]) for seed in seeds]
+    for name, by_value in found.varied_losses().items():
+        for value, pairs in by_value.items():
             differences = [a - b for a, b in pairs if a is not None and b is not None]
-            if seeds:
-                is_whole = len(differences) == len(seeds)
-                changes.setdefault(name, {})[value] = t_interval(differences) if is_whole else None
+            is_whole = len(differences) == len(pairs)
+            changes.setdefault(name, {})[value] = t_interval(differences) if is_whole else None
     return changes
 
 

@@ -15,7 +15,6 @@ from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper
-from normuon_lab.study.evidence.collected import FINAL_LOSS, CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
     add_legend,
     draw_band,
@@ -27,7 +26,8 @@ from normuon_lab.study.evidence.figures.bands import (
     name_places,
     new_figure,
 )
-from normuon_lab.study.evidence.protocol import DRAWN_ARMS
+from normuon_lab.study.evidence.protocol import DRAWN_ARMS, FINAL_LOSS
+from normuon_lab.study.evidence.runs import CellEvidence
 
 BASELINES = ("adamw", "muon")
 INCHES_PER_ARM = 0.3
@@ -49,7 +49,7 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
     """
     finals = {arm: _complete(found.final_losses(arm)) for arm in DRAWN_ARMS}
     finals = {arm: by_length for arm, by_length in finals.items() if by_length}
-    baseline = finals.get("adamw", {}).get(found.full_steps)
+    baseline = finals.get("adamw", {}).get(found.cell.full_steps)
     if baseline is None or len(finals) < 2:
         return None
     target = float(np.mean(baseline))
@@ -64,11 +64,11 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
         losses_SN = np.array(list(by_length.values())).T
         name = label_of(arm)
         if arm in saved:
-            name += f": {_crossing_words(saved[arm], found.full_steps)}"
+            name += f": {_crossing_words(saved[arm], found.cell.full_steps)}"
         draw_band(axes, arm, list(by_length), losses_SN, with_markers=True, name=name)
     draw_target(axes, target, on_right=True)
     for arm, percent in saved.items():
-        _mark_crossing(axes, arm, _crossing(percent, found.full_steps), target)
+        _mark_crossing(axes, arm, _crossing(percent, found.cell.full_steps), target)
     lengths = sorted({n for by_length in finals.values() for n in by_length})
     log_ticks(axes, lengths, "{x:,.0f}")
     name_axes(

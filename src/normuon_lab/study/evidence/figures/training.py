@@ -11,7 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from normuon_lab.plot_style import INK, MUTED, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.evidence.collected import CellEvidence
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
     add_legend,
@@ -24,6 +23,7 @@ from normuon_lab.study.evidence.figures.bands import (
     new_figure,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
+from normuon_lab.study.evidence.runs import CellEvidence
 from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from normuon_lab.train.runs.records import RunRecord
 
@@ -69,7 +69,7 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
     arms = [arm for arm in found.cell.arms if found.full_runs(arm)]
     if not arms:
         return None
-    assert found.target_accuracy is not None
+    assert found.cell.target_accuracy is not None
     figure = new_figure(10.0, 3.8, f"When it is learned: {found.title}")
     along, reached = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, arm in enumerate(arms):
@@ -78,10 +78,10 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
             along.plot(run.eval_steps, run.eval_accuracies, color=style.color, linewidth=1.2)
         along.plot([], [], color=style.color, linewidth=2, label=label_of(arm))
         _draw_steps(reached, place, arm, found)
-    along.axhline(found.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
+    along.axhline(found.cell.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
     along.annotate(
-        f"{found.target_accuracy:.0%}",
-        (0, found.target_accuracy),
+        f"{found.cell.target_accuracy:.0%}",
+        (0, found.cell.target_accuracy),
         xytext=(3, -2),
         textcoords="offset points",
         va="top",
@@ -92,7 +92,7 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
     along.legend(frameon=False, loc="lower right")
     name_places(reached, arms)
     reached.set_xlim(left=0)
-    name_axes(reached, f"steps to {found.target_accuracy:.0%}: seeds and mean", grid="x")
+    name_axes(reached, f"steps to {found.cell.target_accuracy:.0%}: seeds and mean", grid="x")
     return figure
 
 

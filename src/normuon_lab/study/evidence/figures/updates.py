@@ -12,8 +12,8 @@ from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.evidence.collected import CellEvidence, Updates
 from normuon_lab.study.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
+from normuon_lab.study.evidence.runs import CellEvidence, Updates
 
 QUANTITIES = {
     "singular_values": ("Singular values", "singular value / RMS"),

@@ -1,7 +1,11 @@
-"""The contents of the results' folder, cell by cell, for the tables and figures."""
+"""The runs of the evidence, one JSON file each, under ``<results>/<cell>``, and what a cell's say.
+
+A file is written when its run is finished and never changed: what is missing is what is not there.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +14,105 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from normuon_lab.atomic_files import damage_named, read_json, write_text
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
-from normuon_lab.study.evidence.runs_store import SWEEP_FILE, StoredRun, read_runs
 from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.runs.records import RunRecord, objective
 
-FINAL_LOSS = "final loss"
+KIND = "normuon evidence run"
+SCHEMA_VERSION = 1
+
+FOLDERS = {"claim": "runs", "sensitivity": "sensitivity", "tuning": "tuning"}
+"""Inside a cell's folder, by what the runs were for."""
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRun:
+    """A run and what it was for.
+
+    Attributes:
+        purpose: ``"claim"``, ``"sensitivity"`` or ``"tuning"``; tunings that are kept in a sweep's
+            export have no files of their own.
+        varied: for a sensitivity run, the hyperparameter and its value; otherwise None.
+        processor: on which a run that was read was made; empty where that was not kept.
+        corpus_digest: SHA-256 of the text, of a run that was read; empty for arithmetic.
+    """
+
+    cell: str
+    purpose: str
+    record: RunRecord
+    varied: tuple[str, Any] | None = None
+    processor: str = ""
+    corpus_digest: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The file's path, relative to the results' folder.
+
+        Example:
+            >>> record = RunRecord(arm="muon", seed=2, learning_rate=1.0, num_parameters=1, steps=9)
+            >>> StoredRun(cell="bytes", purpose="claim", record=record).path.as_posix()
+            'bytes/runs/muon-n9-s2.json'
+        """
+        folder, record = Path(self.cell, FOLDERS[self.purpose]), self.record
+        length = f"n{record.steps}-s{record.seed}.json"
+        if self.varied is not None:
+            parameter, value = self.varied
+            return folder / f"{parameter}-{value}-{length}"
+        if self.purpose == "tuning":
+            return folder / f"{record.arm}-lr{record.learning_rate:.4g}-{length}"
+        return folder / f"{record.arm}-{length}"
+
+
+def write_run(folder: Path, run: StoredRun, provenance: Mapping[str, Any]) -> None:
+    """Keep a run, with further fields of `provenance`: experiment, corpus, machine, date."""
+    record = run.record.to_json()
+    # Curves of hundreds of steps, in hundreds of files: four digits say all that a plot can show.
+    record["train_losses"] = [round(loss, 4) for loss in record["train_losses"]]
+    values = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "cell": run.cell,
+        "purpose": run.purpose,
+        **dict(zip(("parameter", "value"), run.varied or (), strict=False)),
+        **provenance,
+        "run": record,
+    }
+    path = folder / run.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[StoredRun]:
+    """All runs of a cell that were kept for a purpose, by file name.
+
+    Raises:
+        InputError: a file is not what it should be.
+    """
+    found = []
+    for path in sorted((folder / cell / FOLDERS[purpose]).glob("*.json")):
+        values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+        with damage_named(path):
+            varied = (values["parameter"], values["value"]) if "parameter" in values else None
+            record = RunRecord.from_json(values["run"])
+            machine = values["machine"]
+            processor = ""
+            if "processor" in machine:
+                processor = f"{machine['processor']}, {machine['cpu_capability']}"
+            found.append(
+                StoredRun(
+                    cell=cell,
+                    purpose=purpose,
+                    record=record,
+                    varied=varied,
+                    processor=processor,
+                    corpus_digest=values["corpus"].get("sha256", ""),
+                )
+            )
+    return found
+
 
 UPDATES_OF = ("adamw", "adam-mini", "muon", "normuon")
 """The arms of the paper's Fig. 1."""
@@ -41,11 +137,6 @@ class CellEvidence:
     tuning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def full_steps(self) -> int:
-        """The full length N of the cell's schedules."""
-        return self.cell.experiment.training.steps
-
-    @property
     def is_empty(self) -> bool:
         """Whether the cell has no files."""
         return not (self.runs or self.sensitivity or self.tuning)
@@ -55,27 +146,15 @@ class CellEvidence:
         """The cell's task and size, for figures."""
         return f"{self.cell.title} parameters"
 
-    @property
-    def target_accuracy(self) -> float | None:
-        """The held-out accuracy to which steps are counted; None where final losses count."""
-        return self.cell.experiment.training.stop_at_accuracy
-
-    @property
-    def measure(self) -> str:
-        """What the cell's steps are counted to, in words."""
-        accuracy = self.target_accuracy
-        return FINAL_LOSS if accuracy is None else f"{100 * accuracy:g}% held-out accuracy"
-
     def steps_to_accuracy(self, arm: str) -> dict[int, float]:
         """By seed, an arm's steps to the target accuracy; see `objective` for runs that miss it."""
         training = self.cell.experiment.training
-        assert training.stop_at_accuracy is not None
         found = {run.seed: objective(run, training) for run in self.full_runs(arm)}
         return {seed: steps for seed, steps in found.items() if steps is not None}
 
     def missed_accuracy(self, arm: str) -> list[int]:
         """Seeds on which an arm never reached the target accuracy."""
-        accuracy = self.target_accuracy
+        accuracy = self.cell.target_accuracy
         assert accuracy is not None
         return [r.seed for r in self.full_runs(arm) if r.steps_to_accuracy(accuracy) is None]
 
@@ -90,7 +169,7 @@ class CellEvidence:
 
     def full_runs(self, arm: str) -> list[RunRecord]:
         """An arm's runs at the full length, in order of seeds."""
-        runs = [run for run in self.runs if run.arm == arm and run.steps == self.full_steps]
+        runs = [run for run in self.runs if run.arm == arm and run.steps == self.cell.full_steps]
         return sorted(runs, key=lambda run: run.seed)
 
     def loss_differences(self, arm: str, reference: str) -> npt.NDArray[np.float64] | None:
@@ -105,6 +184,20 @@ class CellEvidence:
         return np.array(
             [np.subtract(ours[seed].eval_losses, theirs[seed].eval_losses) for seed in seeds]
         )
+
+    def varied_losses(self) -> dict[str, dict[Any, list[tuple[float | None, float | None]]]]:
+        """By hyperparameter and value: for each seed, NorMuon's final loss with it, and without.
+
+        None where a run diverged.
+        """
+        plain = {run.seed: run.final_loss for run in self.full_runs("normuon")}
+        pairs: dict[str, dict[Any, list[tuple[float | None, float | None]]]] = {}
+        for run in self.sensitivity:
+            if run.varied is not None and run.record.seed in plain:
+                name, value = run.varied
+                pair = (run.record.final_loss, plain[run.record.seed])
+                pairs.setdefault(name, {}).setdefault(value, []).append(pair)
+        return pairs
 
     def measured_updates(self) -> dict[str, Updates]:
         """By arm, the measurements of one seed's full-length run, `momentum` included."""
