@@ -29,7 +29,6 @@ from normuon_lab.study.statistics.estimates import t_interval
 from normuon_lab.train.arms.registry import MAIN_ARMS
 
 FIGURES_FOLDER = "figures/results"
-UPDATE_FIGURES = ("singular-values", "row-norms")
 Trial = Mapping[str, Any]
 
 EIGHT_BIT_PAGE = "how-to/eight-bit-momentum.md"
@@ -49,6 +48,7 @@ def _render(template: str, **values: Any) -> str:
         "interval": interval_words,
         "p": p_words,
         "unbroken": lambda text: text.replace(" ", "&nbsp;"),
+        "own_rates": own_rates,
         "num_elements": lambda shapes: sum(map(math.prod, shapes)),
     }
     return environment.get_template(template).render(**values)
@@ -68,7 +68,7 @@ def render_page(
         table1: the contents of table1.json.
         table2: those of table2.json; None where it was not measured.
         recent: what was found of the rivals of 2026.
-        figures: names of those that were drawn.
+        figures: names of those that were drawn, in order.
     """
     return _render(
         "results.md.j2",
@@ -76,7 +76,7 @@ def render_page(
         table1=table1,
         table2=table2,
         recent=recent,
-        figures=set(figures),
+        figures=figures,
         folder=FIGURES_FOLDER,
         alpha=ALPHA,
         paper=paper,
@@ -84,18 +84,8 @@ def render_page(
         lead=partial(lead, table1),
         claims=paper_claims(evidence, table1, table2),
         own_rates_matter_more=own_rates_matter_more(evidence, table1),
-        own_rates={found.cell.name: own_rates(found) for found in evidence},
-        missing={found.cell.name: missing_words(found) for found in evidence},
-        tables={found.cell.name: _tables(found, table1) for found in evidence},
-        update_figures={
-            found.cell.name: [
-                figure
-                for what in UPDATE_FIGURES
-                for figure in sorted(figures)
-                if figure.startswith(f"{found.cell.name}-{what}-")
-            ]
-            for found in evidence
-        },
+        missing_words=missing_words,
+        tables_of=partial(_tables, table1),
     )
 
 
@@ -123,7 +113,7 @@ def missing_words(found: CellEvidence) -> list[str]:
     return missing
 
 
-def _tables(found: CellEvidence, table1: Table) -> dict[str, list[Row]]:
+def _tables(table1: Table, found: CellEvidence) -> dict[str, list[Row]]:
     """By baseline, the cell's rows of Table 1.
 
     Arms that were never run are left out: `missing_words` names them once for the whole cell.

@@ -78,16 +78,14 @@ def name_places(axes: Axes, arms: Sequence[str], *, num_places: int | None = Non
     axes.set_ylim((num_places or len(arms)) - 0.4, -0.6)
 
 
-def drawn_ends(bounds: Sequence[float | None], estimate: float) -> tuple[float, float]:
-    """Where an interval is drawn from and to.
-
-    An open end is drawn to the estimate only: how far it goes on is not known.
+def drawn_ends(bounds: Sequence[float | None] | None, estimate: float) -> tuple[float, float]:
+    """Where an interval is drawn from and to: an open end, to the estimate only.
 
     Example:
         >>> drawn_ends([None, 6.2], 4.5)
         (4.5, 6.2)
     """
-    low, high = (estimate if end is None else end for end in bounds)
+    low, high = (estimate if end is None else end for end in bounds or (None, None))
     return low, high
 
 
@@ -147,6 +145,11 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, color=INK)
     return figure
+
+
+def title_panel(axes: Axes, title: str, *, loc: Literal["left", "center"] = "left") -> None:
+    """A small title above one panel."""
+    axes.set_title(title, loc=loc, fontsize=10, color=INK)
 
 
 def name_axes(axes: Axes, x: str = "", y: str = "", *, grid: Literal["both", "x", "y"]) -> None:

@@ -17,6 +17,7 @@ from normuon_lab.study.evidence.figures.bands import (
     line_of,
     log_ticks,
     new_figure,
+    title_panel,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, RIVALS, VARIANTS
 from normuon_lab.study.evidence.runs import CellEvidence
@@ -56,18 +57,21 @@ DEFAULTS: Mapping[str, Any] = {
 def learning_rate_figure(found: CellEvidence) -> Figure | None:
     """At every learning rate tried, the best loss over the other axes; None without tuning."""
     curves = _curves(found, "learning_rate")
-    panels = [(title, [arm for arm in arms if arm in curves]) for title, arms in PANELS]
-    panels = [(title, arms) for title, arms in panels if arms]
+    panels = {
+        title: present
+        for title, arms in PANELS
+        if (present := {arm: curves[arm] for arm in arms if arm in curves})
+    }
     if not panels:
         return None
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(5.2 * columns if columns > 1 else 7.0, 4.2 * rows + 0.2)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (title, arms) in zip(grid.flat, panels, strict=False):
-        _draw_panel(axes, {arm: curves[arm] for arm in arms})
+    for axes, (title, present) in zip(grid.flat, panels.items(), strict=False):
+        _draw_panel(axes, present)
         if len(panels) > 1:
-            axes.set_title(title, loc="left", fontsize=10, color=INK)
+            title_panel(axes, title)
         axes.tick_params(labelbottom=True, labelleft=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -79,11 +83,8 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
 
 def other_rate_figure(found: CellEvidence) -> Figure | None:
     """The same for the AdamW parameters, of the arms that tune its rate; None where none does."""
-    curves = {
-        arm: curve
-        for arm, curve in _curves(found, "adam_lr").items()
-        if "adam_lr" in found.tuning[arm]["axes"]
-    }
+    curves = _curves(found, "adam_lr")
+    curves = {a: curve for a, curve in curves.items() if "adam_lr" in found.tuning[a]["axes"]}
     if not curves:
         return None
     figure = new_figure(7.0, 4.4)
@@ -122,17 +123,26 @@ def _draw_panel(axes: Axes, curves: Mapping[str, Curve]) -> None:
         look = line_of(arm)
         axes.plot(list(curve), list(curve.values()), linewidth=1.6, **look)
         best = min(curve, key=curve.__getitem__)
-        star: dict[str, Any] = {"marker": "*", "s": 210, "edgecolors": INK, "zorder": 4}
-        axes.scatter([best], [curve[best]], color=look["color"], **star)
+        star = {"marker": "*", "s": 210, "color": look["color"], "edgecolors": INK, "zorder": 4}
+        axes.scatter([best], [curve[best]], **star)
     style_axes(axes, grid_axis="both")
     add_panel_legend(axes)
 
 
 def _scale(axes: Axes, curves: Mapping[str, Curve]) -> None:
-    """Panels share the axes: the rates that were tried, as far as they do not overlap."""
+    """Panels share the axes: the rates that were tried, as far as they do not overlap, and every
+    arm's best loss, but neither losses near divergence nor a rival's others."""
     rates = (rate for curve in curves.values() for rate in curve)
     log_ticks(axes, spread_out(rates, ratio=LEAST_TICK_RATIO), "{x:.3g}")
-    axes.set_ylim(*_losses_shown(curves))
+    losses = {arm: np.array(list(curve.values())) for arm, curve in curves.items()}
+    low = min(float(tried.min()) for tried in losses.values())
+    high = max(float(tried.min()) for tried in losses.values())
+    for arm, tried in losses.items():
+        if arm not in RIVALS:
+            height = HIGHEST_SHOWN * float(np.median(tried - tried.min()))
+            high = max(high, min(float(tried.max()), float(tried.min()) + height))
+    margin = 0.06 * (high - low or 1.0)
+    axes.set_ylim(low - margin, high + margin)
 
 
 def _write_names(figure: Figure, found: CellEvidence, title: str, *, rate: str) -> None:
@@ -147,33 +157,18 @@ def _write_names(figure: Figure, found: CellEvidence, title: str, *, rate: str) 
     figure.suptitle(f"{title}: {found.title}", color=INK)
 
 
-def _losses_shown(curves: Mapping[str, Curve]) -> tuple[float, float]:
-    """Limits that show every arm's best loss, but neither near divergence nor a rival's others."""
-    losses = {arm: np.array(list(curve.values())) for arm, curve in curves.items()}
-    low = min(float(tried.min()) for tried in losses.values())
-    high = max(float(tried.min()) for tried in losses.values())
-    for arm, tried in losses.items():
-        if arm not in RIVALS:
-            height = HIGHEST_SHOWN * float(np.median(tried - tried.min()))
-            high = max(high, min(float(tried.max()), float(tried.min()) + height))
-    margin = 0.06 * (high - low or 1.0)
-    return low - margin, high + margin
-
-
 def sensitivity_figure(found: CellEvidence) -> Figure | None:
     """NorMuon's final loss minus that of its defaults, seed by seed, a panel per hyperparameter."""
     changes = sensitivity(found)
     if not changes:
         return None
-    names = [name for name in DEFAULTS if name in changes]
-    names += [name for name in changes if name not in names]
-    counts = [len(changes[name]) + 1 for name in names]
+    names = sorted(changes, key=list(DEFAULTS).index)
     rows = [names[:2], names[2:]] if len(names) > 2 else [names]
     title = f"NorMuon with one hyperparameter changed: {found.title}"
     figure = new_figure(10.0, 3.4 * len(rows) + 0.4, title)
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, shown in zip(parts, rows, strict=True):
-        widths = [counts[names.index(name)] + 0.6 for name in shown]
+        widths = [len(changes[name]) + 1.6 for name in shown]
         # Few Newton-Schulz steps cost a hundred times what any beta2 does.
         sharey = shown is not rows[0]
         row = part.subplots(1, len(shown), squeeze=False, sharey=sharey, width_ratios=widths)[0]
@@ -198,14 +193,10 @@ def sensitivity(found: CellEvidence) -> dict[str, dict[Any, Estimate | None]]:
     return changes
 
 
-def _in_order(value: Any) -> tuple[bool, Any]:
-    return isinstance(value, str), value
-
-
 def _draw_changes(axes: Axes, name: str, changes: Mapping[Any, Estimate | None]) -> None:
-    default = DEFAULTS.get(name)
-    values = [*changes] if default is None else [*changes, default]
-    values.sort(key=_in_order)
+    default = DEFAULTS[name]
+    # Numbers in their order, before words.
+    values = sorted([*changes, default], key=lambda value: (isinstance(value, str), value))
     for place, value in enumerate(values):
         if value == default:
             axes.scatter([place], [0.0], s=64, color="white", edgecolors=INK, zorder=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,12 @@ from normuon_lab.study.evidence.figures.bands import (
     name_axes,
     name_places,
     new_figure,
+    title_panel,
 )
 from normuon_lab.study.evidence.protocol import DRAWN_ARMS, FINAL_LOSS
 from normuon_lab.study.evidence.runs import CellEvidence
+from normuon_lab.study.evidence.table1 import Row
+from normuon_lab.study.statistics.schedules import LossesByLength
 
 BASELINES = ("adamw", "muon")
 INCHES_PER_ARM = 0.3
@@ -42,7 +45,7 @@ SIDESTEP = 0.03
 """How far apart arms stand at one size of model, in decades, so that their intervals show."""
 
 
-def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+def schedule_figure(found: CellEvidence, rows: Sequence[Row]) -> Figure | None:
     """Mean final losses of several arms' complete schedules, and where they meet AdamW's.
 
     `rows` are Table 1's, of all cells.
@@ -60,44 +63,44 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Mapping[str, Any]]) -> F
         for row in _shown_rows(found, rows).get("adamw", [])
         if row["arm"] in finals
     }
+    crossings = {arm: found.cell.full_steps * (1 - s / 100) for arm, s in saved.items()}
     for arm, by_length in finals.items():
         losses_SN = np.array(list(by_length.values())).T
         name = label_of(arm)
         if arm in saved:
-            name += f": {_crossing_words(saved[arm], found.cell.full_steps)}"
+            name += f": {_crossing_words(crossings[arm], saved[arm])}"
         draw_band(axes, arm, list(by_length), losses_SN, with_markers=True, name=name)
     draw_target(axes, target, on_right=True)
-    for arm, percent in saved.items():
-        _mark_crossing(axes, arm, _crossing(percent, found.cell.full_steps), target)
-    lengths = sorted({n for by_length in finals.values() for n in by_length})
-    log_ticks(axes, lengths, "{x:,.0f}")
-    name_axes(
-        axes,
-        "steps of the complete schedule (logarithmic)",
-        "final validation loss (nats per token)",
-        grid="both",
-    )
+    for arm, steps in crossings.items():
+        _mark_crossing(axes, arm, steps, target)
+    log_ticks(axes, sorted({n for by_length in finals.values() for n in by_length}), "{x:,.0f}")
+    x = "steps of the complete schedule (logarithmic)"
+    name_axes(axes, x, "final validation loss (nats per token)", grid="both")
     add_legend(figure, axes, columns=2)
     return figure
 
 
-def steps_saved_figure(
-    evidence: Sequence[CellEvidence], rows: Sequence[Mapping[str, Any]]
-) -> Figure | None:
+def steps_saved_figure(evidence: Sequence[CellEvidence], rows: Sequence[Row]) -> Figure | None:
     """Table 1 as points with intervals, a row of panels per cell; None without any figure."""
-    shown = {found.cell.name: _shown_rows(found, rows) for found in evidence}
-    titles = {found.cell.name: found.title for found in evidence if shown[found.cell.name]}
-    if not titles:
+    shown = {found.title: _shown_rows(found, rows) for found in evidence}
+    shown = {title: by_baseline for title, by_baseline in shown.items() if by_baseline}
+    if not shown:
         return None
-    heights = [max(map(len, shown[name].values())) + 0.8 for name in titles]
-    figure = new_figure(11.0, 1.1 + 0.35 * len(titles) + INCHES_PER_ARM * sum(heights))
-    shape = (len(titles), len(BASELINES))
+    num_places = [max(map(len, by_baseline.values())) for by_baseline in shown.values()]
+    heights = [number + 0.8 for number in num_places]
+    figure = new_figure(11.0, 1.1 + 0.35 * len(shown) + INCHES_PER_ARM * sum(heights))
+    shape = (len(shown), len(BASELINES))
     grid = figure.subplots(*shape, sharex="col", squeeze=False, height_ratios=heights)
-    for panels, (name, title) in zip(grid, titles.items(), strict=True):
-        panels[0].set_title(title, loc="left", fontsize=10, color=INK)
-        num_places = max(map(len, shown[name].values()))
+    for panels, (title, by_baseline), number in zip(grid, shown.items(), num_places, strict=True):
+        title_panel(panels[0], title)
         for axes, baseline in zip(panels, BASELINES, strict=True):
-            _draw_savings(axes, shown[name].get(baseline, []), num_places=num_places)
+            here = by_baseline.get(baseline, [])
+            for place, row in enumerate(here):
+                _draw_saving(axes, place, row)
+            # All panels of a cell are as high, so that arms are as far apart.
+            name_places(axes, [row["arm"] for row in here], num_places=number)
+            axes.axvline(0, color=MUTED, linewidth=1)
+            style_axes(axes, grid_axis="x")
     for axes, baseline in zip(grid[-1], BASELINES, strict=True):
         axes.set_xlabel(f"steps saved against {label_of(baseline)} (percent)", color=INK)
     handles = [
@@ -109,9 +112,7 @@ def steps_saved_figure(
     return figure
 
 
-def _complete(
-    by_length: Mapping[int, Mapping[int, float | None]],
-) -> dict[int, list[float]]:
+def _complete(by_length: LossesByLength) -> dict[int, list[float]]:
     """Final losses of the lengths that have as many seeds as any, and none that diverged."""
     most = max(map(len, by_length.values()), default=0)
     complete: dict[int, list[float]] = {}
@@ -131,25 +132,18 @@ def _mark_crossing(axes: Axes, arm: str, steps: float, target: float) -> None:
     axes.set_ylim(bottom=bottom)
 
 
-def _crossing(saved: float, full_steps: int) -> float:
-    """The length of the schedule that saves so many percent."""
-    return full_steps * (1 - saved / 100)
-
-
-def _crossing_words(saved: float, full_steps: int) -> str:
+def _crossing_words(steps: float, saved: float) -> str:
     """
-    >>> _crossing_words(38.44, 500), _crossing_words(-5.0, 500)
+    >>> _crossing_words(307.8, 38.44), _crossing_words(525.0, -5.0)
     ('308 steps, 38.4% fewer', '525 steps, 5.0% more')
     """
     change = f"{saved:.1f}% fewer" if saved >= 0 else f"{-saved:.1f}% more"
-    return f"{_crossing(saved, full_steps):.0f} steps, {change}"
+    return f"{steps:.0f} steps, {change}"
 
 
-def _shown_rows(
-    found: CellEvidence, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Mapping[str, Any]]]:
+def _shown_rows(found: CellEvidence, rows: Sequence[Row]) -> dict[str, list[Row]]:
     """By baseline, a cell's rows on final losses that have a figure."""
-    shown: dict[str, list[Mapping[str, Any]]] = {}
+    shown: dict[str, list[Row]] = {}
     for row in rows:
         is_here = row["cell"] == found.cell.name and row["measure"] == FINAL_LOSS
         if is_here and row["steps_saved_percent"] is not None:
@@ -157,16 +151,7 @@ def _shown_rows(
     return shown
 
 
-def _draw_savings(axes: Axes, rows: Sequence[Mapping[str, Any]], *, num_places: int) -> None:
-    for place, row in enumerate(rows):
-        _draw_saving(axes, place, row)
-    # All panels of a cell are as high, so that arms are as far apart.
-    name_places(axes, [row["arm"] for row in rows], num_places=num_places)
-    axes.axvline(0, color=MUTED, linewidth=1)
-    style_axes(axes, grid_axis="x")
-
-
-def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
+def _draw_saving(axes: Axes, place: int, row: Row) -> None:
     style = style_of(row["arm"])
     saved = row["steps_saved_percent"]
     for bounds, width in ((row["ci95_t"], 0.9), (row["ci95"], 2.6)):
@@ -178,7 +163,7 @@ def _draw_saving(axes: Axes, place: int, row: Mapping[str, Any]) -> None:
         axes.plot([papers], [place], **PAPER_MARK)
 
 
-def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
+def size_figure(trends: Sequence[Row]) -> Figure | None:
     """Steps saved against the number of parameters, ours beside the paper's: a row of panels per
     task, one for each baseline. `trends` are `size_trends` of table1.json; None without any."""
     tasks = list(dict.fromkeys(trend["task"] for trend in trends))
@@ -191,7 +176,7 @@ def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
         for axes, baseline in zip(panels, BASELINES, strict=True):
             shown = [t for t in trends if (t["task"], t["baseline"]) == (task, baseline)]
             _draw_trends(axes, shown, baseline)
-            axes.set_title(f"of {label_of(baseline)}'s steps", fontsize=10, color=INK)
+            title_panel(axes, f"of {label_of(baseline)}'s steps", loc="center")
         panels[0].set_ylabel("steps saved (percent)", color=INK)
     for axes in grid[-1]:
         axes.set_xlabel("parameters (logarithmic)", color=INK)
@@ -199,39 +184,31 @@ def size_figure(trends: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def _draw_trends(axes: Axes, trends: Sequence[Mapping[str, Any]], baseline: str) -> None:
+def _draw_trends(axes: Axes, trends: Sequence[Row], baseline: str) -> None:
     for place, trend in enumerate(trends):
-        _draw_ours(axes, trend, aside=10 ** (SIDESTEP * (place - (len(trends) - 1) / 2)))
-    for arm in ("muon", "normuon") if baseline == "adamw" else ("normuon",):
-        _draw_papers(axes, arm, baseline)
+        aside = 10 ** (SIDESTEP * (place - (len(trends) - 1) / 2))
+        sizes = trend["sizes"]
+        y = np.array([point["steps_saved_percent"] for point in sizes])
+        ends = [drawn_ends(size["ci95_t"], saved) for size, saved in zip(sizes, y, strict=True)]
+        axes.errorbar(
+            [aside * point["num_parameters"] for point in sizes],
+            y,
+            yerr=np.abs(np.array(ends).T - y),
+            capsize=3,
+            **line_of(trend["arm"]) | {"markersize": 6},
+        )
+    papers = {"normuon": paper.saved_of_muon()}
+    if baseline == "adamw":
+        papers = {arm: paper.saved_of_adamw(arm) for arm in ("muon", "normuon")}
+    for arm, points in papers.items():
+        look = {"linestyle": ":", "markersize": 7, "label": f"{label_of(arm)}, the paper"}
+        look = {**line_of(arm), **look, "markerfacecolor": "white"}
+        axes.plot(list(points), list(points.values()), **look)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _in_words(size)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     style_axes(axes, grid_axis="both")
-
-
-def _draw_ours(axes: Axes, trend: Mapping[str, Any], *, aside: float) -> None:
-    sizes = trend["sizes"]
-    x = [aside * point["num_parameters"] for point in sizes]
-    y = np.array([point["steps_saved_percent"] for point in sizes])
-    ends = [
-        drawn_ends(point["ci95_t"] or (None, None), saved)
-        for point, saved in zip(sizes, y, strict=True)
-    ]
-    axes.errorbar(
-        x,
-        y,
-        yerr=np.abs(np.array(ends).T - y),
-        capsize=3,
-        **line_of(trend["arm"]) | {"markersize": 6},
-    )
-
-
-def _draw_papers(axes: Axes, arm: str, baseline: str) -> None:
-    points = paper.saved_of_adamw(arm) if baseline == "adamw" else paper.saved_of_muon()
-    look = {"linestyle": ":", "markersize": 7, "label": f"{label_of(arm)}, the paper"}
-    axes.plot(list(points), list(points.values()), markerfacecolor="white", **line_of(arm) | look)
 
 
 def _in_words(size: float) -> str:

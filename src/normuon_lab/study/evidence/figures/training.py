@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from normuon_lab.plot_style import INK, MUTED, style_of
+from normuon_lab.plot_style import INK, MUTED, color_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
@@ -24,7 +24,7 @@ from normuon_lab.study.evidence.figures.bands import (
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
 from normuon_lab.study.evidence.runs import CellEvidence
-from normuon_lab.study.statistics.estimates import Estimate, t_interval
+from normuon_lab.study.statistics.estimates import t_interval
 from normuon_lab.train.runs.records import RunRecord
 
 LOSSES_SHOWN_FROM = 0.25
@@ -73,11 +73,13 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
     figure = new_figure(10.0, 3.8, f"When it is learned: {found.title}")
     along, reached = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, arm in enumerate(arms):
-        style = style_of(arm)
+        color = color_of(arm)
         for run in found.full_runs(arm):
-            along.plot(run.eval_steps, run.eval_accuracies, color=style.color, linewidth=1.2)
-        along.plot([], [], color=style.color, linewidth=2, label=label_of(arm))
-        _draw_steps(reached, place, arm, found)
+            along.plot(run.eval_steps, run.eval_accuracies, color=color, linewidth=1.2)
+        along.plot([], [], color=color, linewidth=2, label=label_of(arm))
+        steps = list(found.steps_to_accuracy(arm).values())
+        reached.scatter(steps, [place + 0.18] * len(steps), s=16, color=color, alpha=0.6)
+        draw_estimate(reached, place, arm, t_interval(steps))
     along.axhline(found.cell.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
     along.annotate(
         f"{found.cell.target_accuracy:.0%}",
@@ -107,13 +109,6 @@ def _set_losses_shown(axes: Axes, arms: Sequence[Sequence[RunRecord]]) -> None:
     axes.set_ylim(lowest - margin, highest + margin)
 
 
-def _draw_steps(axes: Axes, place: int, arm: str, found: CellEvidence) -> None:
-    style = style_of(arm)
-    steps = list(found.steps_to_accuracy(arm).values())
-    axes.scatter(steps, [place + 0.18] * len(steps), s=16, color=style.color, alpha=0.6)
-    draw_estimate(axes, place, arm, t_interval(steps))
-
-
 def ablation_figure(found: CellEvidence) -> Figure | None:
     """Paired differences of loss to Muon's; None unless an arm besides NorMuon is there."""
     differences = {arm: found.loss_differences(arm, REFERENCE) for arm in AT_THE_END}
@@ -132,29 +127,16 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     minus = f"minus {reference}'s\n(nats per token)"
     name_axes(along, "training steps", f"validation loss {minus}", grid="both")
     ends = {arm: t_interval(values_SK[:, -1].tolist()) for arm, values_SK in present.items()}
-    limit = _end_shown(ends)
-    for place, (arm, end) in enumerate(ends.items()):
-        _draw_end(at_end, place, arm, end, limit=limit)
-    at_end.axvline(0, color=MUTED, linewidth=1)
-    name_places(at_end, list(present))
-    at_end.set_xlim(right=limit)
-    at_end.xaxis.set_major_locator(MaxNLocator(4))
-    name_axes(at_end, f"final loss {minus}", grid="x")
-    add_legend(figure, along, columns=5)
-    return figure
-
-
-def _end_shown(ends: Mapping[str, Estimate]) -> float:
-    """Where the panel of final losses ends: a rival far behind would hide how the others differ."""
+    means = {arm: end.mean or 0.0 for arm, end in ends.items()}
+    # A rival far behind would hide how the others differ.
     compared = [arm for arm in ends if arm not in RIVALS] or list(ends)
-    return WIDEST_SHOWN * max(abs(ends[arm].mean or 0.0) for arm in compared)
-
-
-def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) -> None:
-    assert end.mean is not None
-    if end.mean > limit:
-        axes.annotate(
-            f"{end.mean:+.3f} \N{RIGHTWARDS ARROW}",
+    limit = WIDEST_SHOWN * max(abs(means[arm]) for arm in compared)
+    for place, (arm, end) in enumerate(ends.items()):
+        if means[arm] <= limit:
+            draw_estimate(at_end, place, arm, end)
+            continue
+        at_end.annotate(
+            f"{means[arm]:+.3f} \N{RIGHTWARDS ARROW}",
             (1.0, place),
             xycoords=("axes fraction", "data"),
             ha="right",
@@ -162,5 +144,10 @@ def _draw_end(axes: Axes, place: int, arm: str, end: Estimate, *, limit: float) 
             color=INK,
             fontsize=LABEL_SIZE,
         )
-        return
-    draw_estimate(axes, place, arm, end)
+    at_end.axvline(0, color=MUTED, linewidth=1)
+    name_places(at_end, list(present))
+    at_end.set_xlim(right=limit)
+    at_end.xaxis.set_major_locator(MaxNLocator(4))
+    name_axes(at_end, f"final loss {minus}", grid="x")
+    add_legend(figure, along, columns=5)
+    return figure

@@ -12,7 +12,13 @@ from normuon_lab.layer_names import layer_numbers, layer_of
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, style_of
 from normuon_lab.study.compare.summary import label_of
-from normuon_lab.study.evidence.figures.bands import LABEL_SIZE, Array, add_legend, new_figure
+from normuon_lab.study.evidence.figures.bands import (
+    LABEL_SIZE,
+    Array,
+    add_legend,
+    new_figure,
+    title_panel,
+)
 from normuon_lab.study.evidence.runs import CellEvidence, Updates
 
 QUANTITIES = {
@@ -50,7 +56,8 @@ def _figure(
     found: CellEvidence, updates: Mapping[str, Updates], matrices: Sequence[str], key: str
 ) -> Figure:
     """A panel per stage (rows) and matrix (columns)."""
-    steps = sorted({step for _, step in next(iter(updates.values()))})
+    first = next(iter(updates.values()))
+    steps = sorted({step for _, step in first})
     what, quantity = QUANTITIES[key]
     title = f"{what} of updates, layer {layer_of(matrices[0])}: {found.title}"
     figure = new_figure(2.6 * len(matrices), 1.75 * len(steps) + 1.1, title)
@@ -59,13 +66,13 @@ def _figure(
         for axes, matrix in zip(axes_row, matrices, strict=True):
             for arm, measured in updates.items():
                 if (matrix, step) in measured:
-                    _draw(axes, arm, measured[matrix, step][key], key)
+                    _draw(axes, arm, np.array(measured[matrix, step][key]), key)
             style_axes(axes, grid_axis="both")
         axes_row[0].set_ylabel(f"step {step}\n{quantity}", color=INK, fontsize=LABEL_SIZE)
     for axes, matrix in zip(grid[0], matrices, strict=True):
-        rows, columns = next(iter(updates.values()))[matrix, steps[0]]["shape"]
+        rows, columns = first[matrix, steps[0]]["shape"]
         kind = matrix.removesuffix(".weight").rpartition(".")[2]
-        axes.set_title(f"{kind} [{rows} x {columns}]", fontsize=10, color=INK)
+        title_panel(axes, f"{kind} [{rows} x {columns}]", loc="center")
     for axes in grid[-1]:
         axes.set_xlabel("index, largest first", color=INK, fontsize=LABEL_SIZE)
     if key == "singular_values":
@@ -77,21 +84,16 @@ def _figure(
     return figure
 
 
-def _draw(axes: Axes, arm: str, values: Sequence[float], key: str) -> None:
-    scaled = _over_typical(np.asarray(values, dtype=np.float64), key)
+def _draw(axes: Axes, arm: str, values: Array, key: str) -> None:
+    """Singular values over their root mean square, row norms over their mean; zero stays zero."""
+    scale = np.sqrt((values**2).mean()) if key == "singular_values" else values.mean()
     is_momentum = arm == "momentum"
     style = style_of(arm)
     axes.plot(
-        np.arange(1, len(scaled) + 1),
-        scaled,
+        np.arange(1, len(values) + 1),
+        values / scale if scale else values,
         color=MUTED if is_momentum else style.color,
         linestyle=":" if is_momentum else style.matplotlib_linestyle,
         linewidth=WIDTHS.get(arm, 1.6),
         label="raw momentum (Muon's)" if is_momentum else label_of(arm),
     )
-
-
-def _over_typical(values: Array, key: str) -> Array:
-    """Singular values over their root mean square, row norms over their mean; zero stays zero."""
-    scale = np.sqrt((values**2).mean()) if key == "singular_values" else values.mean()
-    return values / scale if scale else values
