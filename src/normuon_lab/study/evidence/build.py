@@ -26,8 +26,8 @@ from normuon_lab.study.evidence.figures.training import (
     ablation_figure,
     accuracy_figure,
     loss_figure,
+    update_figures,
 )
-from normuon_lab.study.evidence.figures.updates import update_figures
 from normuon_lab.study.evidence.page import (
     EIGHT_BIT_PAGE,
     FIGURES_FOLDER,

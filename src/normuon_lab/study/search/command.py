@@ -129,25 +129,26 @@ def print_trials(contents: Mapping[str, Any], console: Console) -> None:
     """Print the mean final loss of every arm and rate of a tuning, the chosen rate marked."""
     from rich.table import Table
 
-    rates = sorted({t["learning_rate"] for a in contents["arms"].values() for t in a["trials"]})
+    arms = contents["arms"]
+    tried = {
+        name: {trial["learning_rate"]: trial["mean_final_loss"] for trial in arm["trials"]}
+        for name, arm in arms.items()
+    }
     table = Table(title="Mean final validation loss; * marks the chosen learning rate")
-    table.add_column("learning rate", justify="right")
-    for arm in contents["arms"]:
-        table.add_column(ARMS[arm].label, justify="right")
-    for rate in rates:
-        table.add_row(f"{rate:.4g}", *(_cell(arm, rate) for arm in contents["arms"].values()))
+    for title in ("learning rate", *(ARMS[name].label for name in arms)):
+        table.add_column(title, justify="right")
+    for rate in sorted(set().union(*tried.values())):
+        cells = [
+            _loss(losses[rate]) + (" *" if rate == arms[name]["learning_rate"] else "")
+            if rate in losses
+            else ""
+            for name, losses in tried.items()
+        ]
+        table.add_row(f"{rate:.4g}", *cells)
     console.print(table)
-    for name, arm in contents["arms"].items():
+    for name, arm in arms.items():
         if not arm["is_interior"]:
             console.print(f"{ARMS[name].label}: the best learning rate is at an end of the grid")
-
-
-def _cell(arm: Mapping[str, Any], rate: float) -> str:
-    for trial in arm["trials"]:
-        if trial["learning_rate"] == rate:
-            mark = " *" if rate == arm["learning_rate"] else ""
-            return _loss(trial["mean_final_loss"]) + mark
-    return ""
 
 
 def best_settings(contents: Mapping[str, Any]) -> Table:

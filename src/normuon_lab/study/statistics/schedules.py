@@ -99,27 +99,16 @@ def falling_fit(losses: Array) -> Array:
     """
     count = losses.shape[-1]
     sums = np.concatenate([np.zeros((*losses.shape[:-1], 1)), np.cumsum(losses, axis=-1)], axis=-1)
-
-    def mean(first: int, last: int) -> Array:
-        # A single value as it is: a difference of sums would round it.
-        if first == last:
-            return losses[..., first]
-        return np.asarray((sums[..., last + 1] - sums[..., first]) / (last + 1 - first))
-
-    # The minimax form of isotonic regression; K is a handful.
-    return np.stack(
-        [
-            np.min(
-                [
-                    np.max([mean(first, last) for last in range(place, count)], axis=0)
-                    for first in range(place + 1)
-                ],
-                axis=0,
-            )
-            for place in range(count)
-        ],
-        axis=-1,
-    )
+    first, last = np.ogrid[:count, :count]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = (sums[..., None, 1:] - sums[..., :-1, None]) / (last + 1 - first)
+    # A single value as it is: a difference of sums would round it.
+    means = np.where(first == last, losses[..., None], means)
+    # The minimax form of isotonic regression, over the means from `first` to `last`.
+    means = np.where(first <= last, means, -np.inf)
+    greatest = np.maximum.accumulate(means[..., ::-1], axis=-1)[..., ::-1]
+    least = np.minimum.accumulate(greatest, axis=-2)
+    return np.diagonal(least, axis1=-2, axis2=-1)
 
 
 def steps_saved_by_schedules(
@@ -134,9 +123,11 @@ def steps_saved_by_schedules(
     seeds, lengths, notes = _shared_runs(arm, baseline, full_steps=full_steps)
     if not seeds:
         return StepsSaved(seeds=(), reason="no seed was run with both")
-    diverged = _diverged(arm, baseline, lengths, seeds)
-    if diverged is not None:
-        return StepsSaved(seeds=seeds, reason=diverged, notes=tuple(notes))
+    runs = {f"runs over {n} steps": arm[n] for n in lengths} | {"runs of the baseline": baseline}
+    for what, losses in runs.items():
+        if count := sum(losses[seed] is None for seed in seeds):
+            reason = f"{count} of {len(seeds)} {what} diverged"
+            return StepsSaved(seeds=seeds, reason=reason, notes=tuple(notes))
     losses_SK = np.array([[arm[n][seed] for n in lengths] for seed in seeds], dtype=np.float64)
     target_S = np.array([baseline[seed] for seed in seeds], dtype=np.float64)
     means_K = losses_SK.mean(axis=0)
@@ -254,21 +245,6 @@ def _not_bracketed(lengths: Sequence[int], limits: tuple[float, float], *, is_be
         what = f"longest schedule, {lengths[-1]} steps, still ends above"
         bound = f"less than {limits[0]:.1f}%"
     return f"the {what} the target: {bound} saved"
-
-
-def _diverged(
-    arm: LossesByLength,
-    baseline: Mapping[int, float | None],
-    lengths: Sequence[int],
-    seeds: Sequence[int],
-) -> str | None:
-    """The first length with a diverged run, in words; None where all runs ended well."""
-    runs = {f"runs over {n} steps": arm[n] for n in lengths} | {"runs of the baseline": baseline}
-    for what, losses in runs.items():
-        count = sum(losses[seed] is None for seed in seeds)
-        if count:
-            return f"{count} of {len(seeds)} {what} diverged"
-    return None
 
 
 def _listed(seeds: set[int]) -> str:

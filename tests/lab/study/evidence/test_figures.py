@@ -22,8 +22,11 @@ from normuon_lab.study.evidence.figures.hyperparameters import (
     sensitivity_figure,
 )
 from normuon_lab.study.evidence.figures.savings import schedule_figure, steps_saved_figure
-from normuon_lab.study.evidence.figures.training import ablation_figure, loss_figure
-from normuon_lab.study.evidence.figures.updates import update_figures
+from normuon_lab.study.evidence.figures.training import (
+    ablation_figure,
+    loss_figure,
+    update_figures,
+)
 from normuon_lab.study.evidence.protocol import (
     ARMS_WITH_BOTH_OPTIONS,
     CELLS,

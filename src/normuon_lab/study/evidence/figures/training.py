@@ -1,18 +1,22 @@
-"""Along training: losses (the paper's Fig. 2 and 4), ablations (Fig. 3 and 7), or accuracy."""
+"""Along training: losses (the paper's Fig. 2 and 4), ablations (Fig. 3 and 7), accuracy, and update
+matrices (Fig. 1 and A.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from normuon_lab.plot_style import INK, MUTED, color_of
+from normuon_lab.layer_names import layer_numbers, layer_of
+from normuon_lab.matplotlib_style import style_axes
+from normuon_lab.plot_style import INK, MUTED, color_of, style_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
+    Array,
     add_legend,
     band,
     draw_band,
@@ -21,9 +25,10 @@ from normuon_lab.study.evidence.figures.bands import (
     name_axes,
     name_places,
     new_figure,
+    title_panel,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
-from normuon_lab.study.evidence.runs import CellEvidence
+from normuon_lab.study.evidence.runs import CellEvidence, Updates
 from normuon_lab.study.statistics.estimates import t_interval
 from normuon_lab.train.runs.records import RunRecord
 
@@ -37,6 +42,20 @@ WIDEST_SHOWN = 2.0
 """Final losses are shown up to this many times the farthest of the arms that are no rivals."""
 DIFFERENCES_SHOWN_FROM = 0.1
 """The first tenth of training, where differences are ten times the later ones, is left out."""
+
+QUANTITIES = {
+    "singular_values": ("Singular values", "singular value / RMS"),
+    "row_norms": ("Row norms", "row norm / mean"),
+}
+
+LEAST_SHOWN = 1e-3
+"""Of singular values over their RMS: below it a value is rounding noise of the measurement."""
+
+GREATEST_SHOWN = 3.0
+"""Of row norms over their mean: a few rows of the momentum and of Adam-mini are far larger."""
+
+WIDTHS = {"muon": 3.4}
+"""Wider than NorMuon's line drawn over it, so that equal curves show that they are two."""
 
 
 def loss_figure(found: CellEvidence) -> Figure | None:
@@ -151,3 +170,66 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     name_axes(at_end, f"final loss {minus}", grid="x")
     add_legend(figure, along, columns=5)
     return figure
+
+
+def update_figures(found: CellEvidence) -> dict[str, Figure]:
+    """Figures by name, for every quantity and measured layer; none without two arms' updates."""
+    updates = found.measured_updates()
+    if len(updates) < 2:
+        return {}
+    matrices = list(dict.fromkeys(matrix for matrix, _ in next(iter(updates.values()))))
+    layers = layer_numbers(matrices)
+    return {
+        f"{key.replace('_', '-')}-layer{layer}": _update_figure(
+            found, updates, [m for m in matrices if layer_of(m) == layer], key
+        )
+        for key in QUANTITIES
+        for layer in layers
+    }
+
+
+def _update_figure(
+    found: CellEvidence, updates: Mapping[str, Updates], matrices: Sequence[str], key: str
+) -> Figure:
+    """A panel per stage (rows) and matrix (columns)."""
+    first = next(iter(updates.values()))
+    steps = sorted({step for _, step in first})
+    what, quantity = QUANTITIES[key]
+    title = f"{what} of updates, layer {layer_of(matrices[0])}: {found.title}"
+    figure = new_figure(2.6 * len(matrices), 1.75 * len(steps) + 1.1, title)
+    grid = figure.subplots(len(steps), len(matrices), squeeze=False, sharex="col", sharey=True)
+    for axes_row, step in zip(grid, steps, strict=True):
+        for axes, matrix in zip(axes_row, matrices, strict=True):
+            for arm, measured in updates.items():
+                if (matrix, step) in measured:
+                    _draw_update(axes, arm, np.array(measured[matrix, step][key]), key)
+            style_axes(axes, grid_axis="both")
+        axes_row[0].set_ylabel(f"step {step}\n{quantity}", color=INK, fontsize=LABEL_SIZE)
+    for axes, matrix in zip(grid[0], matrices, strict=True):
+        rows, columns = first[matrix, steps[0]]["shape"]
+        kind = matrix.removesuffix(".weight").rpartition(".")[2]
+        title_panel(axes, f"{kind} [{rows} x {columns}]", loc="center")
+    for axes in grid[-1]:
+        axes.set_xlabel("index, largest first", color=INK, fontsize=LABEL_SIZE)
+    if key == "singular_values":
+        grid[0, 0].set_yscale("log")
+        grid[0, 0].set_ylim(bottom=LEAST_SHOWN)
+    else:
+        grid[0, 0].set_ylim(0, GREATEST_SHOWN)
+    add_legend(figure, grid[0, 0])
+    return figure
+
+
+def _draw_update(axes: Axes, arm: str, values: Array, key: str) -> None:
+    """Singular values over their root mean square, row norms over their mean; zero stays zero."""
+    scale = np.sqrt((values**2).mean()) if key == "singular_values" else values.mean()
+    is_momentum = arm == "momentum"
+    style = style_of(arm)
+    axes.plot(
+        np.arange(1, len(values) + 1),
+        values / scale if scale else values,
+        color=MUTED if is_momentum else style.color,
+        linestyle=":" if is_momentum else style.matplotlib_linestyle,
+        linewidth=WIDTHS.get(arm, 1.6),
+        label="raw momentum (Muon's)" if is_momentum else label_of(arm),
+    )
