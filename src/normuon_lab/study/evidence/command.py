@@ -54,10 +54,10 @@ class RunEvidence:
                 tune_cell(
                     cell,
                     arms,
-                    results=self.results,
                     storage=self.storage,
-                    console=console,
                     command=command,
+                    results=self.results,
+                    console=console,
                 )
             if "claim" in self.stages:
                 claim_cell(cell, arms, results=self.results, console=console)

@@ -35,32 +35,29 @@ from normuon_lab.train.runs.records import RunRecord
 FOLDER = "recent-rivals"
 RATES = AXES["learning_rate"]
 BASELINES = (RECENT_PARENT, "normuon")
-EQUILIBRATED = "normuon-equilibrated"
-"""The library's own equilibration, by rows and columns: compared with where a cell has it."""
+COMPARED_WITH = (*BASELINES, "normuon-equilibrated")
+"""The last is the library's own equilibration, by rows and columns: where a cell has it."""
 
 
 def tune_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
     """Tune the learning rate of each arm, all else as tuned for Muon; finished runs are kept."""
-    starts: dict[str, Place] = {arm: (RECENT_STARTS[arm],) for arm in arms}
     while True:
         known = tuning_losses(results, cell)
         wanted = next_round(
             {arm: known.get(arm, {}) for arm in arms},
-            starts,
+            {arm: (RECENT_STARTS[arm],) for arm in arms},
             min_trials=RECENT_TRIALS,
             max_trials=MAX_TUNING_TRIALS,
         )
         if not wanted:
             return
-        done = {(run.arm, run.seed, run.learning_rate) for run in _records(results, cell, "tuning")}
-        rates = [
-            (arm, seed, RATES.value(place[0]))
+        runs = [
+            (arm, seed, place)
             for seed in RECENT_TUNING_SEEDS
             for arm, places in wanted.items()
             for place in places
         ]
-        missing = [run for run in rates if run not in done]
-        _do_runs(cell, missing, "tuning", results=results, console=console)
+        _do_runs(cell, runs, "tuning", results=results, console=console)
 
 
 def compare_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
@@ -68,34 +65,27 @@ def compare_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: C
     known = tuning_losses(results, cell)
     for arm in arms:
         require(bool(known.get(arm)), f"tune {arm} in {cell.name} before its claim runs")
-    done = {(run.arm, run.seed) for run in _records(results, cell, "claim")}
-    missing = [
-        (arm, seed, RATES.value(best_place(known[arm])[0]))
-        for seed in RECENT_SEEDS
-        for arm in arms
-        if (arm, seed) not in done
-    ]
-    _do_runs(cell, missing, "claim", results=results, console=console)
+    runs = [(arm, seed, best_place(known[arm])) for seed in RECENT_SEEDS for arm in arms]
+    _do_runs(cell, runs, "claim", results=results, console=console)
 
 
 def _do_runs(
     cell: Cell,
-    wanted: Sequence[tuple[str, int, float]],
+    wanted: Sequence[tuple[str, int, Place]],
     purpose: str,
     *,
     results: Path,
     console: Console,
 ) -> None:
-    """Do runs, each an arm, a seed and a learning rate."""
-    if not wanted:
-        return
+    """Do runs, each an arm, a seed and a place on the axis of rates."""
     parent = tuned_setting(results, cell, RECENT_PARENT, before=wanted[0][0])
+    specs = [
+        spec_of(arm, seed, {**parent, "learning_rate": RATES.value(k)}, steps=cell.full_steps)
+        for arm, seed, (k,) in wanted
+    ]
     do_runs(
         cell,
-        [
-            spec_of(arm, seed, {**parent, "learning_rate": rate}, steps=cell.full_steps)
-            for arm, seed, rate in wanted
-        ],
+        specs,
         purpose,
         experiment=final_losses_alone(cell.experiment),
         folder=results / FOLDER,
@@ -110,7 +100,7 @@ def tuning_losses(results: Path, cell: Cell) -> dict[str, dict[Place, float]]:
     are left out.
     """
     found: dict[str, dict[Place, dict[int, float]]] = {}
-    for run in _records(results, cell, "tuning"):
+    for run in (r.record for r in read_runs(results / FOLDER, cell.name, purpose="tuning")):
         place = (round(2 * math.log(run.learning_rate / RATES.base, RATES.ratio)) / 2,)
         loss = math.inf if run.final_loss is None else run.final_loss
         found.setdefault(run.arm, {}).setdefault(place, {})[run.seed] = loss
@@ -125,10 +115,6 @@ def tuning_losses(results: Path, cell: Cell) -> dict[str, dict[Place, float]]:
     }
 
 
-def _records(results: Path, cell: Cell, purpose: str) -> list[RunRecord]:
-    return [run.record for run in read_runs(results / FOLDER, cell.name, purpose=purpose)]
-
-
 def recent_tables(results: Path, evidence: Sequence[CellEvidence]) -> list[dict[str, Any]]:
     """The tables of every cell of the rivals, and what is missing there; none without any run.
 
@@ -140,36 +126,35 @@ def recent_tables(results: Path, evidence: Sequence[CellEvidence]) -> list[dict[
 
 
 def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
+    name, wanted = found.cell.name, RECENT_CELLS[found.cell.name]
     tuned = tuning_losses(results, found.cell)
-    compared: dict[str, list[RunRecord]] = {}
-    for run in sorted(_records(results, found.cell, "claim"), key=lambda run: run.seed):
-        compared.setdefault(run.arm, []).append(run)
-    wanted = RECENT_CELLS[found.cell.name]
+    tuning, claims = (
+        read_runs(results / FOLDER, name, purpose=purpose) for purpose in ("tuning", "claim")
+    )
+    rivals = CellEvidence(cell=found.cell, runs=[run.record for run in claims])
     tried = {arm: len(tuned.get(arm, ())) for arm in wanted}
-    seeds = {arm: len(compared.get(arm, ())) for arm in wanted}
-    baselines = [arm for arm in (*BASELINES, EQUILIBRATED) if found.full_runs(arm)]
+    seeds = {arm: len(rivals.full_runs(arm)) for arm in wanted}
     return {
         "title": found.cell.title,
         "tuning": [_tuning_row(arm, tuned[arm], found) for arm in RECENT_RIVALS if arm in tuned],
         "compared": [
-            _compared_row(arm, compared[arm], baseline, found)
-            for baseline in baselines
+            _compared_row(arm, rivals.full_runs(arm), baseline, found.full_runs(baseline))
+            for baseline in COMPARED_WITH
             for arm in RECENT_RIVALS
-            if arm in compared
+            if found.full_runs(baseline) and rivals.full_runs(arm)
         ],
         "missing": [
             *shortfalls("Rates tried", tried, RECENT_TRIALS),
             *shortfalls("Compared seeds", seeds, len(RECENT_SEEDS)),
         ],
-        "processors": _processors(results / FOLDER, found, "tuning", "claim"),
-        "published_processors": _processors(results, found, "claim"),
+        "processors": _processors([*tuning, *claims]),
+        "published_processors": _processors(read_runs(results, name)),
     }
 
 
-def _processors(folder: Path, found: CellEvidence, *purposes: str) -> list[str]:
-    """The processors that a folder's runs of the rivals or of the baselines were made on."""
-    arms = (*RECENT_RIVALS, *BASELINES, EQUILIBRATED)
-    runs = [run for what in purposes for run in read_runs(folder, found.cell.name, purpose=what)]
+def _processors(runs: Sequence[StoredRun]) -> list[str]:
+    """Where the runs of the rivals or of what they are compared with were made."""
+    arms = (*RECENT_RIVALS, *COMPARED_WITH)
     return sorted({run.processor for run in runs if run.record.arm in arms and run.processor})
 
 
@@ -182,10 +167,7 @@ def _tuning_row(arm: str, losses: Losses, found: CellEvidence) -> dict[str, Any]
         "best": RATES.value(best[0]),
         "is_interior": is_interior(losses),
         "loss": losses[best] if math.isfinite(losses[best]) else None,
-        "minus": {
-            baseline: None if theirs is None else losses[best] - theirs
-            for baseline, theirs in tuned.items()
-        },
+        "minus": {name: None if x is None else losses[best] - x for name, x in tuned.items()},
     }
 
 
@@ -204,11 +186,11 @@ def _tuned_loss(found: CellEvidence, arm: str) -> float | None:
 
 
 def _compared_row(
-    arm: str, runs: Sequence[RunRecord], baseline: str, found: CellEvidence
+    arm: str, runs: Sequence[RunRecord], baseline: str, baseline_runs: Sequence[RunRecord]
 ) -> dict[str, Any]:
     ours, theirs = (
         {run.seed: run.final_loss for run in some if run.final_loss is not None}
-        for some in (runs, found.full_runs(baseline))
+        for some in (runs, baseline_runs)
     )
     above = Finding.over_seeds([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     verdict = "not shown to differ"

@@ -56,22 +56,6 @@ def repeat_runs(
     Raises:
         InputError: nothing is published for that, or it was made from another text.
     """
-    full = cell.full_steps
-    chosen = [
-        run
-        for run in read_runs(results, cell.name)
-        if run.record.arm in MAIN_ARMS and run.record.seed in seeds and run.record.steps == full
-    ]
-    require(bool(chosen), f"{results} holds no full-length runs of {cell.name} on those seeds")
-    corpus = load_task(cell.experiment)
-    for run in chosen:
-        require(
-            run.corpus_digest == corpus.digest,
-            f"{run.path} was made from another text (SHA-256 {run.corpus_digest[:12]}..., not "
-            f"{corpus.digest[:12]}...): the standard library of another Python, say",
-        )
-    from normuon_lab.train.runs.execution import execute_specs
-
     published = {
         RunSpec(
             arm=run.record.arm,
@@ -79,11 +63,24 @@ def repeat_runs(
             learning_rate=run.record.learning_rate,
             options=ArmOptions.from_json(run.record.options),
             steps=run.record.steps,
-        ): run.record
-        for run in chosen
+        ): run
+        for run in read_runs(results, cell.name)
+        if run.record.arm in MAIN_ARMS
+        and run.record.seed in seeds
+        and run.record.steps == cell.full_steps
     }
+    require(bool(published), f"{results} holds no full-length runs of {cell.name} on those seeds")
+    corpus = load_task(cell.experiment)
+    for run in published.values():
+        require(
+            run.corpus_digest == corpus.digest,
+            f"{run.path} was made from another text (SHA-256 {run.corpus_digest[:12]}..., not "
+            f"{corpus.digest[:12]}...): the standard library of another Python, say",
+        )
+    from normuon_lab.train.runs.execution import execute_specs
+
     repeated = execute_specs(list(published), cell.experiment, corpus, console=console)
-    return [Repeat(record, repeated[spec]) for spec, record in published.items()]
+    return [Repeat(run.record, repeated[spec]) for spec, run in published.items()]
 
 
 def table_of(repeats: Sequence[Repeat]) -> Table:

@@ -28,7 +28,7 @@ from normuon_lab.study.evidence.protocol import (
     baselines_of,
     schedule_steps,
 )
-from normuon_lab.study.evidence.runs import SWEEP_FILE, StoredRun, read_runs, write_run
+from normuon_lab.study.evidence.runs import SWEEP_FILE, StoredRun, path_of, read_runs, write_run
 from normuon_lab.study.search.searching import run_search
 from normuon_lab.study.search.space import AXES, Setting, spec_of
 from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
@@ -101,45 +101,33 @@ def tuned_setting(results: Path, cell: Cell, arm: str, *, before: str) -> Settin
 def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Console) -> None:
     """Run the complete schedules that the claims on these arms need, rung after rung."""
     settings = {arm: tuned_setting(results, cell, arm, before="its claim runs") for arm in arms}
-    while True:
-        records = [run.record for run in read_runs(results, cell.name)]
-        known = {(record.arm, record.steps, record.seed) for record in records}
+    while wanted := _missing(cell, arms, results=results):
         specs = [
-            spec_of(arm, seed, settings[arm], steps=steps)
-            for arm, steps in (
-                (arm, schedule_steps(cell.full_steps, rung))
-                for arm, rung in _missing(cell, records, arms)
-            )
+            spec_of(arm, seed, settings[arm], steps=schedule_steps(cell.full_steps, rung))
+            for arm, rung in wanted
             for seed in CLAIM_SEEDS
-            if (arm, steps, seed) not in known
         ]
-        if not specs:
-            return
         do_runs(cell, specs, "claim", folder=results, console=console, probed_seed=PROBED_SEED)
 
 
 def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
     """Vary one hyperparameter of NorMuon at a time, at its tuned setting and full length."""
     setting = tuned_setting(results, cell, "normuon", before="its sensitivity")
-    stored = read_runs(results, cell.name, purpose="sensitivity")
-    done = {(run.varied, run.record.seed) for run in stored}
     specs = [
-        spec_of("normuon", seed, setting, steps=cell.full_steps, normuon=(change,))
-        for change in ((name, value) for name in cell.varied for value in SENSITIVITY[name])
+        spec_of("normuon", seed, setting, steps=cell.full_steps, normuon=((name, value),))
+        for name in cell.varied
+        for value in SENSITIVITY[name]
         for seed in CLAIM_SEEDS
-        if (change, seed) not in done
     ]
     do_runs(cell, specs, "sensitivity", folder=results, console=console)
 
 
-def _missing(
-    cell: Cell, records: Sequence[RunRecord], arms: Sequence[str]
-) -> list[tuple[str, int]]:
+def _missing(cell: Cell, arms: Sequence[str], *, results: Path) -> list[tuple[str, int]]:
     """Arm and rung still to run, so that the means and every single seed have their crossings."""
     rungs = range(LOWEST_RUNG, HIGHEST_RUNG + 1)
     rung_of = {schedule_steps(cell.full_steps, rung): rung for rung in rungs}
     losses: dict[tuple[str, int], dict[int, float]] = {}
-    for record in records:
+    for record in (run.record for run in read_runs(results, cell.name)):
         if record.steps in rung_of and record.seed in CLAIM_SEEDS:
             loss = math.inf if record.final_loss is None else record.final_loss
             losses.setdefault((record.arm, rung_of[record.steps]), {})[record.seed] = loss
@@ -208,7 +196,7 @@ def do_runs(
     experiment: Experiment | None = None,
     probed_seed: int | None = None,
 ) -> None:
-    """Do runs and keep each below `folder` as soon as it is finished.
+    """Do runs whose files are not there, and keep each as soon as it is finished.
 
     Args:
         cell: whose runs these are.
@@ -219,7 +207,13 @@ def do_runs(
         experiment: the cell's unless given.
         probed_seed: whose runs of the full length measure their update matrices.
     """
-    if not specs:
+    varied = {spec: next(iter(spec.options.normuon), None) for spec in specs}
+    missing = [
+        spec
+        for spec in specs
+        if not (folder / path_of(cell.name, purpose, spec, varied[spec])).exists()
+    ]
+    if not missing:
         return
     from normuon_lab.train.runs.execution import execute
     from normuon_lab.train.runs.workers import Job
@@ -229,17 +223,16 @@ def do_runs(
     provenance = {
         "experiment": experiment.to_json(),
         "corpus": task.to_json(),
-        "machine": describe_machine(num_workers=default_num_workers(len(specs))),
+        "machine": describe_machine(num_workers=default_num_workers(len(missing))),
     }
 
     def keep(spec: RunSpec, record: RunRecord) -> None:
-        change = spec.options.normuon[0] if spec.options.normuon else None
-        run = StoredRun(cell=cell.name, purpose=purpose, record=record, varied=change)
+        run = StoredRun(cell=cell.name, purpose=purpose, record=record, varied=varied[spec])
         write_run(folder, run, {**provenance, "created": utc_now()})
 
     jobs = [
         Job(spec, probe_updates=(spec.seed, spec.steps) == (probed_seed, cell.full_steps))
-        for spec in specs
+        for spec in missing
     ]
     try:
         execute(jobs, experiment, task, console=console, on_finished=keep)

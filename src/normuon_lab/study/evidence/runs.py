@@ -18,6 +18,7 @@ from normuon_lab.atomic_files import damage_named, read_json, write_text
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.study.search.sweep import read_tuned_arms
+from normuon_lab.train.runs.config import RunSpec
 from normuon_lab.train.runs.records import RunRecord, objective
 
 KIND = "normuon evidence run"
@@ -49,21 +50,23 @@ class StoredRun:
 
     @property
     def path(self) -> Path:
-        """The file's path, relative to the results' folder.
+        """The file's path, relative to the results' folder."""
+        return path_of(self.cell, self.purpose, self.record, self.varied)
 
-        Example:
-            >>> record = RunRecord(arm="muon", seed=2, learning_rate=1.0, num_parameters=1, steps=9)
-            >>> StoredRun(cell="bytes", purpose="claim", record=record).path.as_posix()
-            'bytes/runs/muon-n9-s2.json'
-        """
-        folder, record = Path(self.cell, FOLDERS[self.purpose]), self.record
-        length = f"n{record.steps}-s{record.seed}.json"
-        if self.varied is not None:
-            parameter, value = self.varied
-            return folder / f"{parameter}-{value}-{length}"
-        if self.purpose == "tuning":
-            return folder / f"{record.arm}-lr{record.learning_rate:.4g}-{length}"
-        return folder / f"{record.arm}-{length}"
+
+def path_of(
+    cell: str, purpose: str, run: RunRecord | RunSpec, varied: tuple[str, Any] | None = None
+) -> Path:
+    """The path of a run's file, relative to the results' folder.
+
+    Example:
+        >>> run = RunSpec(arm="muon", seed=2, learning_rate=1.0, steps=9)
+        >>> path_of("bytes", "claim", run).as_posix()
+        'bytes/runs/muon-n9-s2.json'
+    """
+    what = run.arm if varied is None else "{}-{}".format(*varied)
+    rate = f"-lr{run.learning_rate:.4g}" if purpose == "tuning" else ""
+    return Path(cell, FOLDERS[purpose], f"{what}{rate}-n{run.steps}-s{run.seed}.json")
 
 
 def write_run(folder: Path, run: StoredRun, provenance: Mapping[str, Any]) -> None:
