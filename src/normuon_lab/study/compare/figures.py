@@ -27,29 +27,25 @@ def loss_figure(results: Results, *, against: str) -> go.Figure:
             continue
         xs = [r.eval_steps if against == "steps" else r.eval_seconds for r in records]
         for record, x in zip(records, xs, strict=True):
-            figure.add_trace(
-                go.Scatter(
-                    x=x,
-                    y=record.eval_losses,
-                    mode="lines",
-                    line=_line(arm, 1),
-                    opacity=0.35,
-                    hoverinfo="skip",
-                    showlegend=False,
-                )
+            figure.add_scatter(
+                x=x,
+                y=record.eval_losses,
+                mode="lines",
+                line=_line(arm, 1),
+                opacity=0.35,
+                hoverinfo="skip",
+                showlegend=False,
             )
         means[arm] = _mean_columns(xs), _mean_columns([r.eval_losses for r in records])
         unit = "step %{x:.0f}" if against == "steps" else "%{x:.1f} s"
-        figure.add_trace(
-            go.Scatter(
-                x=means[arm][0],
-                y=means[arm][1],
-                mode="lines+markers",
-                name=label_of(arm),
-                line=_line(arm, 2.5),
-                marker={"symbol": style_of(arm).marker, "size": 6},
-                hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
-            )
+        figure.add_scatter(
+            x=means[arm][0],
+            y=means[arm][1],
+            mode="lines+markers",
+            name=label_of(arm),
+            line=_line(arm, 2.5),
+            marker={"symbol": style_of(arm).marker, "size": 6},
+            hovertemplate=f"{label_of(arm)}, {unit}: %{{y:.4f}}<extra></extra>",
         )
     if results.reference_arm in means:
         _add_target(figure, results.reference_arm, means)
@@ -108,21 +104,19 @@ def tuning_figure(results: Results) -> go.Figure | None:
         medians.append(sorted(losses[-len(trials) :])[len(trials) // 2])
         rates.update(trial["learning_rate"] for trial in trials)
         chosen = [trial["learning_rate"] == rate["value"] for trial in trials]
-        figure.add_trace(
-            go.Scatter(
-                x=[trial["learning_rate"] for trial in trials],
-                y=[trial["mean_final_loss"] for trial in trials],
-                mode="lines+markers",
-                name=label_of(arm),
-                line=_line(arm, 2),
-                marker={
-                    "symbol": ["star" if c else style_of(arm).marker for c in chosen],
-                    "size": [15 if c else 7 for c in chosen],
-                    "opacity": 1.0,
-                    "line": {"width": [1 if c else 0 for c in chosen], "color": INK},
-                },
-                hovertemplate=f"{label_of(arm)}, %{{x:.4g}}: %{{y:.4f}}<extra></extra>",
-            )
+        figure.add_scatter(
+            x=[trial["learning_rate"] for trial in trials],
+            y=[trial["mean_final_loss"] for trial in trials],
+            mode="lines+markers",
+            name=label_of(arm),
+            line=_line(arm, 2),
+            marker={
+                "symbol": ["star" if c else style_of(arm).marker for c in chosen],
+                "size": [15 if c else 7 for c in chosen],
+                "opacity": 1.0,
+                "line": {"width": [1 if c else 0 for c in chosen], "color": INK},
+            },
+            hovertemplate=f"{label_of(arm)}, %{{x:.4g}}: %{{y:.4f}}<extra></extra>",
         )
     if not losses:
         return None
@@ -168,20 +162,18 @@ def _add_target(
     for arm, (x, losses) in means.items():
         crossing = steps_to_target(x, losses, target)
         if arm != reference and crossing is not None:
-            figure.add_trace(
-                go.Scatter(
-                    x=[crossing],
-                    y=[target],
-                    mode="markers",
-                    marker={
-                        "symbol": "star",
-                        "size": 14,
-                        "color": color_of(arm),
-                        "line": {"color": "white", "width": 1},
-                    },
-                    showlegend=False,
-                    hovertemplate=f"{label_of(arm)} reaches it at %{{x:.0f}}<extra></extra>",
-                )
+            figure.add_scatter(
+                x=[crossing],
+                y=[target],
+                mode="markers",
+                marker={
+                    "symbol": "star",
+                    "size": 14,
+                    "color": color_of(arm),
+                    "line": {"color": "white", "width": 1},
+                },
+                showlegend=False,
+                hovertemplate=f"{label_of(arm)} reaches it at %{{x:.0f}}<extra></extra>",
             )
 
 
@@ -189,19 +181,17 @@ def _add_finals(figure: go.Figure, results: Results) -> None:
     for seed in results.seeds:
         records = [results.record(arm, seed) for arm in results.arms]
         shown = [record for record in records if record is not None and not record.diverged]
-        figure.add_trace(
-            go.Scatter(
-                x=[label_of(record.arm) for record in shown],
-                y=[record.final_loss for record in shown],
-                mode="lines+markers",
-                line={"color": "#9aa5b1", "width": 1},
-                marker={
-                    "color": [color_of(record.arm) for record in shown],
-                    "symbol": [style_of(record.arm).marker for record in shown],
-                    "size": 9,
-                },
-                hovertemplate=f"%{{x}}, seed {seed}: %{{y:.4f}}<extra></extra>",
-            ),
+        figure.add_scatter(
+            x=[label_of(record.arm) for record in shown],
+            y=[record.final_loss for record in shown],
+            mode="lines+markers",
+            line={"color": "#9aa5b1", "width": 1},
+            marker={
+                "color": [color_of(record.arm) for record in shown],
+                "symbol": [style_of(record.arm).marker for record in shown],
+                "size": 9,
+            },
+            hovertemplate=f"%{{x}}, seed {seed}: %{{y:.4f}}<extra></extra>",
             row=1,
             col=1,
         )
@@ -210,14 +200,12 @@ def _add_finals(figure: go.Figure, results: Results) -> None:
 def _add_difference(figure: go.Figure, comparison: Comparison, column: int) -> None:
     estimate = comparison.loss_difference
     name = f"{label_of(comparison.arm)}<br>minus {label_of(comparison.baseline)}"
-    figure.add_trace(
-        go.Scatter(
-            x=estimate.values,
-            y=[name] * len(estimate.values),
-            mode="markers",
-            marker={"color": color_of(comparison.arm), "size": 8, "opacity": 0.4},
-            hovertemplate="one seed: %{x:+.4f}<extra></extra>",
-        ),
+    figure.add_scatter(
+        x=estimate.values,
+        y=[name] * len(estimate.values),
+        mode="markers",
+        marker={"color": color_of(comparison.arm), "size": 8, "opacity": 0.4},
+        hovertemplate="one seed: %{x:+.4f}<extra></extra>",
         row=1,
         col=column,
     )
@@ -230,19 +218,17 @@ def _add_difference(figure: go.Figure, comparison: Comparison, column: int) -> N
             "arrayminus": [estimate.mean - estimate.low],
         }
         error = {**ends, "thickness": 2, "width": 7}
-    figure.add_trace(
-        go.Scatter(
-            x=[estimate.mean],
-            y=[name],
-            mode="markers",
-            marker={
-                "color": color_of(comparison.arm),
-                "symbol": style_of(comparison.arm).marker,
-                "size": 11,
-            },
-            error_x=error,
-            hovertemplate="mean %{x:+.4f}<extra></extra>",
-        ),
+    figure.add_scatter(
+        x=[estimate.mean],
+        y=[name],
+        mode="markers",
+        marker={
+            "color": color_of(comparison.arm),
+            "symbol": style_of(comparison.arm).marker,
+            "size": 11,
+        },
+        error_x=error,
+        hovertemplate="mean %{x:+.4f}<extra></extra>",
         row=1,
         col=column,
     )
@@ -301,19 +287,17 @@ def update_figure(results: Results, key: str) -> go.Figure | None:
         squares = math.fsum(v * v for v in values) / len(values)
         scale = math.sqrt(squares) if is_spectrum else math.fsum(values) / len(values)
         layer = layer_of(update["matrix"])
-        figure.add_trace(
-            go.Scatter(
-                x=list(range(1, len(values) + 1)),
-                y=[value / scale if scale else 0.0 for value in values],
-                mode="lines",
-                name=label_of(arm),
-                legendgroup=arm,
-                showlegend=(arm, layer) not in named,
-                visible=layer == layers[-1],
-                # Every second one wide, so that equal curves show that they are two.
-                line=_line(arm, 3.4 if arm_index(arm) % 2 else 1.8),
-                hovertemplate=f"{label_of(arm)}, %{{x}}: %{{y:.3f}}<extra></extra>",
-            ),
+        figure.add_scatter(
+            x=list(range(1, len(values) + 1)),
+            y=[value / scale if scale else 0.0 for value in values],
+            mode="lines",
+            name=label_of(arm),
+            legendgroup=arm,
+            showlegend=(arm, layer) not in named,
+            visible=layer == layers[-1],
+            # Every second one wide, so that equal curves show that they are two.
+            line=_line(arm, 3.4 if arm_index(arm) % 2 else 1.8),
+            hovertemplate=f"{label_of(arm)}, %{{x}}: %{{y:.3f}}<extra></extra>",
             row=1 + steps.index(update["step"]),
             col=1 + kinds.index(_kind_of(update["matrix"])),
         )

@@ -50,17 +50,14 @@ class _Runner:
     """An arm ready to step, and its times so far.
 
     Attributes:
-        state_bytes: of the state of all parameters.
-        hidden_state_elements: of the state of hidden matrices, step counts apart.
-        scratch_bytes: what is held between steps besides parameters, gradients and state, plus the
-            most that one step allocates beyond that.
+        kept: the bytes of state of all parameters; the elements of state of hidden matrices, step
+            counts apart; and the bytes of scratch: what is held between steps besides parameters,
+            gradients and state, plus the most that one step allocates beyond that.
     """
 
     model: nn.Module
     optimizers: list[Optimizer]
-    state_bytes: int
-    hidden_state_elements: int
-    scratch_bytes: int
+    kept: dict[str, int]
     step_ms: list[float] = field(default_factory=list)
     passes_ms: list[float] = field(default_factory=list)
 
@@ -78,9 +75,7 @@ class _Runner:
         steps, passes = self.step_ms[WARMUP_ROUNDS:], self.passes_ms[WARMUP_ROUNDS:]
         shares = [100 * s / (s + p) for s, p in zip(steps, passes, strict=True)]
         return {
-            "state_bytes": self.state_bytes,
-            "hidden_state_elements": self.hidden_state_elements,
-            "scratch_bytes": self.scratch_bytes,
+            **self.kept,
             "step_ms": round(statistics.median(steps), 3),
             "step_ms_quartiles": [round(end, 3) for end in quartiles(steps)],
             "passes_ms": round(statistics.median(passes), 3),
@@ -106,7 +101,7 @@ def write_table2(
             "command": command,
             "created": utc_now(),
             "machine": describe_machine(num_workers=1),
-            **measure_arms(cell, cell.arms, rounds=rounds),
+            **_measured(cell, rounds=rounds),
         }
     write_json(path, {"schema_version": SCHEMA_VERSION, "kind": KIND, "cells": measured})
 
@@ -117,8 +112,8 @@ def read_table2(results: Path) -> dict[str, Any] | None:
     return read_json(path, kind=KIND, schema_version=SCHEMA_VERSION) if path.exists() else None
 
 
-def measure_arms(cell: Cell, arms: Sequence[str], *, rounds: int) -> dict[str, Any]:
-    """Measure arms on the cell's model and batch size, interleaved.
+def _measured(cell: Cell, *, rounds: int) -> dict[str, Any]:
+    """Measure the arms on the cell's model and batch size, interleaved.
 
     The text does not matter to the times.
     """
@@ -126,17 +121,21 @@ def measure_arms(cell: Cell, arms: Sequence[str], *, rounds: int) -> dict[str, A
     torch.set_num_threads(1)
     try:
         model = cell.experiment.model
-        inputs, targets = _batch(model, cell.experiment.training.batch_size)
-        runners = {arm: _prepared(arm, model, inputs, targets) for arm in arms}
+        generator = torch.Generator().manual_seed(0)
+        shape = (cell.experiment.training.batch_size, model.sequence_length)
+        inputs, targets = (
+            torch.randint(model.vocab_size, shape, generator=generator) for _ in range(2)
+        )
+        runners = {arm: _prepared(arm, model, inputs, targets) for arm in cell.arms}
         for _ in range(WARMUP_ROUNDS + rounds):
             for runner in runners.values():
                 runner.train_step(inputs, targets)
     finally:
         torch.set_num_threads(threads)
-    hidden, _ = split_parameters(runners[arms[0]].model)
+    hidden, _ = split_parameters(runners[cell.arms[0]].model)
     return {
         "rounds": rounds,
-        "batch": list(inputs.shape),
+        "batch": list(shape),
         "hidden_matrices": [list(matrix.shape) for _, matrix in hidden],
         "arms": {arm: runner.to_json() for arm, runner in runners.items()},
     }
@@ -156,15 +155,6 @@ def expected_hidden_state(matrices: Sequence[Sequence[int]]) -> Mapping[str, int
     }
 
 
-def _batch(config: ModelConfig, batch_size: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, config.sequence_length)
-    inputs, targets = (
-        torch.randint(config.vocab_size, shape, generator=generator) for _ in range(2)
-    )
-    return inputs, targets
-
-
 def _prepared(arm: str, config: ModelConfig, inputs: Tensor, targets: Tensor) -> _Runner:
     model = build_model(config.to_transformers(), seed=0)
     next_token_loss(model, inputs, targets).backward()
@@ -181,16 +171,16 @@ def _prepared(arm: str, config: ModelConfig, inputs: Tensor, targets: Tensor) ->
     model.zero_grad(set_to_none=True)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     state_bytes = tensor_bytes(states)
-    hidden, _ = split_parameters(model)
-    return _Runner(
-        model=model,
-        optimizers=optimizers,
-        state_bytes=state_bytes,
-        hidden_state_elements=sum(
-            tensor_elements(dict(optimizer.state[matrix]))
-            for optimizer in optimizers
-            for _, matrix in hidden
-            if matrix in optimizer.state
-        ),
-        scratch_bytes=max(0, kept.net - state_bytes) + profile.memory.peak,
-    )
+    of_hidden = [
+        dict(optimizer.state[matrix])
+        for optimizer in optimizers
+        for _, matrix in split_parameters(model)[0]
+        if matrix in optimizer.state
+    ]
+    scratch_bytes = max(0, kept.net - state_bytes) + profile.memory.peak
+    counts = {
+        "state_bytes": state_bytes,
+        "hidden_state_elements": sum(map(tensor_elements, of_hidden)),
+        "scratch_bytes": scratch_bytes,
+    }
+    return _Runner(model=model, optimizers=optimizers, kept=counts)
