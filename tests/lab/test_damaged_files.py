@@ -19,7 +19,7 @@ from normuon_lab.errors import InputError
 from normuon_lab.study.compare.comparison import planned
 from normuon_lab.study.compare.results import RESULTS_FILE, Results, open_results
 from normuon_lab.study.evidence.runs import StoredRun, read_runs, write_run
-from normuon_lab.study.search.space import Trial
+from normuon_lab.study.search.searching import Trial
 from normuon_lab.study.search.sweep import KIND as SWEEP_KIND
 from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
 from normuon_lab.study.search.tune import KIND as TUNE_KIND

@@ -118,7 +118,7 @@ class ReproduceEvidence:
         from rich.console import Console
 
         from normuon_lab.study.evidence.protocol import cell_of
-        from normuon_lab.study.evidence.reproduce import TOLERANCE, repeat_runs, table_of
+        from normuon_lab.study.evidence.running import TOLERANCE, repeat_runs, table_of
 
         console = Console()
         repeats = repeat_runs(

@@ -89,7 +89,7 @@ INHERITED_FROM = {
 _ADAMW_START = {"learning_rate": 1.0, "adam_lr": 3.0, "weight_decay": 0.0}
 _MUON_START = {"learning_rate": 3.0, "adam_lr": 3.0, "weight_decay": 0.0}
 Starts = Mapping[str, Mapping[str, float]]
-"""By arm and axis, the place on `search.space.AXES` where a search begins."""
+"""By arm and axis, the place on `searching.AXES` where a search begins."""
 
 STARTS: Starts = {
     **dict.fromkeys(("adamw", "adam-mini"), _ADAMW_START),

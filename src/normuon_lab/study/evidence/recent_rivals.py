@@ -29,7 +29,7 @@ from normuon_lab.study.evidence.running import do_runs, final_losses_alone, tune
 from normuon_lab.study.evidence.runs import CellEvidence, StoredRun, read_runs, shortfalls
 from normuon_lab.study.evidence.verdicts import Finding
 from normuon_lab.study.search.lattice import Losses, best_place, is_interior, next_round
-from normuon_lab.study.search.space import AXES, Place, spec_of
+from normuon_lab.study.search.searching import AXES, Place, spec_of
 from normuon_lab.train.runs.records import RunRecord
 
 FOLDER = "recent-rivals"

@@ -92,8 +92,7 @@ class SweepCommand(ExperimentOptions):
         experiment = self.experiment()
         from rich.console import Console
 
-        from normuon_lab.study.search.searching import run_search, tuning_seeds
-        from normuon_lab.study.search.space import in_order
+        from normuon_lab.study.search.searching import in_order, run_search, tuning_seeds
         from normuon_lab.study.search.sweep import SweepRequest
 
         request = SweepRequest(

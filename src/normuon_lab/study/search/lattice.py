@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from normuon_lab.study.search.space import Place
+from normuon_lab.study.search.searching import Place
 
 Losses = Mapping[Place, float]
 """The mean objective by place, in the order of trials; math.inf where a run diverged."""

@@ -12,8 +12,16 @@ from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, first_line, require
 from normuon_lab.machine import utc_now
 from normuon_lab.study.search.lattice import best_place, is_interior, next_round
-from normuon_lab.study.search.searching import SearchRequest, Tried
-from normuon_lab.study.search.space import AXES, Place, Setting, Trial, in_order, setting_at
+from normuon_lab.study.search.searching import (
+    AXES,
+    Place,
+    SearchRequest,
+    Setting,
+    Trial,
+    Tried,
+    in_order,
+    setting_at,
+)
 from normuon_lab.train.runs.config import flag_of
 from normuon_lab.train.runs.records import objective_name
 from normuon_lab.train.runs.tasks import Task
@@ -98,7 +106,7 @@ class SweepRequest(SearchRequest):
 
     Attributes:
         name: of the sweep, in the database and in its file.
-        axes: hyperparameters to tune, of `space.AXES`.
+        axes: hyperparameters to tune, of `AXES`.
         storage: the SQLite file.
         fixed: by arm, the values of the axes that are not tuned.
         starts: by arm, the place where its search begins; by default the axes' starts.

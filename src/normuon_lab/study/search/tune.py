@@ -18,8 +18,7 @@ from normuon_lab.atomic_files import damage_named, read_json
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError, require
 from normuon_lab.machine import utc_now
-from normuon_lab.study.search.searching import SearchRequest, Tried
-from normuon_lab.study.search.space import Place, Setting, Trial
+from normuon_lab.study.search.searching import Place, SearchRequest, Setting, Trial, Tried
 from normuon_lab.train.runs.config import Experiment, flag_of
 from normuon_lab.train.runs.tasks import Task
 

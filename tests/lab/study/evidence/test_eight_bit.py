@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence.page import EIGHT_BIT_PAGE, eight_bit_table, page_with
+from normuon_lab.study.evidence.build import EIGHT_BIT_PAGE, eight_bit_table, page_with
 from normuon_lab.study.evidence.runs import collect
 from normuon_lab.study.statistics.estimates import t_interval
 from tests.lab.study.evidence import synthetic

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence.build import build
+from normuon_lab.study.evidence.build import build, lead, missing_words, own_rates_matter_more
 from normuon_lab.study.evidence.figures.hyperparameters import sensitivity
-from normuon_lab.study.evidence.page import lead, missing_words, own_rates_matter_more
 from normuon_lab.study.evidence.paper_claims import paper_claims
 from normuon_lab.study.evidence.protocol import Cell
 from normuon_lab.study.evidence.runs import CellEvidence, StoredRun, collect, write_run

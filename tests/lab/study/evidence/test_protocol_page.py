@@ -24,7 +24,7 @@ from normuon_lab.study.evidence.protocol import (
     schedule_steps,
 )
 from normuon_lab.study.evidence.runs import SWEEP_FILE
-from normuon_lab.study.search.space import AXES
+from normuon_lab.study.search.searching import AXES
 from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.arms.registry import ARMS
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from normuon_lab.errors import InputError
 from normuon_lab.study.evidence import running
 from normuon_lab.study.evidence.protocol import ARITHMETIC_STARTS, Cell
-from normuon_lab.study.evidence.reproduce import repeat_runs
+from normuon_lab.study.evidence.running import repeat_runs
 from normuon_lab.study.evidence.runs import read_runs
 from normuon_lab.train.runs.config import (
     Experiment,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from normuon_lab.study.search import lattice
 from normuon_lab.study.search.lattice import best_place, is_interior, next_places, next_round
-from normuon_lab.study.search.space import Place
+from normuon_lab.study.search.searching import Place
 
 LossOf = Callable[[Place], float]
 

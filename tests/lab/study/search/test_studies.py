@@ -7,7 +7,7 @@ from pathlib import Path
 
 import optuna
 
-from normuon_lab.study.search.space import Trial
+from normuon_lab.study.search.searching import Trial
 from normuon_lab.study.search.sweep import Studies
 
 GOOD = Trial(

@@ -11,8 +11,7 @@ import pytest
 
 from normuon_lab.atomic_files import write_json
 from normuon_lab.errors import InputError
-from normuon_lab.study.search.searching import do_rounds
-from normuon_lab.study.search.space import Trial
+from normuon_lab.study.search.searching import Trial, do_rounds
 from normuon_lab.study.search.tune import (
     KIND,
     SCHEMA_VERSION,
