@@ -81,12 +81,10 @@ def run_comparison(
     """
     results = open_results(out, new, resume=resume)
     if results.is_complete:
-        console.print(
+        _say(
+            console,
             f"All {len(results.records)} runs of this comparison are already in {out}, made "
             f"{results.created}; to run them again, give another --out.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
         _write_report(results, out)
         return results
@@ -94,7 +92,15 @@ def run_comparison(
     results.machine = results.machine or describe_machine(
         num_workers=default_num_workers(results.num_runs)
     )
-    _announce(results, console)
+    corpus = results.corpus
+    _say(
+        console,
+        f"{corpus['name']}: {corpus['train_tokens']:,} tokens to train on, "
+        f"{corpus['validation_tokens']:,} held out, SHA-256 {corpus['sha256'][:16]}",
+    )
+    for arm in results.arms:
+        rate = results.learning_rates[arm]
+        _say(console, f"{arm}: learning rate {rate['value']:.4g}, {rate['source']}")
     try:
         _do_missing_runs(results, experiment, task, out, console)
     except KeyboardInterrupt:
@@ -112,6 +118,10 @@ def run_comparison(
         raise
     _write_report(results, out)
     return results
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _do_missing_runs(
@@ -133,14 +143,8 @@ def _do_missing_runs(
         )
         for arm, seed in results.missing_runs()
     ]
-    execute(
-        jobs,
-        experiment,
-        task,
-        console=console,
-        on_finished=keep,
-        num_done=len(results.records),
-    )
+    num_done = len(results.records)
+    execute(jobs, experiment, task, console=console, on_finished=keep, num_done=num_done)
 
 
 def _write_scalars(folder: Path, record: RunRecord) -> None:
@@ -157,20 +161,6 @@ def _write_scalars(folder: Path, record: RunRecord) -> None:
         ):
             writer.add_scalar("loss/validation", loss, step)
             writer.add_scalar("seconds/training", seconds, step)
-
-
-def _announce(results: Results, console: Console) -> None:
-    corpus = results.corpus
-    console.print(
-        f"{corpus['name']}: {corpus['train_tokens']:,} tokens to train on, "
-        f"{corpus['validation_tokens']:,} held out, SHA-256 {corpus['sha256'][:16]}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for arm in results.arms:
-        rate = results.learning_rates[arm]
-        line = f"{arm}: learning rate {rate['value']:.4g}, {rate['source']}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_report(results: Results, out: Path) -> None:

@@ -21,22 +21,7 @@ from normuon_lab.matplotlib_style import save_figure
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.evidence import paper, protocol
 from normuon_lab.study.evidence import table1 as first_table
-from normuon_lab.study.evidence.figures.hyperparameters import (
-    learning_rate_figure,
-    other_rate_figure,
-    sensitivity_figure,
-)
-from normuon_lab.study.evidence.figures.savings import (
-    schedule_figure,
-    size_figure,
-    steps_saved_figure,
-)
-from normuon_lab.study.evidence.figures.training import (
-    ablation_figure,
-    accuracy_figure,
-    loss_figure,
-    update_figures,
-)
+from normuon_lab.study.evidence.figures import hyperparameters, savings, training
 from normuon_lab.study.evidence.paper_claims import (
     finding_of,
     interval_words,
@@ -67,9 +52,6 @@ def build(
 
     Without figures their files are left as they are, which saves most of the time. The paths of
     what was written are returned.
-
-    Raises:
-        InputError: a folder is missing, or a file is not what it should be.
     """
     require(results.is_dir(), f"--results {results} is not a folder")
     require(docs.is_dir(), f"--docs {docs} is not a folder")
@@ -104,26 +86,26 @@ def draw_figures(evidence: Sequence[CellEvidence], table1: Mapping[str, Any]) ->
     """
     rows = table1["rows"]
     figures: dict[str, Figure | None] = {
-        "steps-saved": steps_saved_figure(evidence, rows),
-        "sizes": size_figure(table1["size_trends"]),
+        "steps-saved": savings.steps_saved_figure(evidence, rows),
+        "sizes": savings.size_figure(table1["size_trends"]),
     }
     for found in evidence:
         of_cell: dict[str, Figure | None] = {
-            "learning-rates": learning_rate_figure(found),
-            "other-rates": other_rate_figure(found),
+            "learning-rates": hyperparameters.learning_rate_figure(found),
+            "other-rates": hyperparameters.other_rate_figure(found),
         }
         if found.cell.target_accuracy is None:
             of_cell |= {
-                "losses": loss_figure(found),
-                "schedules": schedule_figure(found, rows),
-                "ablations": ablation_figure(found),
-                "sensitivity": sensitivity_figure(found),
+                "losses": training.loss_figure(found),
+                "schedules": savings.schedule_figure(found, rows),
+                "ablations": training.ablation_figure(found),
+                "sensitivity": hyperparameters.sensitivity_figure(found),
             }
             # A megabyte per cell: in one of them; the claims count the other cells, too.
             if set(found.cell.varied) == set(SENSITIVITY):
-                of_cell |= update_figures(found)
+                of_cell |= training.update_figures(found)
         else:
-            of_cell["accuracies"] = accuracy_figure(found)
+            of_cell["accuracies"] = training.accuracy_figure(found)
         figures |= {f"{found.cell.name}-{what}": figure for what, figure in of_cell.items()}
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -325,11 +307,7 @@ def eight_bit_table(evidence: Sequence[CellEvidence]) -> str:
 
 
 def page_with(table: str, page: str) -> str:
-    """The page of 8-bit momentum with a table in its place.
-
-    Raises:
-        InputError: the page has no place for it.
-    """
+    """The page of 8-bit momentum with a table in its place."""
     require(START in page and END in page, f"docs/{EIGHT_BIT_PAGE} has no {START}")
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)

@@ -248,11 +248,7 @@ CELLS: dict[str, Cell] = {
 
 
 def cell_of(name: str) -> Cell:
-    """The cell of that name.
-
-    Raises:
-        InputError: there is none; the message lists them.
-    """
+    """The cell of that name."""
     require(name in CELLS, f"unknown cell {name!r}: choose from {', '.join(CELLS)}")
     return CELLS[name]
 

@@ -89,11 +89,7 @@ def final_losses_alone(experiment: Experiment) -> Experiment:
 
 
 def tuned_setting(results: Path, cell: Cell, arm: str, *, before: str) -> Setting:
-    """The best setting of an arm.
-
-    Raises:
-        InputError: it was not tuned; the message says before what it has to be.
-    """
+    """The best setting of an arm."""
     tuned = read_tuned_arms(results / cell.name / SWEEP_FILE)
     require(arm in tuned, f"tune {arm} in {cell.name} before {before}")
     best: Setting = tuned[arm]["best"]
@@ -276,11 +272,7 @@ class Repeat:
 def repeat_runs(
     cell: Cell, *, seeds: Sequence[int], results: Path, console: Console
 ) -> list[Repeat]:
-    """Repeat the main arms' full-length runs of a cell on some of the claim seeds.
-
-    Raises:
-        InputError: nothing is published for that, or it was made from another text.
-    """
+    """Repeat the main arms' full-length runs of a cell on some of the claim seeds."""
     published = {
         RunSpec(
             arm=run.record.arm,

@@ -89,11 +89,7 @@ def write_run(folder: Path, run: StoredRun, provenance: Mapping[str, Any]) -> No
 
 
 def read_runs(folder: Path, cell: str, *, purpose: str = "claim") -> list[StoredRun]:
-    """All runs of a cell that were kept for a purpose, by file name.
-
-    Raises:
-        InputError: a file is not what it should be.
-    """
+    """All runs of a cell that were kept for a purpose, by file name."""
     found = []
     for path in sorted((folder / cell / FOLDERS[purpose]).glob("*.json")):
         values = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
@@ -155,12 +151,6 @@ class CellEvidence:
         found = {run.seed: objective(run, training) for run in self.full_runs(arm)}
         return {seed: steps for seed, steps in found.items() if steps is not None}
 
-    def missed_accuracy(self, arm: str) -> list[int]:
-        """Seeds on which an arm never reached the target accuracy."""
-        accuracy = self.cell.target_accuracy
-        assert accuracy is not None
-        return [r.seed for r in self.full_runs(arm) if r.steps_to_accuracy(accuracy) is None]
-
     def final_losses(self, arm: str) -> dict[int, dict[int, float | None]]:
         """An arm's final losses by schedule length and seed; None where a run diverged."""
         found: dict[int, dict[int, float | None]] = {}
@@ -206,10 +196,9 @@ class CellEvidence:
         """By arm, the measurements of one seed's full-length run, `momentum` included."""
         updates: dict[str, Updates] = {}
         for arm in UPDATES_OF:
-            for run in self.full_runs(arm):
-                if run.updates:
-                    updates[arm] = {(u["matrix"], u["step"]): u for u in run.updates}
-                    break
+            measured = next((run.updates for run in self.full_runs(arm) if run.updates), None)
+            if measured is not None:
+                updates[arm] = {(u["matrix"], u["step"]): u for u in measured}
         with_momentum = {
             key: update["momentum"]
             for key, update in updates.get(MOMENTUM_OF, {}).items()
@@ -236,11 +225,7 @@ def shortfalls(what: str, counts: Mapping[str, int], wanted: int) -> list[str]:
 
 
 def collect(results: Path, cells: Mapping[str, Cell] = CELLS) -> list[CellEvidence]:
-    """Read all files of the cells, in their order.
-
-    Raises:
-        InputError: a file is not what it should be.
-    """
+    """Read all files of the cells, in their order."""
     return [
         CellEvidence(
             cell=cell,

@@ -66,28 +66,23 @@ def rows_of(table: Table, arm: str, baseline: str) -> list[Row]:
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:
     """The share of a baseline's steps that an arm saves in a cell."""
-    counts_losses = found.cell.target_accuracy is None
+    accuracy, full_steps = found.cell.target_accuracy, found.cell.full_steps
     runs = {name: found.full_runs(name) for name in (arm, baseline)}
-    if counts_losses:
+    if accuracy is None:
         # Of the arm any length will do.
         runs[arm] = [run for run in found.runs if run.arm == arm]
     for name, there in runs.items():
         if not there:
             return StepsSaved(seeds=(), reason=f"{label_of(name)} has not been run")
-    if counts_losses:
-        target = found.final_losses(baseline)[found.cell.full_steps]
-        return steps_saved_by_schedules(
-            found.final_losses(arm), target, full_steps=found.cell.full_steps
-        )
-    saved = steps_saved_to_threshold(
-        found.steps_to_accuracy(arm), found.steps_to_accuracy(baseline)
-    )
-    missed = {name: found.missed_accuracy(name) for name in runs}
+    if accuracy is None:
+        target = found.final_losses(baseline)[full_steps]
+        return steps_saved_by_schedules(found.final_losses(arm), target, full_steps=full_steps)
+    saved = steps_saved_to_threshold(*map(found.steps_to_accuracy, runs))
     notes = [
-        f"{label_of(name)} never had the accuracy in {len(seeds)} of {len(runs[name])} runs, "
+        f"{label_of(name)} never had the accuracy in {missed} of {len(there)} runs, "
         f"which count as {MISSED_FACTOR:g} times their length"
-        for name, seeds in missed.items()
-        if seeds
+        for name, there in runs.items()
+        if (missed := sum(run.steps_to_accuracy(accuracy) is None for run in there))
     ]
     return replace(saved, notes=(*saved.notes, *notes))
 

@@ -68,11 +68,7 @@ default of `ArmOptions`."""
 
 
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The named axes in the order in which a search looks at them.
-
-    Raises:
-        InputError: a name is unknown or comes twice, or the learning rate is not among them.
-    """
+    """The named axes in the order in which a search looks at them."""
     for name in names:
         require(name in AXES, f"--axes {name}: choose from {', '.join(AXES)}")
         require(list(names).count(name) == 1, f"--axes names {name} twice")
@@ -161,11 +157,7 @@ RunMany = Callable[[Sequence[RunSpec]], Mapping[RunSpec, RunRecord]]
 
 
 def tuning_seeds(number: int) -> tuple[int, ...]:
-    """So many seeds that no claim uses.
-
-    Raises:
-        InputError: `number` is not positive, or far more than anyone can run.
-    """
+    """So many seeds that no claim uses."""
     require(number >= 1, f"--seeds must be at least 1, got {number}")
     require(
         number <= FIRST_TUNING_SEED, f"--seeds must be at most {FIRST_TUNING_SEED}, got {number}"

@@ -57,37 +57,28 @@ class Studies:
         storage.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._storage = optuna.storages.RDBStorage(f"sqlite:///{storage}")
-        except (
-            DatabaseError,
-            RuntimeError,
-        ) as error:  # RuntimeError: of another version of Optuna.
+        except (DatabaseError, RuntimeError) as error:  # The latter: of another version of Optuna.
             cause = first_line(getattr(error, "orig", None) or error)
             raise InputError(f"--storage {storage} is no database of Optuna: {cause}") from None
         self._name = name
 
     def trials(self, arm: str) -> list[Trial]:
         """All trials of an arm, in the order in which they were made."""
-        return [
-            Trial.from_json(trial.user_attrs["trial"])
-            for trial in self._study(arm).get_trials(
-                deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,)
-            )
-        ]
+        kept = self._study(arm).get_trials(deepcopy=False)
+        return [Trial.from_json(trial.user_attrs["trial"]) for trial in kept]
 
     def add(self, arm: str, trials: Iterable[Trial]) -> None:
         """Keep finished trials."""
-        study = self._study(arm)
         any_value = self._optuna.distributions.FloatDistribution(1e-9, 1e6, log=True)
         for trial in trials:
-            given = {name: v for name, v in trial.setting.items() if v is not None}
-            study.add_trial(
-                self._optuna.trial.create_trial(
-                    params=given,
-                    distributions=dict.fromkeys(given, any_value),
-                    value=trial.mean,
-                    user_attrs={"trial": trial.to_json()},
-                )
+            given = {name: value for name, value in trial.setting.items() if value is not None}
+            frozen = self._optuna.trial.create_trial(
+                params=given,
+                distributions=dict.fromkeys(given, any_value),
+                value=trial.mean,
+                user_attrs={"trial": trial.to_json()},
             )
+            self._study(arm).add_trial(frozen)
 
     def fill(self, arm: str, trials: Iterable[Trial]) -> None:
         """Keep exported trials that the database lacks."""
@@ -129,16 +120,13 @@ class SweepRequest(SearchRequest):
         )
 
     def next_round(self, tried: Tried) -> dict[str, list[Place]]:
+        start = tuple(float(AXES[name].start) for name in self.axes)
         return next_round(
             {arm: _losses(trials) for arm, trials in tried.items()},
-            {arm: self.start(arm) for arm in self.arms},
+            {arm: self.starts.get(arm, start) for arm in self.arms},
             min_trials=self.min_trials,
             max_trials=self.max_trials,
         )
-
-    def start(self, arm: str) -> Place:
-        """Where the search of an arm begins."""
-        return self.starts.get(arm) or tuple(float(AXES[name].start) for name in self.axes)
 
     def setting(self, arm: str, place: Place) -> Setting:
         return setting_at(self.axes, place, self.fixed.get(arm, {}))
@@ -161,9 +149,8 @@ class SweepRequest(SearchRequest):
         old = read_json(self.out, kind=KIND, schema_version=SCHEMA_VERSION)
         compared = ("seeds", "config", "corpus")
         with damage_named(self.out):
-            difference = first_difference(
-                {key: old[key] for key in compared}, {key: new[key] for key in compared}
-            )
+            was, wanted = ({key: values[key] for key in compared} for values in (old, new))
+            difference = first_difference(was, wanted)
             for values in old["arms"].values():
                 list(map(Trial.from_json, values["trials"]))
         if difference is not None:
@@ -199,11 +186,7 @@ class SweepRequest(SearchRequest):
 
 
 def read_tuned_arms(path: Path) -> dict[str, Any]:
-    """The tried arms in a sweep's file; empty if there is no file.
-
-    Raises:
-        InputError: the file is not what it should be.
-    """
+    """The tried arms in a sweep's file; empty if there is no file."""
     if not path.exists():
         return {}
     contents = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
