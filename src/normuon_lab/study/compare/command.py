@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normuon_lab.errors import require
+from normuon_lab.errors import InputError, require
 from normuon_lab.train.arms.registry import MAIN_ARMS, check_arms
 from normuon_lab.train.runs.config import FIRST_TUNING_SEED, ExperimentOptions
 
@@ -44,7 +44,7 @@ class CompareCommand(ExperimentOptions):
         from rich.console import Console
 
         from normuon_lab.study.compare.comparison import planned, run_comparison
-        from normuon_lab.study.compare.summary import print_summary
+        from normuon_lab.study.compare.summary import print_summary, say
         from normuon_lab.train.runs.tasks import load_task
 
         console, task = Console(), load_task(experiment)
@@ -53,7 +53,7 @@ class CompareCommand(ExperimentOptions):
             new, experiment, task, out=self.out, resume=self.resume, console=console
         )
         print_summary(results, console)
-        console.print(f"Report: {self.out / 'report.html'}", highlight=False, soft_wrap=True)
+        say(console, f"Report: {self.out / 'report.html'}")
         return 0
 
 
@@ -65,13 +65,11 @@ def parse_rates(pairs: Sequence[str]) -> dict[str, float]:
     """
     rates: dict[str, float] = {}
     for pair in pairs:
-        arm, separator, text = pair.partition("=")
+        arm, _, text = pair.partition("=")
         try:
             value = float(text)
         except ValueError:
-            separator = ""
-            value = 0.0
-        require(separator == "=", f"--lr {pair}: write ARM=VALUE, such as normuon=0.004")
+            raise InputError(f"--lr {pair}: write ARM=VALUE, such as normuon=0.004") from None
         require(arm not in rates, f"--lr names {arm} twice")
         rates[arm] = value
     return rates

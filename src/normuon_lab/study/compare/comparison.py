@@ -13,6 +13,7 @@ from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
 from normuon_lab.study.compare.results import REPORT_FILE, RESULTS_FILE, Results, open_results
+from normuon_lab.study.compare.summary import say
 from normuon_lab.study.search.tune import tuned_rates
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
@@ -81,7 +82,7 @@ def run_comparison(
     """
     results = open_results(out, new, resume=resume)
     if results.is_complete:
-        _say(
+        say(
             console,
             f"All {len(results.records)} runs of this comparison are already in {out}, made "
             f"{results.created}; to run them again, give another --out.",
@@ -93,14 +94,14 @@ def run_comparison(
         num_workers=default_num_workers(results.num_runs)
     )
     corpus = results.corpus
-    _say(
+    say(
         console,
         f"{corpus['name']}: {corpus['train_tokens']:,} tokens to train on, "
         f"{corpus['validation_tokens']:,} held out, SHA-256 {corpus['sha256'][:16]}",
     )
     for arm in results.arms:
         rate = results.learning_rates[arm]
-        _say(console, f"{arm}: learning rate {rate['value']:.4g}, {rate['source']}")
+        say(console, f"{arm}: learning rate {rate['value']:.4g}, {rate['source']}")
     try:
         _do_missing_runs(results, experiment, task, out, console)
     except KeyboardInterrupt:
@@ -118,10 +119,6 @@ def run_comparison(
         raise
     _write_report(results, out)
     return results
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _do_missing_runs(

@@ -179,8 +179,7 @@ def _add_target(
 
 def _add_finals(figure: go.Figure, results: Results) -> None:
     for seed in results.seeds:
-        records = [results.record(arm, seed) for arm in results.arms]
-        shown = [record for record in records if record is not None and not record.diverged]
+        shown = [r for arm in results.arms for r in results.of_arm(arm) if r.seed == seed]
         figure.add_scatter(
             x=[label_of(record.arm) for record in shown],
             y=[record.final_loss for record in shown],

@@ -71,11 +71,6 @@ class Results:
         """Whether every arm has every seed."""
         return len(self.records) == self.num_runs
 
-    def record(self, arm: str, seed: int) -> RunRecord | None:
-        """The record of one run, or None while it is missing."""
-        found = (r for r in self.records if (r.arm, r.seed) == (arm, seed))
-        return next(found, None)
-
     def of_arm(self, arm: str) -> list[RunRecord]:
         """The arm's finished runs that did not diverge, by seed."""
         chosen = [record for record in self.records if record.arm == arm and not record.diverged]
@@ -83,8 +78,9 @@ class Results:
 
     def missing_runs(self) -> list[tuple[str, int]]:
         """Arm and seed of the runs still to do: all arms of a seed before the next seed."""
+        done = {(record.arm, record.seed) for record in self.records}
         pairs = [(arm, seed) for seed in self.seeds for arm in self.arms]
-        return [(arm, seed) for arm, seed in pairs if self.record(arm, seed) is None]
+        return [pair for pair in pairs if pair not in done]
 
     def comparisons(self) -> list[Comparison]:
         """Every arm against every arm named before it, the reference first."""

@@ -19,16 +19,17 @@ def summary_rows(results: Results) -> dict[str, tuple[str, ...]]:
     rows: dict[str, tuple[str, ...]] = {}
     for arm in results.arms:
         finals = [r.final_loss for r in results.of_arm(arm) if r.final_loss is not None]
+        diverged = sum(record.arm == arm and record.diverged for record in results.records)
+        final = "diverged" if diverged else "not run"
+        if finals:
+            final = f"{t_interval(finals).mean:.4f}" + (
+                f" ({diverged} diverged)" if diverged else ""
+            )
         differences = ("baseline", "baseline")
         if arm in comparisons:
             differences = (loss_text(comparisons[arm]), fewer_steps_text(comparisons[arm]))
-        rows[arm] = (
-            label_of(arm),
-            str(len(finals)),
-            f"{results.learning_rates[arm]['value']:.4g}",
-            _final_loss_text(results, arm, finals),
-            *differences,
-        )
+        rate = f"{results.learning_rates[arm]['value']:.4g}"
+        rows[arm] = (label_of(arm), str(len(finals)), rate, final, *differences)
     return rows
 
 
@@ -59,16 +60,14 @@ def verdict(results: Results) -> str:
         return "No seed is finished with two optimizers yet."
     arm = "normuon" if "normuon" in others else others[-1]
     sentence = _steps_sentence(found[arm, results.reference_arm])
+    signs = {"better": "lower", "worse": "higher"}
     for other in others:
         comparison = found.get((arm, other))
-        if comparison is None or not comparison.seeds:
-            continue
-        sign = {"better": "lower", "worse": "higher"}.get(
-            standing(comparison.loss_difference, digits=4, less_is_better=True), "too close to call"
-        )
-        sentence += (
-            f"; its final loss against {label_of(other)}'s is {sign}: {loss_text(comparison)}"
-        )
+        if comparison is not None and comparison.seeds:
+            outcome = standing(comparison.loss_difference, digits=4, less_is_better=True)
+            sign = signs.get(outcome, outcome)
+            loss = loss_text(comparison)
+            sentence += f"; its final loss against {label_of(other)}'s is {sign}: {loss}"
     return sentence + "."
 
 
@@ -129,6 +128,11 @@ def points_text(points: Estimate) -> str:
     return estimate_text(points, digits=1, unit=" points", signed=True)
 
 
+def say(console: Console, line: str, *, style: str | None = None) -> None:
+    """Print a line as it is: unbroken, and without colours for its numbers."""
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_summary(results: Results, console: Console) -> None:
     """Print the table and what its last column means."""
     reference = label_of(results.reference_arm)
@@ -140,29 +144,15 @@ def print_summary(results: Results, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     losses = {(c.arm, c.baseline): loss_text(c) for c in results.comparisons()}
-    for difference in results.points():
-        points = f"{points_text(difference.points)} of steps saved on {reference}"
-        if difference.points.mean is None:
+    for found in results.points():
+        points = f"{points_text(found.points)} of steps saved on {reference}"
+        if found.points.mean is None:
             points = f"steps not compared: a seed did not reach {reference}'s loss"
-        console.print(
-            f"{label_of(difference.arm)} against {label_of(difference.baseline)}: "
-            f"loss {losses[difference.arm, difference.baseline]}, {points}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-    console.print(
+        pair = f"{label_of(found.arm)} against {label_of(found.baseline)}"
+        say(console, f"{pair}: loss {losses[found.arm, found.baseline]}, {points}")
+    say(
+        console,
         "Conservative: read from curves whose learning rate has not decayed at the crossing. "
         "Intervals: Student's t over paired seeds.",
-        highlight=False,
         style="dim",
-        soft_wrap=True,
     )
-
-
-def _final_loss_text(results: Results, arm: str, finals: list[float]) -> str:
-    diverged = sum(record.arm == arm and record.diverged for record in results.records)
-    if not finals:
-        return "diverged" if diverged else "not run"
-    mean = t_interval(finals).mean
-    return f"{mean:.4f}" + (f" ({diverged} diverged)" if diverged else "")

@@ -216,8 +216,7 @@ class Lead:
 
 def lead(table1: Table, arm: str, baseline: str) -> Lead:
     """An arm's lead over a baseline, over all cells of Table 1."""
-    findings = [finding_of(row) for row in rows_of(table1, arm, baseline)]
-    run = [finding for finding in findings if finding.was_run]
+    run = [f for f in map(finding_of, rows_of(table1, arm, baseline)) if f.was_run]
     return Lead(
         num_shown=sum(finding.is_shown for finding in run),
         num_behind=sum(finding.opposite().is_shown for finding in run),
