@@ -52,17 +52,8 @@ def render_report(results: Results) -> str:
         method=METHOD,
         descriptions={name: arm.description for name, arm in ARMS.items()},
         settings=_flattened({k: results.config[k] for k in ("model", "training")}),
-        seconds_per_run=_seconds_per_run(results),
         machine=_flattened(results.machine),
     )
-
-
-def _seconds_per_run(results: Results) -> dict[str, float]:
-    return {
-        label_of(arm): sum(record.train_seconds for record in records) / len(records)
-        for arm in results.arms
-        if (records := results.of_arm(arm))
-    }
 
 
 def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:

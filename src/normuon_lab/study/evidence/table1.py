@@ -151,37 +151,32 @@ def _size_trends(
         if found.cell.target_accuracy is None and here.percent is not None:
             point = (found.full_runs(arm)[0].num_parameters, found.cell.size, here)
             at_sizes.setdefault((found.cell.task, arm, baseline), []).append(point)
-    return [
-        _trend_row(*pair, sorted(points, key=lambda point: point[0]))
-        for pair, points in at_sizes.items()
-        if len(points) > 1
-    ]
-
-
-def _trend_row(
-    task: str, arm: str, baseline: str, points: Sequence[tuple[int, str, StepsSaved]]
-) -> dict[str, Any]:
-    """A trend from the smallest model to the largest; points are parameters, size and saving."""
-    first, last = points[0][2], points[-1][2]
-    assert first.percent is not None
-    assert last.percent is not None
-    return {
-        "task": task,
-        "arm": arm,
-        "baseline": baseline,
-        "sizes": [
-            {
-                "size": size,
-                "num_parameters": num_parameters,
-                "steps_saved_percent": _rounded(here.percent),
-                "ci95": _bounds(here.interval),
-                "ci95_t": _bounds(here.by_seed),
-            }
-            for num_parameters, size, here in points
-        ],
-        "change_points": _rounded(last.percent - first.percent),
-        "change_ci95_t": _bounds(_change_by_seed(first, last)),
-    }
+    trends = []
+    for (task, arm, baseline), unordered in at_sizes.items():
+        points = sorted(unordered, key=lambda point: point[0])
+        first, last = points[0][2], points[-1][2]
+        if len(points) > 1 and first.percent is not None and last.percent is not None:
+            sizes = [
+                {
+                    "size": size,
+                    "num_parameters": num_parameters,
+                    "steps_saved_percent": _rounded(here.percent),
+                    "ci95": _bounds(here.interval),
+                    "ci95_t": _bounds(here.by_seed),
+                }
+                for num_parameters, size, here in points
+            ]
+            trends.append(
+                {
+                    "task": task,
+                    "arm": arm,
+                    "baseline": baseline,
+                    "sizes": sizes,
+                    "change_points": _rounded(last.percent - first.percent),
+                    "change_ci95_t": _bounds(_change_by_seed(first, last)),
+                }
+            )
+    return trends
 
 
 def _change_by_seed(first: StepsSaved, last: StepsSaved) -> Estimate | None:

@@ -145,26 +145,32 @@ def steps_saved_by_schedules(
         return _percent(np.clip(steps, lengths[0], lengths[-1]), full_steps)
 
     steps = float(steps_to_reach(lengths, means_K, target_S.mean()))
-    limits = (float(_percent(lengths[-1], full_steps)), float(_percent(lengths[0], full_steps)))
-    if not np.isfinite(steps):
-        is_below = steps < 0
-        return StepsSaved(
-            seeds=seeds,
-            test=test,
-            reason=_not_bracketed(lengths, limits, is_below=is_below),
-            at_least=limits[1] if is_below else None,
-            at_most=None if is_below else limits[0],
-            notes=tuple(notes),
+    least, most = float(_percent(lengths[-1], full_steps)), float(_percent(lengths[0], full_steps))
+    found = StepsSaved(seeds=seeds, test=test, notes=tuple(notes))
+    if steps == -np.inf:
+        reason = (
+            f"the shortest schedule, {lengths[0]} steps, already ends below the target: "
+            f"more than {most:.1f}% saved"
         )
-    by_seed, unmet = _by_seed(lengths, losses_SK, target_S, seeds, full_steps)
-    if unmet:
+        return replace(found, reason=reason, at_least=most)
+    if steps == np.inf:
+        reason = (
+            f"the longest schedule, {lengths[-1]} steps, still ends above the target: "
+            f"less than {least:.1f}% saved"
+        )
+        return replace(found, reason=reason, at_most=least)
+    steps_S = steps_to_reach(lengths, losses_SK, target_S)
+    is_met = np.isfinite(steps_S)
+    by_seed = t_interval(_percent(steps_S[is_met], full_steps).tolist())
+    if not is_met.all():
+        by_seed = Estimate(values=by_seed.values)
+        unmet = _listed({seed for seed, met in zip(seeds, is_met, strict=True) if not met})
         notes.append(f"no interval by Student's t: seeds {unmet} alone do not meet their target")
-    return StepsSaved(
-        seeds=seeds,
+    return replace(
+        found,
         percent=float(_percent(steps, full_steps)),
-        interval=_within(bootstrap_interval(saved, len(seeds)), limits),
+        interval=_within(bootstrap_interval(saved, len(seeds)), least, most),
         by_seed=by_seed,
-        test=test,
         notes=tuple(notes),
     )
 
@@ -213,38 +219,15 @@ def _shared_runs(
     return tuple(sorted(seeds)), lengths, notes
 
 
-def _by_seed(
-    lengths: Sequence[int], losses_SK: Array, target_S: Array, seeds: Sequence[int], full_steps: int
-) -> tuple[Estimate, str]:
-    """The saving of each seed against its own target, and the seeds that have none."""
-    steps_S = steps_to_reach(lengths, losses_SK, target_S)
-    is_met = np.isfinite(steps_S)
-    values = _percent(steps_S[is_met], full_steps).tolist()
-    if is_met.all():
-        return t_interval(values), ""
-    unmet = _listed({seed for seed, met in zip(seeds, is_met, strict=True) if not met})
-    return Estimate(values=tuple(values)), unmet
-
-
-def _within(interval: Interval | None, limits: tuple[float, float]) -> Interval | None:
+def _within(interval: Interval | None, least: float, most: float) -> Interval | None:
     """The interval without the ends at which resamples ran out of schedules."""
     if interval is None:
         return None
     low, high = (
         None if end is None or np.isclose(end, limit, rtol=0, atol=1e-9) else end
-        for end, limit in zip((interval.low, interval.high), limits, strict=True)
+        for end, limit in ((interval.low, least), (interval.high, most))
     )
     return replace(interval, low=low, high=high)
-
-
-def _not_bracketed(lengths: Sequence[int], limits: tuple[float, float], *, is_below: bool) -> str:
-    if is_below:
-        what = f"shortest schedule, {lengths[0]} steps, already ends below"
-        bound = f"more than {limits[1]:.1f}%"
-    else:
-        what = f"longest schedule, {lengths[-1]} steps, still ends above"
-        bound = f"less than {limits[0]:.1f}%"
-    return f"the {what} the target: {bound} saved"
 
 
 def _listed(seeds: set[int]) -> str:
