@@ -25,7 +25,7 @@ EARLY = 0.2
 """The share of the steps at which "early" is read."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CellVerdict:
     """One cell's result for a claim: the cell, the verdict, the figure, and the figure in words."""
 
@@ -173,7 +173,7 @@ def _steps(rows: Sequence[Row], *, paper_value: float = 0.0) -> list[CellVerdict
             text += f" ({num_seeds} of {len(CLAIM_SEEDS)} seeds so far)"
         verdict = verdict_in_cell(finding_of(row, key), paper_value=paper_value)
         where = f"{row['task']}, {row['size']}"
-        cells.append(CellVerdict(where=where, verdict=verdict, short=short, text=text))
+        cells.append(CellVerdict(where, verdict, short, text))
     return cells
 
 
@@ -225,15 +225,9 @@ def _variations(
             _variation(updates[rough][place][key]) > _variation(updates[even][place][key])
             for place in shared
         )
-        short = f"{count} of {len(shared)}"
-        cells.append(
-            CellVerdict(
-                where=found.cell.title,
-                verdict=verdict_by_count(count, len(shared)),
-                short=short,
-                text=f"{short} measured matrices and stages of one seed",
-            )
-        )
+        verdict, short = verdict_by_count(count, len(shared)), f"{count} of {len(shared)}"
+        text = f"{short} measured matrices and stages of one seed"
+        cells.append(CellVerdict(found.cell.title, verdict, short, text))
     return cells
 
 
@@ -268,7 +262,7 @@ def _lower_losses(
                 f"{short} ({interval}; {p_words(finding.p_value)})"
             )
         verdict = verdict_in_cell(finding)
-        cells.append(CellVerdict(where=found.cell.title, verdict=verdict, short=short, text=text))
+        cells.append(CellVerdict(found.cell.title, verdict, short, text))
     return cells
 
 
@@ -280,9 +274,9 @@ def _states(table2: Table | None) -> list[CellVerdict]:
         verdict = Verdict.REPRODUCED if kept == expected else Verdict.NOT_REPRODUCED
         share = f"{kept['normuon'] / kept['adamw']:.3f} of AdamW's"
         text = f"NorMuon keeps {share} elements, counted"
-        cells.append(CellVerdict(where=name, verdict=verdict, short=share, text=text))
+        cells.append(CellVerdict(name, verdict, share, text))
     return cells
 
 
 def _not_testable(why: str) -> list[CellVerdict]:
-    return [CellVerdict(where="no cell", verdict=Verdict.NOT_TESTABLE, short="", text=why)]
+    return [CellVerdict("no cell", Verdict.NOT_TESTABLE, "", why)]

@@ -131,12 +131,17 @@ class Trial:
             return math.inf
         return math.fsum(values) / len(values)
 
+    @property
+    def finite_mean(self) -> float | None:
+        """The mean, as files have it: None where a run diverged."""
+        return self.mean if math.isfinite(self.mean) else None
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as exported."""
         return {
             "place": list(self.place),
             **self.setting,
-            "mean_objective": self.mean if math.isfinite(self.mean) else None,
+            "mean_objective": self.finite_mean,
             "objectives": {str(seed): value for seed, value in self.objectives.items()},
         }
 

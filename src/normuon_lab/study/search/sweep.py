@@ -180,7 +180,7 @@ class SweepRequest(SearchRequest):
             "axes": list(self.axes),
             "best": best.setting,
             "is_interior": is_interior(losses),
-            "mean_objective": best.to_json()["mean_objective"],
+            "mean_objective": best.finite_mean,
             "trials": [{"number": i, **trial.to_json()} for i, trial in enumerate(trials)],
         }
 

@@ -129,28 +129,25 @@ class TuneRequest(SearchRequest):
 
     def arm_to_json(self, trials: Sequence[Trial]) -> dict[str, Any]:
         losses = _losses(trials)
+        by_rate = {trial.place[0]: trial for trial in trials}
         chosen = best_rate(losses)
         return {
             "learning_rate": chosen,
-            "mean_final_loss": _finite(losses[chosen]),
+            "mean_final_loss": by_rate[chosen].finite_mean,
             "is_interior": is_interior(losses),
             "trials": [
                 {
-                    "learning_rate": trial.place[0],
-                    "mean_final_loss": _finite(trial.mean),
+                    "learning_rate": rate,
+                    "mean_final_loss": trial.finite_mean,
                     "final_losses": {str(seed): trial.objectives[seed] for seed in self.seeds},
                 }
-                for trial in sorted(trials, key=lambda trial: trial.place[0])
+                for rate, trial in sorted(by_rate.items())
             ],
         }
 
 
 def _losses(trials: Sequence[Trial]) -> dict[float, float]:
     return {trial.place[0]: trial.mean for trial in trials}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def tuned_rates(

@@ -125,19 +125,6 @@ def add_legend(figure: Figure, *panels: Axes, columns: int = 6) -> None:
     )
 
 
-def add_panel_legend(axes: Axes) -> None:
-    """A legend below one panel, for panels that show different arms."""
-    num_arms = len(axes.get_legend_handles_labels()[0])
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.1),
-        ncols=3 if num_arms == 3 else 2,
-        frameon=False,
-        fontsize=LABEL_SIZE,
-        labelcolor=INK,
-    )
-
-
 def new_figure(width: float, height: float, title: str = "") -> Figure:
     """An empty figure, in inches, that lays itself out."""
     figure = Figure(figsize=(width, height))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from normuon_lab.matplotlib_style import style_axes
 from normuon_lab.plot_style import INK, MUTED, color_of, spread_out
 from normuon_lab.study.evidence.figures.bands import (
-    add_panel_legend,
+    LABEL_SIZE,
     line_of,
     log_ticks,
     new_figure,
@@ -126,7 +126,15 @@ def _draw_panel(axes: Axes, curves: Mapping[str, Curve]) -> None:
         star = {"marker": "*", "s": 210, "color": look["color"], "edgecolors": INK, "zorder": 4}
         axes.scatter([best], [curve[best]], **star)
     style_axes(axes, grid_axis="both")
-    add_panel_legend(axes)
+    # Panels show different arms, so each has a legend.
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.1),
+        ncols=3 if len(curves) == 3 else 2,
+        frameon=False,
+        fontsize=LABEL_SIZE,
+        labelcolor=INK,
+    )
 
 
 def _scale(axes: Axes, curves: Mapping[str, Curve]) -> None:
