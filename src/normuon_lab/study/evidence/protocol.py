@@ -1,9 +1,7 @@
 """The protocol: what is tuned, run and claimed, fixed before the runs that count.
 
-A cell is one task at one size. In every cell each arm is tuned with the same number of trials, on
-seeds that no claim uses, and then trained on the claim seeds with complete schedules of several
-lengths. Change nothing here without saying so in docs/lab/protocol.md: its tables are tested
-against this file.
+Change nothing here without saying so in docs/lab/protocol.md, which explains it: its tables are
+tested against this file.
 """
 
 from __future__ import annotations

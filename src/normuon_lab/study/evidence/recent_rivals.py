@@ -1,7 +1,6 @@
 """The rivals of 2026: a small tuning of the learning rate, seeds paired with Muon's, their tables.
 
-They have a smaller budget than the arms of the protocol's cells, and a folder of their own under
-``results``, laid out alike: a JSON file for every run, those of the tuning included.
+They have a folder of their own under ``results``, with a file for every run, the tuning's too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Statistics of a comparison's curves: steps to a target loss, and paired differences.
-
-Intervals are Student's t over seeds, on paired values (same seed, same initial weights, same
-batches).
-"""
+"""Statistics of a comparison's curves: steps to a target loss, and paired differences."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, style_of
+from normuon_lab.plot_style import INK, color_of, style_of
 from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics.estimates import Estimate, t_interval
 
@@ -94,19 +94,19 @@ def draw_target(axes: Axes, loss: float, *, on_right: bool = False) -> None:
 
     It is named below the left end, or above the right one.
     """
-    color = style_of("adamw").color
+    color = color_of("adamw")
     axes.axhline(loss, color=color, linestyle=":", linewidth=1.2)
-    axes.annotate(
-        f"{label_of('adamw')}'s final loss, {loss:.3f}",
-        (0.98 if on_right else 0.02, loss),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3 if on_right else -3),
-        textcoords="offset points",
-        ha="right" if on_right else "left",
-        va="bottom" if on_right else "top",
-        fontsize=LABEL_SIZE,
-        color=color,
-    )
+    text = f"{label_of('adamw')}'s final loss, {loss:.3f}"
+    look = {"ha": "left", "va": "top", "xytext": (0, -3)}
+    if on_right:
+        look = {"ha": "right", "va": "bottom", "xytext": (0, 3)}
+    write_at(axes, text, (0.98 if on_right else 0.02, loss), color=color, **look)
+
+
+def write_at(axes: Axes, text: str, place: tuple[float, float], **look: Any) -> None:
+    """A small text, at a share of the panel's width and a value of the y axis."""
+    look = {"xytext": (0, 0), "textcoords": "offset points", "fontsize": LABEL_SIZE, **look}
+    axes.annotate(text, place, xycoords=("axes fraction", "data"), **look)
 
 
 def add_legend(figure: Figure, *panels: Axes, columns: int = 6) -> None:

@@ -26,6 +26,7 @@ from normuon_lab.study.evidence.figures.bands import (
     name_places,
     new_figure,
     title_panel,
+    write_at,
 )
 from normuon_lab.study.evidence.protocol import ABLATIONS, DRAWN_ARMS, RIVALS, VARIANTS
 from normuon_lab.study.evidence.runs import CellEvidence, Updates
@@ -100,20 +101,14 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
         reached.scatter(steps, [place + 0.18] * len(steps), s=16, color=color, alpha=0.6)
         draw_estimate(reached, place, arm, t_interval(steps))
     along.axhline(found.cell.target_accuracy, color=MUTED, linestyle=":", linewidth=1.2)
-    along.annotate(
-        f"{found.cell.target_accuracy:.0%}",
-        (0, found.cell.target_accuracy),
-        xytext=(3, -2),
-        textcoords="offset points",
-        va="top",
-        fontsize=LABEL_SIZE,
-        color=MUTED,
-    )
+    look = {"xytext": (3, -2), "textcoords": "offset points", "va": "top", "color": MUTED}
+    goal = f"{found.cell.target_accuracy:.0%}"
+    along.annotate(goal, (0, found.cell.target_accuracy), fontsize=LABEL_SIZE, **look)
     name_axes(along, "training steps", "held-out accuracy, every seed", grid="both")
     along.legend(frameon=False, loc="lower right")
     name_places(reached, arms)
     reached.set_xlim(left=0)
-    name_axes(reached, f"steps to {found.cell.target_accuracy:.0%}: seeds and mean", grid="x")
+    name_axes(reached, f"steps to {goal}: seeds and mean", grid="x")
     return figure
 
 
@@ -154,15 +149,8 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
         if means[arm] <= limit:
             draw_estimate(at_end, place, arm, end)
             continue
-        at_end.annotate(
-            f"{means[arm]:+.3f} \N{RIGHTWARDS ARROW}",
-            (1.0, place),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="center",
-            color=INK,
-            fontsize=LABEL_SIZE,
-        )
+        text = f"{means[arm]:+.3f} \N{RIGHTWARDS ARROW}"
+        write_at(at_end, text, (1.0, place), ha="right", va="center", color=INK)
     at_end.axvline(0, color=MUTED, linewidth=1)
     name_places(at_end, list(present))
     at_end.set_xlim(right=limit)
