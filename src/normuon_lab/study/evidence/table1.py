@@ -130,7 +130,7 @@ NOT_OF_RESCALE = ("arm", "baseline", "ci95_method", "tuning_trials", "tuning_is_
 
 def more_steps(row: Row) -> dict[str, Any]:
     """A row the other way round: how many percent more steps the arm needs."""
-    turned = {
+    turned: dict[str, Any] = {
         "steps_saved_percent": _negative(row["steps_saved_percent"]),
         "at_least_percent": _negative(row["at_most_percent"]),
         "at_most_percent": _negative(row["at_least_percent"]),

@@ -201,8 +201,8 @@ def _draw_trends(axes: Axes, trends: Sequence[Row], baseline: str) -> None:
     if baseline == "adamw":
         papers = {arm: paper.saved_of_adamw(arm) for arm in ("muon", "normuon")}
     for arm, points in papers.items():
-        look = {"linestyle": ":", "markersize": 7, "label": f"{label_of(arm)}, the paper"}
-        look = {**line_of(arm), **look, "markerfacecolor": "white"}
+        look = line_of(arm) | {"linestyle": ":", "markersize": 7, "markerfacecolor": "white"}
+        look["label"] += ", the paper"
         axes.plot(list(points), list(points.values()), **look)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.set_xscale("log")
