@@ -194,7 +194,7 @@ def do_runs(
     experiment: Experiment | None = None,
     probed_seed: int | None = None,
 ) -> None:
-    """Do runs whose files are not there, and keep each as soon as it is finished.
+    """Do the runs that are not kept yet, and keep each as soon as it is finished.
 
     Args:
         cell: whose runs these are.
@@ -206,10 +206,9 @@ def do_runs(
         probed_seed: whose runs of the full length measure their update matrices.
     """
     varied = {spec: next(iter(spec.options.normuon), None) for spec in specs}
+    kept = {run.path for run in read_runs(folder, cell.name, purpose=purpose)}
     missing = [
-        spec
-        for spec in specs
-        if not (folder / path_of(cell.name, purpose, spec, varied[spec])).exists()
+        spec for spec in specs if path_of(cell.name, purpose, spec, varied[spec]) not in kept
     ]
     if not missing:
         return
