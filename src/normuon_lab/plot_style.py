@@ -1,4 +1,4 @@
-"""The look of all figures: each arm always has the same colour, marker and dash.
+"""The look of all figures: each arm always has the same name, colour, marker and dash.
 
 Figures are drawn by plotly (the report) and by matplotlib (the documentation); a style has both
 libraries' names.
@@ -107,6 +107,11 @@ def style_of(arm: str) -> ArmStyle:
 def color_of(arm: str) -> str:
     """The arm's colour, `#rrggbb`."""
     return style_of(arm).color
+
+
+def label_of(arm: str) -> str:
+    """What figures and tables call an arm; one that this version does not know keeps its name."""
+    return ARMS[arm].label if arm in ARMS else arm
 
 
 def arm_index(arm: str) -> int:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from normuon_lab.study.compare.report import render_report
+from normuon_lab.study.compare.report import render_report, standing, verdict
 from normuon_lab.study.compare.results import Results
-from normuon_lab.study.compare.summary import standing, verdict
 from normuon_lab.study.statistics.estimates import Estimate, t_interval
 from tests.browser import CHROMIUM, FITS, needs_browser, wait_until
 from tests.lab.conftest import Outcome

@@ -14,13 +14,13 @@ from normuon_lab.atomic_files import write_json
 from normuon_lab.command_line import MAKE_TARGET
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError
+from normuon_lab.study.compare.report import print_summary, verdict
 from normuon_lab.study.compare.results import (
     RESULTS_FILE,
     SCHEMA_VERSION,
     Results,
     open_results,
 )
-from normuon_lab.study.compare.summary import print_summary, verdict
 from normuon_lab.train.runs.records import RunRecord
 
 

@@ -44,7 +44,7 @@ class CompareCommand(ExperimentOptions):
         from rich.console import Console
 
         from normuon_lab.study.compare.comparison import planned, run_comparison
-        from normuon_lab.study.compare.summary import print_summary, say
+        from normuon_lab.study.compare.report import print_summary, say
         from normuon_lab.train.runs.tasks import load_task
 
         console, task = Console(), load_task(experiment)

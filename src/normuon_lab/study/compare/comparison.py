@@ -12,8 +12,8 @@ from rich.console import Console
 from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import InterruptedRunsError, RunsFailedError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
+from normuon_lab.study.compare.report import render_report, say
 from normuon_lab.study.compare.results import REPORT_FILE, RESULTS_FILE, Results, open_results
-from normuon_lab.study.compare.summary import say
 from normuon_lab.study.search.tune import tuned_rates
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
@@ -87,7 +87,7 @@ def run_comparison(
             f"All {len(results.records)} runs of this comparison are already in {out}, made "
             f"{results.created}; to run them again, give another --out.",
         )
-        _write_report(results, out)
+        write_text(out / REPORT_FILE, render_report(results))
         return results
     # Not before the request is known to be good: an error should not wait for torch.
     results.machine = results.machine or describe_machine(
@@ -115,9 +115,9 @@ def run_comparison(
         ) from None
     except RunsFailedError:
         if results.records:
-            _write_report(results, out)
+            write_text(out / REPORT_FILE, render_report(results))
         raise
-    _write_report(results, out)
+    write_text(out / REPORT_FILE, render_report(results))
     return results
 
 
@@ -158,10 +158,3 @@ def _write_scalars(folder: Path, record: RunRecord) -> None:
         ):
             writer.add_scalar("loss/validation", loss, step)
             writer.add_scalar("seconds/training", seconds, step)
-
-
-def _write_report(results: Results, out: Path) -> None:
-    # Plotly takes a second to import, which an error in the request should not wait for.
-    from normuon_lab.study.compare.report import render_report
-
-    write_text(out / REPORT_FILE, render_report(results))

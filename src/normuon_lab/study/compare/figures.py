@@ -10,9 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from normuon_lab.layer_names import layer_numbers, layer_of
-from normuon_lab.plot_style import INK, MUTED, arm_index, color_of, spread_out, style_of
+from normuon_lab.plot_style import INK, MUTED, arm_index, color_of, label_of, spread_out, style_of
 from normuon_lab.study.compare.results import Results
-from normuon_lab.study.compare.summary import label_of
 from normuon_lab.study.statistics.curves import Comparison, steps_to_target
 from normuon_lab.web_page import apply_style, stack_when_narrow
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from normuon_lab.study.compare.summary import label_of
+from normuon_lab.plot_style import label_of
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, FINAL_LOSS
 from normuon_lab.study.evidence.runs import CellEvidence

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normuon_lab.atomic_files import damage_named, read_json, write_text
-from normuon_lab.study.compare.summary import label_of
+from normuon_lab.plot_style import label_of
 from normuon_lab.study.evidence.protocol import CELLS, CLAIM_SEEDS, Cell
 from normuon_lab.study.search.sweep import read_tuned_arms
 from normuon_lab.train.runs.config import RunSpec

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from normuon_lab.study.compare.summary import label_of
+from normuon_lab.plot_style import label_of
 from normuon_lab.study.evidence.protocol import CLAIM_SEEDS, baselines_of
 from normuon_lab.study.evidence.runs import CellEvidence
 from normuon_lab.study.statistics.estimates import Estimate, Interval, t_interval

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normuon_lab.study.compare.summary import label_of
+from normuon_lab.plot_style import label_of
 from normuon_lab.study.evidence.runs import StoredRun, collect, write_run
 from normuon_lab.study.evidence.table1 import table1
 from tests.lab.study.evidence import synthetic
