@@ -62,37 +62,40 @@ def learning_rate_figure(found: CellEvidence) -> Figure | None:
         for title, arms in PANELS
         if (present := {arm: curves[arm] for arm in arms if arm in curves})
     }
-    if not panels:
-        return None
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = new_figure(5.2 * columns if columns > 1 else 7.0, 4.2 * rows + 0.2)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (title, present) in zip(grid.flat, panels.items(), strict=False):
-        _draw_panel(axes, present)
-        if len(panels) > 1:
-            title_panel(axes, title)
-        axes.tick_params(labelbottom=True, labelleft=True)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    _scale(grid[0, 0], curves)
-    title = "Sensitivity to the learning rate"
-    _write_names(figure, found, title, rate="peak learning rate of hidden matrices")
-    return figure
+    title, what = "Sensitivity to the learning rate", "hidden matrices"
+    return _rate_figure(f"{title}: {found.title}", found, panels, what) if panels else None
 
 
 def other_rate_figure(found: CellEvidence) -> Figure | None:
     """The same for the AdamW parameters, of the arms that tune its rate; None where none does."""
     curves = _curves(found, "adam_lr")
     curves = {a: curve for a, curve in curves.items() if "adam_lr" in found.tuning[a]["axes"]}
-    if not curves:
-        return None
-    figure = new_figure(7.0, 4.4)
-    axes = figure.subplots()
-    _draw_panel(axes, curves)
-    _scale(axes, curves)
-    title = "Learning rate of the AdamW parameters"
-    _write_names(figure, found, title, rate="peak learning rate of embeddings, head and norms")
+    title, what = "Learning rate of the AdamW parameters", "embeddings, head and norms"
+    return _rate_figure(f"{title}: {found.title}", found, {"": curves}, what) if curves else None
+
+
+def _rate_figure(
+    title: str, found: CellEvidence, panels: Mapping[str, Mapping[str, Curve]], what: str
+) -> Figure:
+    """A panel per group of arms, all with the same axes."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(5.2 * columns if columns > 1 else 7.0, 4.2 * rows + 0.2)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
+        _draw_panel(axes, curves)
+        if len(panels) > 1:
+            title_panel(axes, name)
+        axes.tick_params(labelbottom=True, labelleft=True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    _scale(grid[0, 0], {arm: curve for curves in panels.values() for arm, curve in curves.items()})
+    measure, unit = "final loss", "nats per token"
+    if found.cell.target_accuracy is not None:
+        measure, unit = "steps to the accuracy", "a run that misses it: 1.5 x"
+    figure.supylabel(f"mean {measure} of the tuning seeds\n({unit})", color=INK, fontsize=10)
+    figure.supxlabel(f"peak learning rate of {what} (logarithmic)", color=INK, fontsize=10)
+    figure.suptitle(title, color=INK)
     return figure
 
 
@@ -151,18 +154,6 @@ def _scale(axes: Axes, curves: Mapping[str, Curve]) -> None:
             high = max(high, min(float(tried.max()), float(tried.min()) + height))
     margin = 0.06 * (high - low or 1.0)
     axes.set_ylim(low - margin, high + margin)
-
-
-def _write_names(figure: Figure, found: CellEvidence, title: str, *, rate: str) -> None:
-    what = "final loss" if found.cell.target_accuracy is None else "steps to the accuracy"
-    unit = (
-        "(nats per token)"
-        if found.cell.target_accuracy is None
-        else "(a run that misses it: 1.5 x)"
-    )
-    figure.supylabel(f"mean {what} of the tuning seeds\n{unit}", color=INK, fontsize=10)
-    figure.supxlabel(f"{rate} (logarithmic)", color=INK, fontsize=10)
-    figure.suptitle(f"{title}: {found.title}", color=INK)
 
 
 def sensitivity_figure(found: CellEvidence) -> Figure | None:
