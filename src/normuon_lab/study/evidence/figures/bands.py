@@ -22,30 +22,20 @@ BAND_OPACITY = 0.18
 LABEL_SIZE = 9
 
 
-def band(values_SK: Array) -> tuple[Array, Array, Array]:
-    """Mean, lower and upper end over the first dim; with one seed all three are the mean."""
+def draw_band(
+    axes: Axes, arm: str, x: Sequence[float] | Array, values_SK: Array, **look: Any
+) -> None:
+    """An arm's mean over seeds as a line, with `look`, and its interval as a band.
+
+    With one seed the band has no width.
+    """
     estimates = [t_interval(column.tolist()) for column in values_SK.T]
     means = np.array([e.mean for e in estimates], dtype=np.float64)
     lows = np.array([e.mean if e.low is None else e.low for e in estimates], dtype=np.float64)
     highs = np.array([e.mean if e.high is None else e.high for e in estimates], dtype=np.float64)
-    return means, lows, highs
-
-
-def draw_band(
-    axes: Axes,
-    arm: str,
-    x: Sequence[float] | Array,
-    values_SK: Array,
-    *,
-    with_markers: bool,
-    name: str | None = None,
-) -> None:
-    """An arm's mean as a line and its interval as a band; in the legend by its label or a name."""
-    means, lows, highs = band(values_SK)
-    look = line_of(arm)
+    look = line_of(arm) | look
     axes.fill_between(x, lows, highs, color=look["color"], alpha=BAND_OPACITY, linewidth=0)
-    look["label"] = name or look["label"]
-    axes.plot(x, means, **(look if with_markers else look | {"marker": None}), linewidth=1.8)
+    axes.plot(x, means, **look, linewidth=1.8)
 
 
 def line_of(arm: str) -> dict[str, Any]:

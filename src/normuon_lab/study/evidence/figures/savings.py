@@ -68,7 +68,7 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Row]) -> Figure | None:
         name = label_of(arm)
         if arm in saved:
             name += f": {_crossing_words(crossings[arm], saved[arm])}"
-        draw_band(axes, arm, list(by_length), losses_SN, with_markers=True, name=name)
+        draw_band(axes, arm, list(by_length), losses_SN, label=name)
     draw_target(axes, target, on_right=True)
     for arm, steps in crossings.items():
         _mark_crossing(axes, arm, steps, target)

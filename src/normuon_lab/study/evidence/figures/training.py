@@ -17,7 +17,6 @@ from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
     Array,
     add_legend,
-    band,
     draw_band,
     draw_estimate,
     draw_target,
@@ -69,9 +68,9 @@ def loss_figure(found: CellEvidence) -> Figure | None:
     by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
     for arm, runs in arms.items():
         losses = np.array([run.eval_losses for run in runs])
-        draw_band(by_steps, arm, runs[0].eval_steps, losses, with_markers=False)
+        draw_band(by_steps, arm, runs[0].eval_steps, losses, marker=None)
         seconds = np.array([run.eval_seconds for run in runs]).mean(axis=0)
-        draw_band(by_seconds, arm, seconds, losses, with_markers=False)
+        draw_band(by_seconds, arm, seconds, losses, marker=None)
     _set_losses_shown(by_steps, list(arms.values()))
     name_axes(by_steps, "training steps", "validation loss (nats per token)", grid="both")
     name_axes(by_seconds, "seconds of training, one thread, mean over seeds", grid="both")
@@ -112,7 +111,7 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
 
 
 def _set_losses_shown(axes: Axes, arms: Sequence[Sequence[RunRecord]]) -> None:
-    means = [band(np.array([run.eval_losses for run in runs]))[0] for runs in arms]
+    means = [np.mean([run.eval_losses for run in runs], axis=0) for runs in arms]
     first = min(
         int(np.searchsorted(runs[0].eval_steps, LOSSES_SHOWN_FROM * runs[0].eval_steps[-1]))
         for runs in arms
@@ -135,7 +134,7 @@ def ablation_figure(found: CellEvidence) -> Figure | None:
     along, at_end = figure.subplots(1, 2, width_ratios=(3, 2))
     for arm, values_SK in present.items():
         if arm in ALONG_TRAINING:
-            draw_band(along, arm, steps[shown], values_SK[:, shown], with_markers=False)
+            draw_band(along, arm, steps[shown], values_SK[:, shown], marker=None)
     along.axhline(0, color=MUTED, linewidth=1)
     minus = f"minus {reference}'s\n(nats per token)"
     name_axes(along, "training steps", f"validation loss {minus}", grid="both")
