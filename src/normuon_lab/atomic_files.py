@@ -1,9 +1,10 @@
-"""JSON and text files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON and TOML that is read with clear errors."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from normuon_lab.errors import InputError, in_words, require
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PROBE = ".normuon."
 """Prefix of the temporary files that check whether a folder can be written."""
@@ -94,6 +100,24 @@ def read_json(path: Path, *, kind: str, schema_version: int) -> dict[str, Any]:
         f"{path} has schema version {version}; this version of normuon reads {schema_version}",
     )
     return dict(values)
+
+
+def read_toml(path: Path, *, what: str = "") -> dict[str, Any]:
+    """The nested values of a TOML file.
+
+    Raises:
+        InputError: it cannot be read or is not TOML; names it as `what`, such as
+            ``"--config a.toml"``, or by its path.
+    """
+    what = what or str(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {what}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} is not text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{what} is not TOML: {error}") from None
 
 
 @contextmanager

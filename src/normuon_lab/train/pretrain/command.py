@@ -14,9 +14,10 @@ from typing import Annotated
 
 import tyro
 
+from normuon_lab.atomic_files import read_toml
 from normuon_lab.errors import flag, require
 from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
-from normuon_lab.train.pretrain.settings import DEFAULT_PRESET, merged, pretrain_preset, read_values
+from normuon_lab.train.pretrain.settings import DEFAULT_PRESET, merged, pretrain_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,9 @@ def default_command(words: Sequence[str]) -> Train:
     parser.add_argument("--config", nargs="?")
     parser.add_argument("--preset", nargs="?")
     given, _ = parser.parse_known_args(words)
-    values = {} if given.config is None else read_values(Path(given.config))
+    values = {}
+    if given.config is not None:
+        values = read_toml(Path(given.config), what=f"--config {given.config}")
     preset = given.preset or values.get("preset", DEFAULT_PRESET)
     require(isinstance(preset, str), f"--config {given.config}: preset is not a name")
     settings = merged(pretrain_preset(preset), values, source=f"--config {given.config}")

@@ -27,7 +27,6 @@ from normuon_lab.train.pretrain.settings import (
     PRETRAIN_PRESETS,
     merged,
     pretrain_preset,
-    read_values,
     write_config,
 )
 from tests.lab.train.pretrain.processes import Job
@@ -96,7 +95,7 @@ def test_a_file_with_a_mistake_is_one_line(
 
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(InputError, match=r"cannot read --config nowhere.toml: No such file"):
-        read_values(Path("nowhere.toml"))
+        settings("--config", "nowhere.toml")
 
 
 def test_whole_numbers_are_taken_for_rates() -> None:
