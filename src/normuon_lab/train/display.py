@@ -92,37 +92,36 @@ class RunsDisplay(_Display):
         self._num_runs = num_runs
         self._num_done = num_done
         self._steps_done = steps_done
-        self._running: dict[Hashable, tuple[TaskID, str, int]] = {}
+        self._running: dict[Hashable, TaskID] = {}
         self._total = self._progress.add_task(
             "all runs", total=steps, completed=steps_done, note=""
         )
 
     def __exit__(self, *error: object) -> None:
-        for task, _, _ in self._running.values():
+        for task in self._running.values():
             self._progress.remove_task(task)
         super().__exit__(*error)
 
     def start(self, run: Hashable, title: str, *, steps: int) -> None:
         """A run of `steps` steps begins."""
-        task = self._progress.add_task(title, total=steps, note="starting")
-        self._running[run] = task, title, steps
+        self._running[run] = self._progress.add_task(title, total=steps, note="starting")
 
     def advance(self, run: Hashable, step: int, loss: float) -> None:
         """A run has done `step` steps."""
-        task, _, _ = self._running[run]
-        self._progress.update(task, completed=step, note=f"train loss {loss:.3f}")
+        note = f"train loss {loss:.3f}"
+        self._progress.update(self._running[run], completed=step, note=note)
         self._show_total()
 
     def end(self, run: Hashable, outcome: str) -> None:
         """A run ended, with or without a result."""
-        task, title, steps = self._running.pop(run)
+        number = self._running.pop(run)
+        (task,) = (task for task in self._progress.tasks if task.id == number)
         self._num_done += 1
-        self._steps_done += steps
-        self._progress.remove_task(task)
+        self._steps_done += int(task.total or 0)
+        self._progress.remove_task(number)
         self._show_total()
-        self.say(f"[{self._num_done}/{self._num_runs}] {title}: {outcome}")
+        self.say(f"[{self._num_done}/{self._num_runs}] {task.description}: {outcome}")
 
     def _show_total(self) -> None:
-        running = {task for task, _, _ in self._running.values()}
-        steps = sum(task.completed for task in self._progress.tasks if task.id in running)
-        self._progress.update(self._total, completed=self._steps_done + steps)
+        running = (task.completed for task in self._progress.tasks if task.id != self._total)
+        self._progress.update(self._total, completed=self._steps_done + sum(running))

@@ -124,8 +124,7 @@ def run_comparison(
 def _do_missing_runs(
     results: Results, experiment: Experiment, task: Task, out: Path, console: Console
 ) -> None:
-    from normuon_lab.train.runs.execution import execute
-    from normuon_lab.train.runs.workers import Job
+    from normuon_lab.train.runs.workers import Job, execute
 
     def keep(spec: RunSpec, record: RunRecord) -> None:
         results.records.append(record)

@@ -212,8 +212,7 @@ def do_runs(
     ]
     if not missing:
         return
-    from normuon_lab.train.runs.execution import execute
-    from normuon_lab.train.runs.workers import Job
+    from normuon_lab.train.runs.workers import Job, execute
 
     experiment = experiment or cell.experiment
     task = load_task(experiment)
@@ -293,7 +292,7 @@ def repeat_runs(
             f"{run.path} was made from another text (SHA-256 {run.corpus_digest[:12]}..., not "
             f"{corpus.digest[:12]}...): the standard library of another Python, say",
         )
-    from normuon_lab.train.runs.execution import execute_specs
+    from normuon_lab.train.runs.workers import execute_specs
 
     repeated = execute_specs(list(published), cell.experiment, corpus, console=console)
     return [Repeat(run.record, repeated[spec]) for spec, run in published.items()]

@@ -277,7 +277,7 @@ def run_search(
         num_workers=default_num_workers(max(1, num_first) * len(request.seeds))
     )
     # Not before the request is known to be good: an error should not wait for torch.
-    from normuon_lab.train.runs.execution import execute_specs
+    from normuon_lab.train.runs.workers import execute_specs
 
     def write() -> None:
         for arm in request.arms:

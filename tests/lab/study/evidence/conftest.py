@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 from rich.console import Console
 
-from normuon_lab.train.runs import execution
+from normuon_lab.train.runs import workers
 from normuon_lab.train.runs.config import Experiment, RunSpec
 from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import load_task
@@ -34,5 +34,5 @@ def trained_here(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
             record = train_run(job.spec, experiment, data, probe_updates=job.probe_updates)
             on_finished(job.spec, record)
 
-    monkeypatch.setattr(execution, "execute", execute)
+    monkeypatch.setattr(workers, "execute", execute)
     return seen
