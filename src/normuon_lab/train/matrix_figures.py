@@ -68,13 +68,9 @@ def matrix_figures(x_BMN: Tensor) -> MatrixFigures | None:
     )
 
 
-def figures_by_block(tensor: Tensor, view: MatrixView) -> list[MatrixFigures | None]:
-    """The figures of each block of a whole parameter, or of a tensor of its shape."""
-    return [matrix_figures(view.matrices(tensor, part)) for part in view.parts(tensor.shape)]
-
-
 def measuring_flops(shape: torch.Size, view: MatrixView) -> float:
-    """Estimates the operations of `figures_by_block`: a Gram matrix and its eigenvalues."""
+    """Estimates the operations of `matrix_figures` on all blocks of a parameter: those of Gram
+    matrices and their eigenvalues."""
     flops = 0.0
     for batch, m, n in view.shapes(shape):
         short, long = sorted((m, n))

@@ -7,8 +7,8 @@ by one rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,23 +21,13 @@ from normuon import MatrixView, NorMuon
 from normuon.momentum_forms import whole_momentum as decoded_momentum
 from normuon_lab.train.arms.builders import hidden_groups
 from normuon_lab.train.loop import local_part
-from normuon_lab.train.matrix_figures import (
-    MatrixFigures,
-    figures_by_block,
-    measuring_flops,
-    update_of,
-)
+from normuon_lab.train.matrix_figures import matrix_figures, measuring_flops, update_of
 
 MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
 """What optimizers call their momentum: NorMuon and Muon, and AdamW."""
 
 DEFAULT_MAX_FLOPS = 1e11
 """Operations of a rank per measurement: some 5 seconds on a core of a CPU."""
-
-_FIGURES = tuple(field.name for field in fields(MatrixFigures))
-_NO_FIGURES = (0.0,) * len(_FIGURES)
-_KINDS = ("momentum", "update")
-_NUM_FIGURES = len(_FIGURES) * len(_KINDS) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +120,19 @@ class MatrixDiagnostics:
             self._measure(matrix, before)
             for matrix, before in zip(self._round, self._before, strict=True)
         ]
-        table = torch.cat(measured)
+        by_rank = [measured]
         if self._num_ranks > 1:
-            device = self._round[0].param.device
-            table = table.to(device)
-            dist.all_reduce(table)
-        found = dict(self._named(table.tolist()))
+            by_rank = [[]] * self._num_ranks
+            dist.all_gather_object(by_rank, measured)
+        found: dict[str, float] = {}
+        for number, matrix in enumerate(self._round):
+            found.update(by_rank[matrix.owner][number])
         self._round, self._before = (), []
         self.last_seconds += time.perf_counter() - began
         return found
 
-    def _measure(self, matrix: HiddenMatrix, before: Tensor) -> Tensor:
-        """``[blocks, figures]`` float64; 0 for missing figures and for matrices of other ranks."""
+    def _measure(self, matrix: HiddenMatrix, before: Tensor) -> dict[str, float]:
+        """The figures of a matrix by name; none of those of other ranks."""
         param = matrix.param.detach()
         group = self._group_of[matrix.param]
         momentum = _momentum_of(self._optimizer, matrix.param, group)
@@ -152,34 +143,22 @@ class MatrixDiagnostics:
         whole_update = _whole(_placed_like(update, param))
         whole_momentum = None if momentum is None else _whole(momentum)
         weight, view = _whole(param), matrix.view
-        blocks = view.parts(matrix.param.shape)
         if matrix.owner != self._rank:
-            return torch.zeros(len(blocks), _NUM_FIGURES, dtype=torch.float64)
-        by_kind = [
-            [None] * len(blocks) if tensor is None else figures_by_block(tensor, view)
-            for tensor in (whole_momentum, whole_update)
-        ]
-        rows = []
-        for part, *kinds in zip(blocks, *by_kind, strict=True):
-            row = [x for figures in kinds for x in (astuple(figures) if figures else _NO_FIGURES)]
-            ratio = _rms_ratio(view.native(whole_update, part), view.native(weight, part))
-            rows.append([*row, ratio])
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def _named(self, table: list[list[float]]) -> Iterator[tuple[str, float]]:
-        rows = iter(table)
-        for matrix in self._round:
-            blocks = matrix.view.parts(matrix.param.shape)
-            for block in range(len(blocks)):
-                place = f"{matrix.name}[{block}]" if len(blocks) > 1 else matrix.name
-                row = next(rows)
-                for kind in _KINDS:
-                    values, row = row[: len(_FIGURES)], row[len(_FIGURES) :]
-                    # A condition number is at least 1: 0 stands for a matrix without figures.
-                    if values[0] > 0:
-                        for figure, value in zip(_FIGURES, values, strict=True):
-                            yield f"diagnostics/{place}/{kind}_{figure}", value
-                yield f"diagnostics/{place}/update_to_weight_rms", row[0]
+            return {}
+        found = {}
+        blocks = view.parts(matrix.param.shape)
+        for number, part in enumerate(blocks):
+            block = f"[{number}]" if len(blocks) > 1 else ""
+            place = f"diagnostics/{matrix.name}{block}"
+            for kind, tensor in (("momentum", whole_momentum), ("update", whole_update)):
+                figures = None if tensor is None else matrix_figures(view.matrices(tensor, part))
+                if figures is not None:
+                    for figure, value in asdict(figures).items():
+                        found[f"{place}/{kind}_{figure}"] = value
+            found[f"{place}/update_to_weight_rms"] = _rms_ratio(
+                view.native(whole_update, part), view.native(weight, part)
+            )
+        return found
 
 
 def _hidden_matrices(

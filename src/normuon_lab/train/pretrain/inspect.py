@@ -127,20 +127,25 @@ def _measured(
     from normuon_lab.train.arms.builders import hidden_groups
 
     views = {name: group["view"] for group in hidden_groups(model) for name, _ in group["params"]}
-    # A model's own views keep fused parameters whole: one block each.
     for name, view in views.items():
         if not fnmatchcase(name, pattern):
             continue
         stored = f"model.{name}"
         require(stored in shapes, f"{path} belongs to another model: it has no {stored}")
+        # A model's own views keep fused parameters whole: one block each.
         (part,) = view.parts(shapes[stored])
-        momentum = _momentum(path, name, shapes, view)
+        tensors = {
+            "weight": _read(path, stored, shapes[stored]),
+            "momentum": _momentum(path, name, shapes, view),
+        }
         yield {
             "name": name,
             "shape": [part.m, part.n],
             "matrices": part.batch,
-            "weight": _figures(_read(path, stored, shapes[stored]), view),
-            "momentum": None if momentum is None else _figures(momentum, view),
+            **{
+                kind: None if tensor is None else _figures(tensor, view.matrices(tensor, part))
+                for kind, tensor in tensors.items()
+            },
         }
 
 
@@ -163,11 +168,11 @@ def _momentum(
     return decoded(_read(path, codes, shapes[codes]), _read(path, absmax, grid.shape), grid)
 
 
-def _figures(tensor: Tensor, view: MatrixView) -> dict[str, float] | None:
-    """The figures of a tensor; None for one that is zero or not finite."""
-    from normuon_lab.train.matrix_figures import figures_by_block
+def _figures(tensor: Tensor, matrices: Tensor) -> dict[str, float] | None:
+    """The figures of a tensor's matrices; None for one that is zero or not finite."""
+    from normuon_lab.train.matrix_figures import matrix_figures
 
-    (figures,) = figures_by_block(tensor, view)
+    figures = matrix_figures(matrices)
     if figures is None:
         return None
     return {**asdict(figures), "rms": float(tensor.double().square().mean().sqrt())}
