@@ -237,13 +237,11 @@ def _check_config(
 ) -> None:
     found = first_difference(trajectory(description.config), trajectory(config.to_values()))
     if found is not None:
-        name, before, now = found
-        raise InputError(f"{path} was made with {name} = {before}, not {now}")
+        raise InputError("{} was made with {} = {}, not {}".format(path, *found))
     old, new = (
         {key: value for key, value in values.items() if key not in _NOT_OF_THE_MODEL}
         for values in (description.model_config, model_config)
     )
     found = first_difference(old, new)
     if found is not None:
-        name, before, now = found
-        raise InputError(f"{path} belongs to another model: its {name} is {before}, not {now}")
+        raise InputError("{} belongs to another model: its {} is {}, not {}".format(path, *found))

@@ -63,14 +63,14 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """A storage reader for `torch.distributed.checkpoint.load` that does not trust its files.
-
-    Raises:
-        InputError: `.metadata` has more than the description of tensors.
-    """
+    """A storage reader for `torch.distributed.checkpoint.load` that does not trust its files."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The folder's `.metadata`."""
+        """The folder's `.metadata`.
+
+        Raises:
+            InputError: it has more than the description of tensors.
+        """
         folder = Path(self.path)
         try:
             with (folder / ".metadata").open("rb") as file:
@@ -153,7 +153,7 @@ def tensors_to_save(
     """Nested tensors under `model`, `optimizer` and `trainer`: the live ones, not copies."""
     return {
         "model": get_model_state_dict(model),
-        "optimizer": _optimizer_state(model, optimizers)["state"],
+        "optimizer": get_optimizer_state_dict(model, list(optimizers))["state"],
         "trainer": {"rng": {str(ranks.rank): _random_state(ranks.device)}},
     }
 
@@ -173,7 +173,8 @@ def restore_(
     Raises:
         InputError: the checkpoint is of another model or optimizer; nothing is changed then.
     """
-    optimizer_state = _optimizer_state(model, optimizers)
+    # Zero where no step has made it.
+    optimizer_state = dict(get_optimizer_state_dict(model, list(optimizers)))
     random_state = _random_state(ranks.device)
     tensors: dict[str, Any] = {
         "model": get_model_state_dict(model),
@@ -184,12 +185,9 @@ def restore_(
     load_tensors_(tensors, path)
     # The tensors are in place already; optimizers may keep what they derive from them.
     set_optimizer_state_dict(model, optimizers, optimizer_state)
-    _set_random_state(random_state, ranks.device)
-
-
-def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """The state of all optimizers by parameter name; zero if no step has made it."""
-    return dict(get_optimizer_state_dict(model, list(optimizers)))
+    torch.set_rng_state(random_state["cpu"])
+    if "cuda" in random_state:
+        torch.cuda.set_rng_state(random_state["cuda"], ranks.device)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -197,12 +195,6 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
-
-
-def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def model_of(description: CheckpointDescription, *, device: str = "cpu") -> nn.Module:

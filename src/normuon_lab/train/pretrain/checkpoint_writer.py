@@ -10,13 +10,14 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
@@ -36,21 +37,25 @@ from normuon_lab.train.ranks import Ranks
 
 
 class _Storage(dcp.FileSystemWriter):
-    """torch's file writer, whose errors keep their cause when sent to other ranks.
+    """torch's file writer: one file per rank, flushed to the disk, and `publish` at the end."""
 
-    One file per rank, flushed to the disk before the rename that makes it count.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, publish: Callable[[], None]) -> None:
         super().__init__(path, single_file_per_rank=True, sync_files=True)
+        self._publish = publish
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Errors keep their cause when sent to other ranks."""
         try:
             return super().write_data(plan, planner)
         except Exception as error:
             # torch's serialiser reports the damage that the refusal did to its file.
             refusals = [cause for cause in _causes(error) if isinstance(cause, OSError)]
             raise (refusals[0] if refusals else error) from None
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called on rank 0 alone, when all ranks' tensors are on the disk."""
+        super().finish(metadata, results)
+        self._publish()
 
 
 class CheckpointWriter:
@@ -64,12 +69,9 @@ class CheckpointWriter:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self._folder = checkpoints_folder(run_dir)
-        self._run_dir = run_dir
-        self._config = config
-        self._ranks = ranks
-        self._pending: Future[None] | None = None
-        self._pending_step = 0
-        self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
+        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        self._pending: Future[Any] | None = None
+        self._step = 0
         # Writing beside training must not mix its collectives with training's.
         has_own_group = config.async_checkpoint and ranks.mesh is not None
         self._group = dist.new_group(backend="gloo") if has_own_group else None
@@ -86,21 +88,17 @@ class CheckpointWriter:
                 checkpoints are untouched.
         """
         self.wait()
-        partial = self._folder / f".{checkpoint_name(description.step)}.partial"
-        self._together(lambda: self._make_room(partial), description.step)
-        storage = _Storage(partial)
+        self._step = description.step
+        self._together(self._make_room)
+        storage = _Storage(self._partial, lambda: self._publish(description))
         alone = self._ranks.mesh is None
-        if self._thread is None:
-            self._together(
-                lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone), description.step
-            )
-            self._together(lambda: self._publish(partial, description), description.step)
+        if not self._config.async_checkpoint:
+            self._together(lambda: dcp.save(tensors, storage_writer=storage, no_dist=alone))
             return
-        written: Any = dcp.async_save(
+        pending: Any = dcp.async_save(
             tensors, storage_writer=storage, process_group=self._group, no_dist=alone
         )
-        self._pending_step = description.step
-        self._pending = self._thread.submit(self._finish, written, partial, description)
+        self._pending = pending
 
     def wait(self) -> None:
         """Wait until all writing is done.
@@ -110,46 +108,41 @@ class CheckpointWriter:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._together(pending.result, self._pending_step)
+            self._together(pending.result)
 
     def close(self) -> None:
         """Wait for the writing and ignore its errors, for a run that has already failed."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
+        if self._pending is not None:
+            wait([self._pending])
 
-    def _finish(
-        self, written: Future[Any], partial: Path, description: CheckpointDescription
-    ) -> None:
-        # Every rank's tensors are on the disk when rank 0's future is done: it collects theirs.
-        written.result()
-        self._publish(partial, description)
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f".{checkpoint_name(self._step)}.partial"
 
-    def _together(self, function: Callable[[], object], step: int) -> None:
+    def _together(self, function: Callable[[], object]) -> None:
         """Call `function` on every rank; an error on one is raised, as one line, on all."""
         failure: Exception | None = None
         try:
             function()
         except (CheckpointException, InputError, OSError, RuntimeError) as error:
             failure = OSError(
-                f"the checkpoint of step {step} cannot be written to {self._folder}: "
+                f"the checkpoint of step {self._step} cannot be written to {self._folder}: "
                 f"{_reason(error)}; earlier checkpoints are intact"
             )
             if self._ranks.is_main:
-                shutil.rmtree(self._folder / f".{checkpoint_name(step)}.partial", True)
+                shutil.rmtree(self._partial, ignore_errors=True)
         self._ranks.raise_together(failure)
 
-    def _make_room(self, partial: Path) -> None:
+    def _make_room(self) -> None:
         if self._ranks.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in self._folder.glob(".step-*"):
                 shutil.rmtree(leftover)
-            partial.mkdir()
+            self._partial.mkdir()
 
-    def _publish(self, partial: Path, description: CheckpointDescription) -> None:
-        """Write the description, flush everything and rename the folder. Rank 0 only."""
-        if not self._ranks.is_main:
-            return
-        files = sorted(path for path in partial.iterdir() if path.name != DESCRIPTION_FILE)
+    def _publish(self, description: CheckpointDescription) -> None:
+        """Write the description, flush everything, rename the folder and forget old ones."""
+        partial, files = self._partial, sorted(self._partial.iterdir())
         digests = hash_files(files)
         described = {
             path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]}
@@ -161,11 +154,7 @@ class CheckpointWriter:
             _flush(path)
         partial.replace(self._folder / checkpoint_name(description.step))
         _flush(self._folder)
-        self._forget_old()
-
-    def _forget_old(self) -> None:
-        found = find_checkpoints(self._run_dir)
-        for path in superseded(found, self._config):
+        for path in superseded(find_checkpoints(self._run_dir), self._config):
             # Renamed first: a folder that is half deleted must not look whole.
             leaving = path.with_name(f".{path.name}.deleting")
             path.replace(leaving)
