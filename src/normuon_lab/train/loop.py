@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from normuon_lab.train.ranks import Ranks
 
+CPU = torch.device("cpu")
+
 Batch = tuple[Tensor, Tensor]
 """Inputs and targets, both int64 ``[batch, sequence]``."""
 
@@ -50,10 +52,11 @@ class FinishedStep:
     measured: Mapping[str, float]
 
 
+@dataclass(kw_only=True)
 class TrainingLoop:
     """Takes optimizer steps, each over one or several micro batches.
 
-    Args:
+    Attributes:
         model: spread over its ranks.
         optimizers: those that step together; their present learning rates are the peaks.
         batches: micro batches on the model's device, without end.
@@ -66,34 +69,22 @@ class TrainingLoop:
         device: where steps run, for their times.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        *,
-        batches: Iterator[Batch],
-        loss: Loss,
-        factor: Callable[[int], float],
-        num_micro_batches: int = 1,
-        max_grad_norm: float | None = None,
-        probe: Probe | None = None,
-        step: int = 0,
-        device: torch.device | None = None,
-    ) -> None:
-        self._model = model
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    batches: Iterator[Batch]
+    loss: Loss
+    factor: Callable[[int], float]
+    num_micro_batches: int = 1
+    max_grad_norm: float | None = None
+    probe: Probe | None = None
+    step: int = 0
+    device: torch.device = CPU
+
+    def __post_init__(self) -> None:
+        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self._peaks = [group["lr"] for group in self._groups]
-        self._optimizers = optimizers
-        self._batches = batches
-        self._loss = loss
-        self._factor = factor
-        self._num_micro_batches = num_micro_batches
-        self._max_grad_norm = max_grad_norm
-        self._probe = probe
-        self._device = device or torch.device("cpu")
-        self.step = step
-        self.clock = StepClock(self._device)
+        self.clock = StepClock(self.device)
 
     def run(
         self,
@@ -107,7 +98,7 @@ class TrainingLoop:
         Returns:
             Whether the last step was reached.
         """
-        self._model.train()
+        self.model.train()
         while self.step < until:
             if should_stop():
                 return False
@@ -117,27 +108,27 @@ class TrainingLoop:
     def advance(self) -> FinishedStep:
         """Take one step."""
         self.clock.mark()
-        total = torch.zeros((), dtype=torch.float32, device=self._device)
-        for _ in range(self._num_micro_batches):
-            inputs, targets = next(self._batches)
-            loss = self._loss(self._model, inputs, targets) / self._num_micro_batches
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for _ in range(self.num_micro_batches):
+            inputs, targets = next(self.batches)
+            loss = self.loss(self.model, inputs, targets) / self.num_micro_batches
             loss.backward()
             total += loss.detach()
         norm = None
-        if self._max_grad_norm is not None:
-            norm = clip_gradients_(self._parameters, max_norm=self._max_grad_norm)
-        factor = self._factor(self.step)
+        if self.max_grad_norm is not None:
+            norm = clip_gradients_(self._parameters, max_norm=self.max_grad_norm)
+        factor = self.factor(self.step)
         for group, peak in zip(self._groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         self.clock.mark()
-        if self._probe is not None:
-            self._probe.before_step(self.step)
+        if self.probe is not None:
+            self.probe.before_step(self.step)
         self.clock.mark()
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
         self.clock.mark()
-        measured = self._probe.after_step(self.step) if self._probe is not None else None
-        for optimizer in self._optimizers:
+        measured = self.probe.after_step(self.step) if self.probe is not None else None
+        for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return FinishedStep(self.step, total, norm, measured or {})

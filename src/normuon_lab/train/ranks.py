@@ -93,12 +93,9 @@ class Ranks:
         Raises:
             RunsFailedError: with the text of the error.
         """
-        texts: list[str | None] = [None] * self.world_size
-        text = None if error is None else str(error)
-        if self.mesh is None:
-            texts = [text]
-        else:
-            dist.all_gather_object(texts, text)
+        texts = [None if error is None else str(error)] * self.world_size
+        if self.mesh is not None:
+            dist.all_gather_object(texts, texts[0])
         for found in texts:
             if found is not None:
                 raise RunsFailedError(found) from error

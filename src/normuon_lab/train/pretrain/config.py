@@ -113,15 +113,15 @@ class OptimizerConfig:
             self.arm in PRETRAINING_ARMS,
             f"unknown arm {self.arm!r}: choose from {', '.join(PRETRAINING_ARMS)}",
         )
-        for name in ("split_heads", "equilibrate"):
+        for name, unset in (
+            ("split_heads", False),
+            ("equilibrate", False),
+            ("momentum_dtype", "auto"),
+        ):
             require(
-                self.arm == "normuon" or not getattr(self, name),
+                self.arm == "normuon" or getattr(self, name) == unset,
                 f"{flag(name)} is an option of NorMuon: leave it out with --arm {self.arm}",
             )
-        require(
-            self.arm == "normuon" or self.momentum_dtype == "auto",
-            f"{flag('momentum_dtype')} is an option of NorMuon: leave it out with --arm {self.arm}",
-        )
         _require_positive(self, "lr", "adam_lr", "embedding_lr", "head_lr")
         _require_at_least(self, weight_decay=0, max_grad_norm=0)
         for name, value in (
@@ -311,17 +311,10 @@ def trajectory(values: dict[str, Any]) -> dict[str, Any]:
         >>> trajectory({"seed": 1, "metrics": {"log_every": 1}, "batch": {"steps": 9}})
         {'seed': 1, 'batch': {'steps': 9}}
     """
-    kept: dict[str, Any] = {}
-    for section, value in values.items():
-        if section in _FREE_SECTIONS:
-            continue
-        free = _FREE_FIELDS.get(section, ())
-        is_section = isinstance(value, dict)
-        kept[section] = (
-            {name: field for name, field in value.items() if name not in free}
-            if is_section
-            else value
-        )
+    kept = {name: value for name, value in values.items() if name not in _FREE_SECTIONS}
+    for section, free in _FREE_FIELDS.items():
+        if section in kept:
+            kept[section] = {k: value for k, value in kept[section].items() if k not in free}
     return kept
 
 

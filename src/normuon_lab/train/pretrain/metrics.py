@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 
 from normuon_lab.atomic_files import write_text
 from normuon_lab.errors import RunsFailedError, require
+from normuon_lab.train.pretrain.config import PretrainConfig
 
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bfloat16 from NVIDIA's data sheets, in 1e12 FLOPs per second, by a part of the device's
 # name. The first that fits counts.
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -29,22 +30,24 @@ _PEAK_TFLOPS = {
 }
 
 
+Tracker = tuple[Callable[[int, Mapping[str, float]], object], Callable[[], object]]
+"""Takes the numbers of a step; and ends."""
+
+
 class MetricsLog:
     """Writes rows of numbers, each as one JSON object on a line, and sends them to trackers.
 
     Args:
         run_dir: the run's folder.
+        config: names the trackers, which show all of it.
         step: the step from which the run continues; rows of later steps, from a killed run, are
             dropped.
-        trackers: names from `config.TRACKERS`.
-        config: what trackers show of the run.
     """
 
-    def __init__(
-        self, run_dir: Path, *, step: int, trackers: Sequence[str], config: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, run_dir: Path, config: PretrainConfig, *, step: int) -> None:
         self._path = run_dir / METRICS_FILE
-        self._trackers = [_TRACKERS[name](run_dir, step, config) for name in trackers]
+        names, shown = config.metrics.trackers, config.to_values()
+        self._trackers = [_TRACKERS[name](run_dir, step, shown) for name in names]
         kept = [row for row in read_metrics(self._path) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         # A line at a time: a row is written whole or, after a crash, is the last and torn.
@@ -55,8 +58,8 @@ class MetricsLog:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for _, close in self._trackers:
+            close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add a row; values that are not finite become null.
@@ -69,8 +72,8 @@ class MetricsLog:
             self._file.write(json.dumps({"step": step, **row}) + "\n")
         except OSError as error:
             raise RunsFailedError(f"cannot write {self._path}: {error.strerror}") from None
-        for tracker in self._trackers:
-            tracker.log(step, values)
+        for log, _ in self._trackers:
+            log(step, values)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -93,51 +96,34 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _TensorBoard:
-    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(run_dir: Path, step: int, config: Mapping[str, Any]) -> Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-        # Hides what a killed run wrote after the checkpoint this one goes on from.
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    # Hides what a killed run wrote after the checkpoint this one goes on from.
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project="normuon", name=run_dir.name, dir=str(run_dir), config=dict(config)
-        )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return log, writer.close
 
 
-class _Trackio:
-    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
-        import trackio
+def _wandb(run_dir: Path, step: int, config: Mapping[str, Any]) -> Tracker:
+    import wandb
 
-        self._trackio = trackio
-        trackio.init(project="normuon", name=run_dir.name, config=dict(config), resume="allow")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._trackio.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
+    run = wandb.init(project="normuon", name=run_dir.name, dir=str(run_dir), config=dict(config))
+    return lambda step, values: run.log(dict(values), step=step), run.finish
 
 
-_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+def _trackio(run_dir: Path, step: int, config: Mapping[str, Any]) -> Tracker:
+    import trackio
+
+    trackio.init(project="normuon", name=run_dir.name, config=dict(config), resume="allow")
+    return lambda step, values: trackio.log(dict(values), step=step), trackio.finish
+
+
+_TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
@@ -147,7 +133,7 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in _PEAK_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

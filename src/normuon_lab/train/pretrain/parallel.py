@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from normuon_lab.errors import InputError, counted, require
+from normuon_lab.machine import has_cpp_compiler
 from normuon_lab.plan.model_matrices import tp_style_of
 from normuon_lab.train.model import config_of, layers_of
 from normuon_lab.train.pretrain.config import ModelConfig, ParallelConfig
@@ -128,9 +128,8 @@ def spread(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
         known: Any = model
         known.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        compilers = ("c++", "g++", "clang++")
         require(
-            any(shutil.which(name) for name in compilers),
+            has_cpp_compiler(),
             "--compile needs a C++ compiler, and none was found: install g++ or leave it out",
         )
         for layer in layers_of(model):

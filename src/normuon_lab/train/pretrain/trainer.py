@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,6 @@ from normuon_lab.train.model import (
     config_values,
     flops_per_token,
     next_token_loss,
-    num_parameters,
 )
 from normuon_lab.train.pretrain.checkpoint import CheckpointDescription
 from normuon_lab.train.pretrain.checkpoint_tensors import restore_, tensors_to_save
@@ -60,7 +60,6 @@ class Trainer:
         point: a checkpoint to continue from.
 
     Attributes:
-        title: model and data in one line.
         batches: training data, at its position.
         writer: of checkpoints.
         metrics: the log of numbers; None on ranks that write none.
@@ -80,43 +79,41 @@ class Trainer:
         point: tuple[Path, CheckpointDescription] | None = None,
     ) -> None:
         self._config, self._ranks, self._display = config, ranks, display
-        batch, schedule = config.batch, config.schedule
+        batch, schedule, metrics = config.batch, config.schedule, config.metrics
         micro_size = micro_batch_size(batch, data_ranks=ranks.data_size)
         self._flops_per_token = flops_per_token(model, sequence_length=batch.sequence_length).total
-        peak = peak_flops(ranks.device, config.metrics.device_tflops)
-        self._peak_flops = None if peak is None else peak * ranks.world_size
+        self._peak_flops = peak_flops(ranks.device, metrics.device_tflops)
         self._model_config = config_values(model)
-        self.title = _title(config, data, num_parameters(model))
         self._model = spread(model, config.model, ranks)
         forward_dtype = compute_dtype(config.model, ranks.device)
         self._optimizers = build_optimizers(
             self._model, config.optimizer, forward_dtype=forward_dtype
         )
+        share = {"rank": ranks.data_rank, "world_size": ranks.data_size}
         self.batches = data.train_batches(
-            global_batch_size=batch.batch_size,
-            micro_batch_size=micro_size,
-            rank=ranks.data_rank,
-            world_size=ranks.data_size,
+            global_batch_size=batch.batch_size, micro_batch_size=micro_size, **share
         )
         self._validation: Iterable[Tensor] = ()
         if config.evaluation.eval_every:
             self._validation = data.validation_batches(
-                tokens=config.evaluation.eval_tokens,
-                batch_size=micro_size,
-                rank=ranks.data_rank,
-                world_size=ranks.data_size,
+                tokens=config.evaluation.eval_tokens, batch_size=micro_size, **share
             )
         self.writer = CheckpointWriter(out, config.checkpoint, ranks)
         self.metrics: MetricsLog | None = None
+        self._saved_step = 0
         # First, because a restored optimizer has other param groups than it had.
-        step = 0 if point is None else self._restore_(*point)
+        if point is not None:
+            path, then = point
+            self._saved_step = then.step
+            self.batches.load_state_dict(then.data_state)
+            restore_(path, self._model, self._optimizers, ranks, world_size_then=then.world_size)
         self._diagnostics = None
-        if config.metrics.diagnose_every:
+        if metrics.diagnose_every:
             from normuon_lab.train.pretrain.diagnostics import MatrixDiagnostics
 
             # The first optimizer is the one of the hidden matrices.
             self._diagnostics = MatrixDiagnostics(
-                self._model, self._optimizers[0], every=config.metrics.diagnose_every
+                self._model, self._optimizers[0], every=metrics.diagnose_every
             )
         self._factor = partial(
             learning_rate_factor,
@@ -124,38 +121,23 @@ class Trainer:
             warmup_steps=schedule.warmup_steps,
             decay_steps=schedule.decay_steps(batch.steps),
         )
-        self._loop = self._loop_from(step)
-        self._saved_step = step
-
-    def _loop_from(self, step: int) -> TrainingLoop:
-        return TrainingLoop(
-            self._model,
-            self._optimizers,
+        self._loop = TrainingLoop(
+            model=self._model,
+            optimizers=self._optimizers,
             batches=self._micro_batches(),
             loss=self._loss,
             factor=self._factor,
             num_micro_batches=self.batches.share.micro_batches_per_step,
-            max_grad_norm=self._config.optimizer.max_grad_norm,
+            max_grad_norm=config.optimizer.max_grad_norm,
             probe=self._diagnostics,
-            step=step,
-            device=self._ranks.device,
+            step=self._saved_step,
+            device=ranks.device,
         )
 
     @property
     def step(self) -> int:
         """Finished steps."""
         return self._loop.step
-
-    def _restore_(self, path: Path, description: CheckpointDescription) -> int:
-        self.batches.load_state_dict(description.data_state)
-        restore_(
-            path,
-            self._model,
-            self._optimizers,
-            self._ranks,
-            world_size_then=description.world_size,
-        )
-        return description.step
 
     def run(self, should_stop: Callable[[], bool]) -> bool:
         """Train, and write a checkpoint at the end, even if stopped early.
@@ -173,10 +155,6 @@ class Trainer:
         self._save()
         self.writer.wait()
         return is_done
-
-    def advance(self) -> None:
-        """One step and the work after it; `run` without a request to stop."""
-        self._after_step(self._loop.advance())
 
     def _micro_batches(self) -> Iterator[Batch]:
         for number in count(1):
@@ -228,7 +206,8 @@ class Trainer:
             **measured,
         }
         if self._peak_flops is not None:
-            row["mfu"] = tokens_per_second * self._flops_per_token / self._peak_flops
+            peak_of_all = self._peak_flops * self._ranks.world_size
+            row["mfu"] = tokens_per_second * self._flops_per_token / peak_of_all
         if self.metrics is not None:
             self.metrics.log(self.step, row)
         self._display.advance(self.step, row)
@@ -287,21 +266,15 @@ def build_optimizers(
     model: nn.Module, config: OptimizerConfig, *, forward_dtype: torch.dtype = torch.bfloat16
 ) -> list[Optimizer]:
     """The optimizers of an arm, at their peak learning rates."""
+    shared = {field.name for field in fields(ArmOptions)} & {field.name for field in fields(config)}
+    values = {name: getattr(config, name) for name in shared}
+    values["ns_dtype"] = (
+        forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype)
+    )
     normuon: list[tuple[str, Any]] = [("equilibrate", True)] if config.equilibrate else []
     if config.momentum_dtype != "auto":
         normuon.append(("momentum_dtype", config.momentum_dtype))
-    options = ArmOptions(
-        adam_lr=config.adam_lr,
-        embedding_lr=config.embedding_lr,
-        head_lr=config.head_lr,
-        weight_decay=config.weight_decay,
-        betas=config.betas,
-        momentum=config.momentum,
-        beta2=config.beta2,
-        ns_dtype=forward_dtype if config.ns_dtype == "auto" else getattr(torch, config.ns_dtype),
-        split_heads=config.split_heads,
-        normuon=tuple(normuon),
-    )
+    options = ArmOptions(**values, normuon=tuple(normuon))
     return PRETRAINING_ARMS[config.arm].build(model, config.lr, options)
 
 
@@ -328,15 +301,3 @@ def micro_batch_size(batch: BatchConfig, *, data_ranks: int) -> int:
         f"{size}: give another --micro-batch-size",
     )
     return size
-
-
-def _title(config: PretrainConfig, data: PretrainData, size: int) -> str:
-    """One line: the model and its size, the data and its size."""
-    described = data.describe()
-    source = ", ".join(described["source"])
-    amount = (
-        counted(described["train_tokens"], "token")
-        if "train_tokens" in described
-        else f"streamed from {counted(described['files'], 'file')}"
-    )
-    return f"{config.model.model} ({counted(size, 'parameter')}) on {source} ({amount})"

@@ -22,7 +22,7 @@ from normuon_lab.data.loading import open_data
 from normuon_lab.errors import counted, require
 from normuon_lab.machine import denormals_flushed
 from normuon_lab.train.display import RunDisplay
-from normuon_lab.train.model import build_named_model, config_of, config_values
+from normuon_lab.train.model import build_named_model, config_of, config_values, num_parameters
 from normuon_lab.train.pretrain.checkpoint import (
     CONFIG_FILE,
     begin,
@@ -47,7 +47,9 @@ def train(config: PretrainConfig, out: Path, *, resume: str, console: Console) -
         KeyboardInterrupt: Ctrl-C ended it.
     """
     check_trackers(config.metrics.trackers)
-    with StopRequest() as stop, denormals_flushed(), joined(config.parallel) as ranks:
+    stop = StopRequest()
+    with stop.noted(signal.SIGTERM), denormals_flushed(), joined(config.parallel) as ranks:
+        stop.speaks = ranks.is_main
         # A process alone saves and loads alone; torch would say so each time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         model = build_named_model(
@@ -60,6 +62,7 @@ def train(config: PretrainConfig, out: Path, *, resume: str, console: Console) -
             config.data, sequence_length=config.batch.sequence_length, seed=config.seed
         )
         _check_fit(config, data, model)
+        title = _title(config, data, model)
         first_step = 0 if point is None else point[1].step
         display = RunDisplay(
             console, step=first_step, steps=config.batch.steps, enabled=ranks.is_main
@@ -68,14 +71,9 @@ def train(config: PretrainConfig, out: Path, *, resume: str, console: Console) -
         ranks.on_main(lambda: begin(out, config))
         try:
             if ranks.is_main:
-                trainer.metrics = MetricsLog(
-                    out,
-                    step=first_step,
-                    trackers=config.metrics.trackers,
-                    config=config.to_values(),
-                )
-            with trainer.metrics or nullcontext(), display, stop.interrupts_noted(ranks):
-                display.say(f"training {trainer.title}, into {out}")
+                trainer.metrics = MetricsLog(out, config, step=first_step)
+            with trainer.metrics or nullcontext(), display, stop.noted(signal.SIGINT):
+                display.say(f"training {title}, into {out}")
                 if first_step:
                     display.say(f"continuing from step {first_step}")
                 is_done = trainer.run(lambda: stop.agreed(ranks))
@@ -106,33 +104,27 @@ INTERRUPT = "Ctrl-C"
 class StopRequest:
     """A request to stop after the current step, which all ranks then do together.
 
-    SIGTERM, which schedulers send before they end a job, is noted while this is open. Ctrl-C is
-    noted only within `interrupts_noted`, so that before the first step it ends the process at once.
-    The signal only sets a flag: the current step or checkpoint is finished first.
+    Signals are noted within `noted`: SIGTERM, which schedulers send before they end a job, all the
+    time, and Ctrl-C from the first step on, so that before it ends the process at once. A signal
+    only sets a flag: the current step or checkpoint is finished first.
 
     Attributes:
         by: the source of the request, for messages.
+        speaks: whether Ctrl-C is answered with a line.
     """
 
     def __init__(self) -> None:
         self.by = ""
-
-    def __enter__(self) -> StopRequest:
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        self.speaks = False
 
     @contextmanager
-    def interrupts_noted(self, ranks: Ranks) -> Iterator[None]:
-        """Note Ctrl-C too; a second one ends the process at once."""
-        self._speaks = ranks.is_main
-        before = signal.signal(signal.SIGINT, self._note_interrupt)
+    def noted(self, number: signal.Signals) -> Iterator[None]:
+        """Note a signal; a second Ctrl-C ends the process at once."""
+        before = signal.signal(number, self._note)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before)
 
     def agreed(self, ranks: Ranks) -> bool:
         """Whether any rank was asked to stop; all ranks call this together."""
@@ -142,13 +134,12 @@ class StopRequest:
         return True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.by = "SIGTERM"
-
-    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.by = INTERRUPT
+        self.by = "SIGTERM" if number == signal.SIGTERM else INTERRUPT
+        if number == signal.SIGTERM:
+            return
         # By the system, since Python would wait for the end of a long operation.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self._speaks:
+        if self.speaks:
             # Unbuffered: the signal may have come while a line was being printed.
             text = "\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
             with suppress(OSError):
@@ -186,3 +177,14 @@ def _check_fit(config: PretrainConfig, data: PretrainData, model: nn.Module) -> 
         f"the data has a vocabulary of {data.vocab_size}, more than the model's {size}: give "
         "another tokenizer or model",
     )
+
+
+def _title(config: PretrainConfig, data: PretrainData, model: nn.Module) -> str:
+    """One line: the model and its size, the data and its size."""
+    described, size = data.describe(), counted(num_parameters(model), "parameter")
+    amount = (
+        counted(described["train_tokens"], "token")
+        if "train_tokens" in described
+        else f"streamed from {counted(described['files'], 'file')}"
+    )
+    return f"{config.model.model} ({size}) on {', '.join(described['source'])} ({amount})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +59,16 @@ def flag_of(field: str) -> str:
     return _FLAGS.get(name, flag(name))
 
 
+def _require_known(option: str, value: str, known: Sequence[str]) -> None:
+    require(value in known, f"{option} {value}: choose one of {', '.join(known)}")
+
+
+def _require_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{flag_of(name)} must be at least 1, got {value}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of the language model; random initialisation, untied embeddings."""
@@ -78,13 +88,8 @@ class ModelConfig:
     vocab_size: Annotated[int, tyro.conf.Suppress] = 256
 
     def __post_init__(self) -> None:
-        require(
-            self.family in MODEL_FAMILIES,
-            f"--model {self.family}: choose one of {', '.join(MODEL_FAMILIES)}",
-        )
-        for name in ("num_layers", "width", "num_heads", "mlp_width", "sequence_length"):
-            value = getattr(self, name)
-            require(value >= 1, f"{flag_of(name)} must be at least 1, got {value}")
+        _require_known("--model", self.family, MODEL_FAMILIES)
+        _require_counts(self, "num_layers", "width", "num_heads", "mlp_width", "sequence_length")
         require(
             self.width % self.num_heads == 0 and (self.width // self.num_heads) % 2 == 0,
             f"--width {self.width} must be an even multiple of --heads {self.num_heads}",
@@ -144,9 +149,7 @@ class TrainConfig:
     """Held-out accuracy at which a run ends, before its steps are done."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "num_evals", "eval_tokens"):
-            value = getattr(self, name)
-            require(value >= 1, f"{flag_of(name)} must be at least 1, got {value}")
+        _require_counts(self, "steps", "batch_size", "num_evals", "eval_tokens")
         require(
             0.0 <= self.warmup_fraction < 1.0,
             f"--warmup-fraction must be in [0, 1), got {self.warmup_fraction}",
@@ -235,10 +238,7 @@ class Experiment:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        require(
-            self.weights in WEIGHT_DTYPES,
-            f"--weights {self.weights}: choose one of {', '.join(WEIGHT_DTYPES)}",
-        )
+        _require_known("--weights", self.weights, WEIGHT_DTYPES)
         require(
             self.training.eval_tokens >= self.model.sequence_length,
             f"--eval-tokens {self.training.eval_tokens} is shorter than one sequence of "
@@ -317,10 +317,7 @@ def _without_later_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_tokenizer(tokenizer: str, *, vocab_size: int) -> None:
     """Raise `InputError` unless a text can have these tokens, and as many."""
-    require(
-        tokenizer in TOKENIZERS,
-        f"--tokenizer {tokenizer}: choose one of {', '.join(TOKENIZERS)}",
-    )
+    _require_known("--tokenizer", tokenizer, TOKENIZERS)
     if tokenizer == "bytes":
         require(vocab_size == NUM_BYTES, f"--vocab-size {vocab_size}: bytes are {NUM_BYTES}")
     else:

@@ -30,8 +30,6 @@ from normuon_lab.train.runs.records import RunRecord
 from normuon_lab.train.runs.tasks import Task
 from normuon_lab.train.runs.update_probe import UpdateProbe
 
-ProgressCallback = Callable[[int, float], None]
-
 
 class _DivergedError(Exception):
     """The loss is not finite."""
@@ -43,7 +41,7 @@ def train_run(
     task: Task,
     *,
     probe_updates: bool = False,
-    on_step: ProgressCallback | None = None,
+    on_step: Callable[[int, float], object] = lambda step, loss: None,
 ) -> RunRecord:
     """Train one model with one arm.
 
@@ -60,8 +58,7 @@ def train_run(
     started = time.perf_counter()
     run = _Run(spec, experiment, task, probe_updates=probe_updates, on_step=on_step)
     with _deterministic():
-        run.train()
-    record = run.finish()
+        record = run.train()
     record.total_seconds = round(time.perf_counter() - started, 3)
     return record
 
@@ -76,16 +73,15 @@ class _Run:
         task: Task,
         *,
         probe_updates: bool,
-        on_step: ProgressCallback | None,
+        on_step: Callable[[int, float], object],
     ) -> None:
         training = self._training = spec.training(experiment)
-        self._eval_steps = frozenset(training.eval_steps)
         model = build_model(experiment.model.to_transformers(), seed=spec.seed)
         self._model = model.to(getattr(torch, experiment.weights))
-        self._wrapped_loss = (
-            torch.compile(next_token_loss) if experiment.compile else next_token_loss
-        )
-        self._scores = torch.compile(next_token_scores) if experiment.compile else next_token_scores
+        self._wrapped_loss, self._scores = next_token_loss, next_token_scores
+        if experiment.compile:
+            self._wrapped_loss = torch.compile(next_token_loss)
+            self._scores = torch.compile(next_token_scores)
         self._sequence_length = experiment.model.sequence_length
         self._held_out = task.held_out(experiment, seed=spec.seed)
         self._on_step = on_step
@@ -93,6 +89,7 @@ class _Run:
         self._probe = (
             UpdateProbe(self._model, optimizers, steps=training.steps) if probe_updates else None
         )
+        self._diverged = False
         self._record = RunRecord(
             arm=spec.arm,
             seed=spec.seed,
@@ -102,8 +99,8 @@ class _Run:
             steps=training.steps,
         )
         self._loop = TrainingLoop(
-            self._model,
-            optimizers,
+            model=self._model,
+            optimizers=optimizers,
             batches=task.train_batches(experiment, seed=spec.seed),
             loss=self._loss,
             factor=partial(
@@ -115,7 +112,7 @@ class _Run:
             probe=self._probe,
         )
 
-    def train(self) -> None:
+    def train(self) -> RunRecord:
         """Train until the last step, the target accuracy, or a loss that is not finite."""
         self._evaluate(0)
         try:
@@ -125,20 +122,10 @@ class _Run:
                 should_stop=self._has_reached_accuracy,
             )
         except _DivergedError:
-            return
-
-    def finish(self) -> RunRecord:
-        """The record; the curves end before a loss that is not finite."""
+            self._diverged = True
         record = self._record
-        losses = [*record.train_losses, *record.eval_losses]
-        if all(map(math.isfinite, losses)):
+        if not self._diverged:
             record.final_loss = record.eval_losses[-1]
-        record.train_losses = [loss for loss in record.train_losses if math.isfinite(loss)]
-        kept = [i for i, loss in enumerate(record.eval_losses) if math.isfinite(loss)]
-        record.eval_steps = [record.eval_steps[i] for i in kept]
-        record.eval_losses = [record.eval_losses[i] for i in kept]
-        record.eval_seconds = [record.eval_seconds[i] for i in kept]
-        record.eval_accuracies = [record.eval_accuracies[i] for i in kept]
         record.train_seconds = round(record.train_seconds + self._loop.clock.take().seconds, 4)
         record.updates = self._probe.measurements if self._probe is not None else []
         return record
@@ -146,16 +133,15 @@ class _Run:
     def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self._wrapped_loss(model, inputs, targets)
         value = loss.item()
-        self._record.train_losses.append(round(value, 6))
         if not math.isfinite(value):
             # Before the optimizers see it: some refuse gradients that are not finite.
             raise _DivergedError
+        self._record.train_losses.append(round(value, 6))
         return loss
 
     def _after_step(self, step: FinishedStep) -> None:
-        if self._on_step is not None:
-            self._on_step(step.number, step.loss.item())
-        if step.number in self._eval_steps:
+        self._on_step(step.number, step.loss.item())
+        if step.number in self._training.eval_steps:
             self._evaluate(step.number)
 
     def _evaluate(self, finished_steps: int) -> None:
@@ -169,15 +155,17 @@ class _Run:
             sequence_length=self._sequence_length,
         )
         record.train_seconds += self._loop.clock.take().seconds
+        if not math.isfinite(loss):
+            self._diverged = True
+            return
         record.eval_steps.append(finished_steps)
         record.eval_losses.append(loss)
         record.eval_accuracies.append(round(accuracy, 6))
         record.eval_seconds.append(round(record.train_seconds, 4))
 
     def _has_reached_accuracy(self) -> bool:
-        """Whether the last evaluation reached the target accuracy."""
-        wanted = self._training.stop_at_accuracy
-        return wanted is not None and self._record.eval_accuracies[-1] >= wanted
+        wanted, reached = self._training.stop_at_accuracy, self._record.eval_accuracies
+        return wanted is not None and bool(reached) and reached[-1] >= wanted
 
 
 @contextmanager
