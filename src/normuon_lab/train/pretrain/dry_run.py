@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from normuon.distributed.cost import CostModel
 from normuon.distributed.plan import DEFAULT_BUCKET_BYTES
 from normuon_lab.errors import counted
-from normuon_lab.plan.contents import PlanRequest, memory, plan_contents, plan_model
-from normuon_lab.plan.mesh import Mesh
+from normuon_lab.plan.contents import PlanRequest, plan_contents, plan_model
+from normuon_lab.plan.mesh import AXES, Mesh
 from normuon_lab.plan.model_matrices import ModelShapes, shapes_of
 from normuon_lab.train.arms.builders import split_parameters
 from normuon_lab.train.arms.registry import PRETRAINING_ARMS
@@ -30,6 +30,7 @@ from normuon_lab.train.model import (
     transformers_config,
 )
 from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
+from normuon_lab.train.pretrain.metrics import PEAK_TFLOPS
 from normuon_lab.train.pretrain.parallel import mesh_shape
 from normuon_lab.train.pretrain.trainer import build_optimizers, micro_batch_size
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 FLOAT32_BYTES = 4
-_H100_TFLOPS = 989.0  # NVIDIA's data sheet: dense bfloat16.
 _PLAN_VALUES = (
     "digest",
     "num_orthogonalisations",
@@ -60,10 +60,13 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
     """
     model = build_model(transformers_config(config.model.model), device="meta")
     shapes = shapes_of(model, name=config.model.model, split_heads=config.optimizer.split_heads)
-    mesh = _mesh(config, hardware)
+    parallel, world_size = config.parallel, hardware.num_ranks
+    if parallel.dp_shard is not None:
+        world_size = parallel.dp_replicate * parallel.dp_shard * parallel.tp
+    mesh = Mesh(**dict(zip(AXES, mesh_shape(parallel, world_size=world_size), strict=True)))
     micro_size = micro_batch_size(config.batch, data_ranks=mesh.world_size // mesh.tp)
     flops = flops_per_token(model, sequence_length=config.batch.sequence_length)
-    tflops = config.metrics.device_tflops or _H100_TFLOPS
+    tflops = config.metrics.device_tflops or PEAK_TFLOPS["H100"]
     rate = 1e12 * tflops * hardware.mfu
     request = PlanRequest(
         mesh=mesh,
@@ -72,10 +75,13 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
         wire_dtype="bfloat16",
         cost_model=CostModel(flops_per_second=rate, bytes_per_second=1e9 * hardware.bandwidth),
     )
-    planned = plan_model(shapes, request)
-    plan = plan_contents(planned)
-    state = memory(shapes, mesh, planned.asked.figures)
+    plan = plan_contents(plan_model(shapes, request))
     elements = state_elements(model, config)
+    model_seconds = flops.total * config.batch.tokens_per_step / (mesh.world_size * rate)
+    # Only NorMuon's step is planned; AdamW's is small beside it.
+    is_planned = config.optimizer.arm == "normuon"
+    optimizer_seconds = plan["predicted_step_seconds"] if is_planned else 0.0
+    step_seconds = model_seconds + optimizer_seconds
     return {
         "kind": "normuon train dry run",
         "schema_version": SCHEMA_VERSION,
@@ -95,37 +101,18 @@ def dry_run(config: PretrainConfig, hardware: Hardware) -> dict[str, Any]:
         },
         "mesh": plan["mesh"],
         "micro_batch_size": micro_size,
-        "memory_per_rank": _memory(config, shapes, config_of(model), state, micro_size, mesh),
+        "memory_per_rank": _memory(
+            config, shapes, config_of(model), plan["memory"], micro_size, mesh
+        ),
         "plan": {name: plan[name] for name in _PLAN_VALUES},
         "hardware": asdict(hardware) | {"num_ranks": mesh.world_size, "device_tflops": tflops},
-        "expected": _expected(
-            config,
-            model_seconds=flops.total * config.batch.tokens_per_step / (mesh.world_size * rate),
-            normuon_seconds=plan["predicted_step_seconds"],
-        ),
-    }
-
-
-def _mesh(config: PretrainConfig, hardware: Hardware) -> Mesh:
-    parallel, world_size = config.parallel, hardware.num_ranks
-    if parallel.dp_shard is not None:
-        world_size = parallel.dp_replicate * parallel.dp_shard * parallel.tp
-    dp_replicate, dp_shard, tp = mesh_shape(parallel, world_size=world_size)
-    return Mesh(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp)
-
-
-def _expected(
-    config: PretrainConfig, *, model_seconds: float, normuon_seconds: float
-) -> dict[str, float]:
-    # Only NorMuon's step is planned; AdamW's is small beside it.
-    optimizer_seconds = normuon_seconds if config.optimizer.arm == "normuon" else 0.0
-    step_seconds = model_seconds + optimizer_seconds
-    return {
-        "model_seconds_per_step": model_seconds,
-        "optimizer_seconds_per_step": optimizer_seconds,
-        "step_seconds": step_seconds,
-        "tokens_per_second": config.batch.tokens_per_step / step_seconds,
-        "total_seconds": step_seconds * config.batch.steps,
+        "expected": {
+            "model_seconds_per_step": model_seconds,
+            "optimizer_seconds_per_step": optimizer_seconds,
+            "step_seconds": step_seconds,
+            "tokens_per_second": config.batch.tokens_per_step / step_seconds,
+            "total_seconds": step_seconds * config.batch.steps,
+        },
     }
 
 
@@ -221,48 +208,12 @@ def _activation_bytes(
 
 def print_dry_run(contents: Mapping[str, Any], console: Console) -> None:
     """Print the values of `dry_run`."""
-    console.print(_run_table(contents))
-    state = Table(
-        "optimizer", "elements of state", "per hidden weight", title="State of hidden matrices"
+    flops, plan, expected = (contents[name] for name in ("flops_per_token", "plan", "expected"))
+    run = Table(
+        "of the run",
+        Column(justify="right"),
+        title=f"{contents['preset']}: {contents['model']} with {contents['arm']}",
     )
-    for name, count in contents["state_elements"].items():
-        ratio = contents["state_elements_per_hidden_weight"][name]
-        state.add_row(name, f"{count:,}", f"{ratio:.4f}")
-    console.print(state)
-    memory = Table("memory of one rank", "GiB")
-    for name, size in contents["memory_per_rank"].items():
-        memory.add_row(name.removesuffix("_bytes").replace("_", " "), f"{size / 2**30:.2f}")
-    console.print(memory)
-    for line in (_plan_line(contents), _expected_line(contents)):
-        console.print(line, highlight=False, soft_wrap=True)
-
-
-def _plan_line(contents: Mapping[str, Any]) -> str:
-    plan = contents["plan"]
-    return (
-        f"NorMuon's plan: {counted(plan['num_orthogonalisations'], 'orthogonalisation')}, "
-        f"{counted(plan['num_buckets'], 'bucket')}, imbalance {plan['imbalance']:.3f}, "
-        f"{plan['bytes_sent_total'] / 1e9:.2f} GB sent per step; `normuon plan` has the details."
-    )
-
-
-def _expected_line(contents: Mapping[str, Any]) -> str:
-    hardware, expected = contents["hardware"], contents["expected"]
-    return (
-        f"Expected on {counted(hardware['num_ranks'], 'device')} of "
-        f"{hardware['device_tflops']:g} TFLOP/s at MFU {hardware['mfu']:g} and "
-        f"{hardware['bandwidth']:g} GB/s: "
-        f"{expected['step_seconds']:.3f} s a step, {expected['optimizer_seconds_per_step']:.3f} s "
-        f"of it NorMuon's; {expected['tokens_per_second']:,.0f} tokens/s; "
-        f"{expected['total_seconds'] / 86_400:.2f} days."
-    )
-
-
-def _run_table(contents: Mapping[str, Any]) -> Table:
-    flops = contents["flops_per_token"]
-    table = Table(title=f"{contents['preset']}: {contents['model']} with {contents['arm']}")
-    table.add_column("of the run")
-    table.add_column("", justify="right")
     for label, value in (
         ("parameters", f"{contents['parameters']:,}"),
         ("of hidden matrices", f"{contents['hidden_matrix_parameters']:,}"),
@@ -273,5 +224,29 @@ def _run_table(contents: Mapping[str, Any]) -> Table:
         ("FLOPs a token", f"{flops['total']:.3e} (attention {flops['attention']:.2e})"),
         ("FLOPs", f"{contents['flops']:.3e}"),
     ):
-        table.add_row(label, value)
-    return table
+        run.add_row(label, value)
+    state = Table(
+        "optimizer", "elements of state", "per hidden weight", title="State of hidden matrices"
+    )
+    for name, count in contents["state_elements"].items():
+        ratio = contents["state_elements_per_hidden_weight"][name]
+        state.add_row(name, f"{count:,}", f"{ratio:.4f}")
+    memory = Table("memory of one rank", "GiB")
+    for name, size in contents["memory_per_rank"].items():
+        memory.add_row(name.removesuffix("_bytes").replace("_", " "), f"{size / 2**30:.2f}")
+    for table in (run, state, memory):
+        console.print(table)
+    hardware = contents["hardware"]
+    console.print(
+        f"NorMuon's plan: {counted(plan['num_orthogonalisations'], 'orthogonalisation')}, "
+        f"{counted(plan['num_buckets'], 'bucket')}, imbalance {plan['imbalance']:.3f}, "
+        f"{plan['bytes_sent_total'] / 1e9:.2f} GB sent per step; `normuon plan` has the details.\n"
+        f"Expected on {counted(hardware['num_ranks'], 'device')} of "
+        f"{hardware['device_tflops']:g} TFLOP/s at MFU {hardware['mfu']:g} and "
+        f"{hardware['bandwidth']:g} GB/s: "
+        f"{expected['step_seconds']:.3f} s a step, {expected['optimizer_seconds_per_step']:.3f} s "
+        f"of it NorMuon's; {expected['tokens_per_second']:,.0f} tokens/s; "
+        f"{expected['total_seconds'] / 86_400:.2f} days.",
+        highlight=False,
+        soft_wrap=True,
+    )
