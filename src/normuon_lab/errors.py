@@ -17,8 +17,7 @@ class RunsFailedError(RuntimeError):
 class InterruptedRunsError(Exception):
     """The run was interrupted by Ctrl-C; the text says what was kept.
 
-    Attributes:
-        can_resume: whether the same command with `--resume` continues.
+    It `can_resume` if the same command with `--resume` continues it.
     """
 
     def __init__(self, text: str, *, can_resume: bool) -> None:

@@ -76,13 +76,8 @@ class RunDisplay(_Display):
 class RunsDisplay(_Display):
     """Many runs: a bar for each running one and one for all, and a line for each that ends.
 
-    Args:
-        console: where to show it.
-        num_runs: those of the whole experiment.
-        num_done: runs that were done before.
-        steps: of all runs; their sum is the total, so that its time left means something before a
-            run is finished.
-        steps_done: of the runs that were done before.
+    The bar for all counts the steps of all runs, so that its time left means something before a run
+    is finished. `num_done` and `steps_done` are of runs that were done before.
     """
 
     def __init__(

@@ -48,10 +48,7 @@ def build_model(config: PretrainedConfig, *, seed: int = 0, device: str = "cpu")
 def build_named_model(name: str, *, seed: int, pretrained: bool = False) -> nn.Module:
     """The model that `--model` names, on the CPU in float32.
 
-    Args:
-        name: as `transformers_config` takes it.
-        seed: as `build_model` takes it.
-        pretrained: take the safetensors weights beside the configuration, not random ones.
+    If `pretrained`, with the safetensors weights beside the configuration, not random ones.
 
     Raises:
         InputError: it cannot be built, or has no weights to start from.

@@ -23,11 +23,7 @@ Result = TypeVar("Result")
 class Ranks:
     """This process among all of the run; `Ranks()` is a process alone, on the CPU.
 
-    Attributes:
-        rank: its number.
-        world_size: how many there are.
-        device: where it computes.
-        mesh: axes dp_replicate, dp_shard and tp; None for a process alone.
+    The mesh has the axes dp_replicate, dp_shard and tp; a process alone has none.
     """
 
     rank: int = 0

@@ -8,7 +8,7 @@ side, embeddings, head, norms and biases on the other, and one peak learning rat
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,16 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One optimizer of the comparison.
-
-    Attributes:
-        name: what `--arms` calls it.
-        label: what the report calls it.
-        description: one line for the report's configuration table.
-        builder: the function of `builders` that `build` calls.
-        style: the colour, markers and dash that figures draw it with.
-        fixed: further keyword arguments for the builder.
-    """
+    """One optimizer of the comparison: an entry of `arms.toml`, which explains the fields."""
 
     name: str
     label: str
@@ -73,18 +64,14 @@ class Arm:
         )
         # The arm itself gives the other three.
         known = inspect.signature(NorMuon).parameters.keys() - {"params", "lr", "weight_decay"}
-        _check_keywords(keywords, known=known)
+        for name in keywords:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+            require(name in known, f"no arm takes {name} as an option of normuon.NorMuon; {hint}")
         optimizers: list[Optimizer] = getattr(builders, self.builder)(
             model, lr, options, **self.fixed
         )
         return optimizers
-
-
-def _check_keywords(given: Sequence[str], *, known: Set[str]) -> None:
-    for name in given:
-        close = get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-        require(name in known, f"no arm takes {name} as an option of normuon.NorMuon; {hint}")
 
 
 ARMS = {

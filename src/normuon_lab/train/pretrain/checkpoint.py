@@ -178,13 +178,8 @@ def find_resume_point(
 ) -> tuple[Path, CheckpointDescription] | None:
     """Where a run begins: from a checkpoint, checked to the byte, or None for the start.
 
-    Changes nothing.
-
-    Args:
-        run_dir: the run's folder.
-        resume: "never", "auto" for the newest complete checkpoint of `run_dir`, or a checkpoint.
-        config: of the run.
-        model_config: transformers' configuration of the model.
+    Changes nothing. `resume` is "never", "auto" for the newest complete checkpoint of `run_dir`, or
+    a checkpoint.
 
     Raises:
         InputError: `run_dir` holds another run, or something else; the checkpoint is damaged or of

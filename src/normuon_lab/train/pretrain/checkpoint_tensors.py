@@ -1,7 +1,4 @@
-"""The tensors of a checkpoint, and reading them without running code.
-
-A checkpoint holds weights, optimizer state and the states of random generators. Hyperparameters
-come from the configuration, and the learning rate from the step.
+"""A checkpoint's weights, optimizer state and random states, read without running code.
 
 torch's own reader unpickles anything in `.metadata`. Here only the classes that describe tensors
 are allowed, other entries are refused, and data is read from the folder's own files; torch reads

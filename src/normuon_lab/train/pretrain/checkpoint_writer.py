@@ -59,13 +59,7 @@ class _Storage(dcp.FileSystemWriter):
 
 
 class CheckpointWriter:
-    """The writer of one run's checkpoints; every rank has one and calls it at the same steps.
-
-    Args:
-        run_dir: the run's folder.
-        config: how many to keep, and whether to write beside training.
-        ranks: the writing ranks, which must make their writers together.
-    """
+    """The writer of one run's checkpoints; every rank makes one and calls it at the same steps."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, ranks: Ranks) -> None:
         self._folder = checkpoints_folder(run_dir)

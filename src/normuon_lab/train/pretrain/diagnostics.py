@@ -32,14 +32,7 @@ DEFAULT_MAX_FLOPS = 1e11
 
 @dataclass(frozen=True, slots=True)
 class HiddenMatrix:
-    """A parameter that is measured.
-
-    Attributes:
-        name: the parameter's.
-        param: itself, whole or a DTensor.
-        view: how it becomes matrices.
-        owner: the rank that measures it.
-    """
+    """A parameter, whole or a DTensor, and the rank that measures it."""
 
     name: str
     param: Tensor

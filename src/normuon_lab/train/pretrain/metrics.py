@@ -37,11 +37,7 @@ Tracker = tuple[Callable[[int, Mapping[str, float]], object], Callable[[], objec
 class MetricsLog:
     """Writes rows of numbers, each as one JSON object on a line, and sends them to trackers.
 
-    Args:
-        run_dir: the run's folder.
-        config: names the trackers, which show all of it.
-        step: the step from which the run continues; rows of later steps, from a killed run, are
-            dropped.
+    A run continues from `step`; rows of later steps, from a killed run, are dropped.
     """
 
     def __init__(self, run_dir: Path, config: PretrainConfig, *, step: int) -> None:

@@ -107,13 +107,8 @@ _OUTSIDE_LAYERS = ("colwise_gather_output", "colwise_rep", "embedding_rowwise")
 def spread(model: nn.Module, config: ModelConfig, ranks: Ranks) -> nn.Module:
     """Prepare a model for training on these ranks, in place; names of parameters do not change.
 
-    Args:
-        model: whole, on the CPU, the same on every rank.
-        config: dtype, recomputing, compiling.
-        ranks: among which to spread it.
-
-    Returns:
-        The model, on the ranks' devices. On several its parameters are DTensors.
+    The model is whole, on the CPU and the same on every rank. Afterwards it is on the ranks'
+    devices, and on several its parameters are DTensors.
 
     Raises:
         InputError: an architecture that cannot be split by tensor parallelism, or no compiler.

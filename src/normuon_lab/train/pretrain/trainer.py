@@ -48,16 +48,10 @@ from normuon_lab.train.ranks import Ranks
 
 
 class Trainer:
-    """Trains until the last step, or until asked to stop.
+    """Trains until the last step, or until asked to stop; writes nothing before the first step.
 
-    Args:
-        config: resolved.
-        out: the run's folder; nothing is written before the first step.
-        ranks: the training ranks.
-        model: whole, on the CPU; it is spread over the ranks.
-        data: opened.
-        display: progress on the terminal.
-        point: a checkpoint to continue from.
+    The model, whole and on the CPU, is spread over the ranks. `point` is a checkpoint to continue
+    from.
 
     Attributes:
         batches: training data, at its position.

@@ -45,15 +45,14 @@ def train_run(
 ) -> RunRecord:
     """Train one model with one arm.
 
+    A run stops early when its loss is not finite or when it reaches its target accuracy.
+
     Args:
-        spec: arm, seed and peak learning rate.
+        spec: arm, seed and hyperparameters.
         experiment: what the runs of a comparison share.
-        task: its data, see `load_task`.
+        task: the experiment's data.
         probe_updates: also measure update matrices, which changes nothing else.
         on_step: called after every step with its number, from 1, and its training loss.
-
-    Returns:
-        The record. A run stops when its loss is not finite or when it reaches its target accuracy.
     """
     started = time.perf_counter()
     run = _Run(spec, experiment, task, probe_updates=probe_updates, on_step=on_step)
