@@ -142,30 +142,30 @@ def verify(path: Path) -> CheckpointDescription:
     for name, entry in description.files.items():
         file, size = path / name, entry["bytes"]
         require(file.is_file(), f"{path} is damaged: {name} is missing")
-        found = file.stat().st_size
-        require(found == size, f"{path} is damaged: {name} has {found} bytes instead of {size}")
-    digests = hash_files([path / name for name in description.files])
+        length = file.stat().st_size
+        require(length == size, f"{path} is damaged: {name} has {length} bytes instead of {size}")
+    found = describe_files([path / name for name in description.files])
     for name, entry in description.files.items():
-        is_whole = digests[name] == entry["sha256"]
+        is_whole = found[name] == entry
         require(is_whole, f"{path} is damaged: the bytes of {name} have changed")
     return description
 
 
-def hash_files(paths: list[Path]) -> dict[str, str]:
-    """SHA-256 by file name; files in parallel, since hashing leaves the interpreter free.
+def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by file name; in parallel, since hashing leaves the interpreter free.
 
     Raises:
         InputError: a file cannot be read.
     """
+
+    def described(path: Path) -> dict[str, Any]:
+        try:
+            return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        return dict(zip((path.name for path in paths), pool.map(_sha256, paths), strict=True))
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        return dict(zip((path.name for path in paths), pool.map(described, paths), strict=True))
 
 
 def _digest_of(values: dict[str, Any]) -> str:

@@ -29,8 +29,8 @@ from normuon_lab.train.pretrain.checkpoint import (
     CheckpointDescription,
     checkpoint_name,
     checkpoints_folder,
+    describe_files,
     find_checkpoints,
-    hash_files,
 )
 from normuon_lab.train.pretrain.config import CheckpointConfig
 from normuon_lab.train.ranks import Ranks
@@ -136,13 +136,9 @@ class CheckpointWriter:
 
     def _publish(self, description: CheckpointDescription) -> None:
         """Write the description, flush everything, rename the folder and forget old ones."""
-        partial, files = self._partial, sorted(self._partial.iterdir())
-        digests = hash_files(files)
-        described = {
-            path.name: {"bytes": path.stat().st_size, "sha256": digests[path.name]}
-            for path in files
-        }
-        description = dataclasses.replace(description, files=described)
+        partial = self._partial
+        files = describe_files(sorted(partial.iterdir()))
+        description = dataclasses.replace(description, files=files)
         write_json(partial / DESCRIPTION_FILE, description.to_json())
         for path in (partial / DESCRIPTION_FILE, partial):
             _flush(path)

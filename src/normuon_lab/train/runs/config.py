@@ -16,7 +16,7 @@ import tyro
 
 from normuon_lab.errors import counted, flag, require
 from normuon_lab.machine import has_cpp_compiler
-from normuon_lab.train.arms.registry import DEFAULT_OPTIONS, ArmOptions
+from normuon_lab.train.arms.options import DEFAULT_OPTIONS, ArmOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
