@@ -26,10 +26,10 @@ from normuon_lab.data.loading import open_data
 from normuon_lab.machine import describe_machine, utc_now
 from normuon_lab.train.display import RunDisplay
 from normuon_lab.train.model import build_named_model
+from normuon_lab.train.pretrain.command import pretrain_preset
 from normuon_lab.train.pretrain.config import EvaluationConfig, PretrainConfig
 from normuon_lab.train.pretrain.metrics import MetricsLog
 from normuon_lab.train.pretrain.parallel import compute_dtype, joined
-from normuon_lab.train.pretrain.settings import pretrain_preset
 from normuon_lab.train.pretrain.trainer import Trainer, build_optimizers
 
 
@@ -91,8 +91,7 @@ def measure(config: PretrainConfig, *, pairs: int, steps: int) -> dict[str, obje
         )
         out = Path(folder)
         display = RunDisplay(Console(quiet=True), step=0, steps=config.batch.steps, enabled=True)
-        trackers = config.metrics.trackers
-        with MetricsLog(out, step=0, trackers=trackers, config=config.to_values()) as metrics:
+        with MetricsLog(out, config, step=0) as metrics:
             trainer = Trainer(config, out, ranks, model, data, display)
             trainer.metrics = metrics
             for loop in (bare, trainer):

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json
+from normuon_lab.atomic_files import read_json, write_text
 from normuon_lab.config_difference import first_difference
 from normuon_lab.data.shards import sha256_of
 from normuon_lab.errors import InputError, require
 from normuon_lab.train.pretrain.config import PretrainConfig, trajectory
-from normuon_lab.train.pretrain.settings import write_config
 
 KIND = "normuon train"
 SCHEMA_VERSION = 1
@@ -202,14 +201,16 @@ def find_resume_point(
 
 
 def begin(run_dir: Path, config: PretrainConfig) -> None:
-    """Make the folder and save the resolved configuration in it.
+    """Make the folder and save the configuration in it, so that `--config` alone repeats the run.
 
     Raises:
         InputError: the folder cannot be written.
     """
+    import tomli_w
+
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(run_dir / CONFIG_FILE, config)
+        write_text(run_dir / CONFIG_FILE, tomli_w.dumps(config.to_values()))
     except OSError as error:
         raise InputError(f"cannot write to --out {run_dir}: {error.strerror}") from None
 

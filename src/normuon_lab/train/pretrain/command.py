@@ -1,7 +1,4 @@
-"""`normuon train`: its options, the source of their values, and its checks.
-
-A value is a flag's, else --config's, else the preset's.
-"""
+"""`normuon train`: options and presets. A value is a flag's, else --config's, else the preset's."""
 
 from __future__ import annotations
 
@@ -16,8 +13,31 @@ import tyro
 
 from normuon_lab.atomic_files import read_toml
 from normuon_lab.errors import flag, require
-from normuon_lab.train.pretrain.config import Hardware, PretrainConfig
-from normuon_lab.train.pretrain.settings import DEFAULT_PRESET, merged, pretrain_preset
+from normuon_lab.train.pretrain.config import Hardware, PretrainConfig, merged
+
+DEFAULT_PRESET = "llama-tiny"
+
+PRETRAIN_PRESETS = read_toml(Path(__file__).with_name("presets.toml"))
+
+
+def pretrain_preset(name: str) -> PretrainConfig:
+    """The configuration of a named run.
+
+    Raises:
+        InputError: there is no such preset; lists them.
+
+    Example:
+        >>> pretrain_preset("llama-1.1b").batch.tokens_per_step
+        2097152
+    """
+    require(
+        name in PRETRAIN_PRESETS,
+        f"unknown preset {name}; known are {', '.join(PRETRAIN_PRESETS)}",
+    )
+    values = {**PRETRAIN_PRESETS[name], "preset": name}
+    base = values.pop("base", None)
+    start = PretrainConfig() if base is None else pretrain_preset(base)
+    return merged(start, values, source="presets.toml")
 
 
 @dataclass(frozen=True, kw_only=True)

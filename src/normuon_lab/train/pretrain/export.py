@@ -74,7 +74,7 @@ class ExportCommand:
         from normuon_lab.data.prepare import tokenizer_of_run
         from normuon_lab.data.tokenizer import load_tokenizer
         from normuon_lab.train.pretrain.checkpoint import DESCRIPTION_FILE
-        from normuon_lab.train.pretrain.settings import merged
+        from normuon_lab.train.pretrain.config import merged
 
         if self.tokenizer == NO_TOKENIZER:
             return None

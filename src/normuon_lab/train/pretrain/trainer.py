@@ -150,6 +150,10 @@ class Trainer:
         self.writer.wait()
         return is_done
 
+    def advance(self) -> None:
+        """One step and the work after it; `run` without a request to stop."""
+        self._after_step(self._loop.advance())
+
     def _micro_batches(self) -> Iterator[Batch]:
         for number in count(1):
             tokens = next(self.batches).to(self._ranks.device, non_blocking=True)

@@ -12,7 +12,8 @@ import pytest
 from normuon_lab.cli import main, parse
 from normuon_lab.errors import InputError
 from normuon_lab.train.loop import learning_rate_factor
-from normuon_lab.train.pretrain.command import Train
+from normuon_lab.train.pretrain.checkpoint import begin
+from normuon_lab.train.pretrain.command import PRETRAIN_PRESETS, Train, pretrain_preset
 from normuon_lab.train.pretrain.config import (
     BatchConfig,
     CheckpointConfig,
@@ -20,15 +21,10 @@ from normuon_lab.train.pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
     ScheduleConfig,
+    merged,
     trajectory,
 )
 from normuon_lab.train.pretrain.parallel import mesh_shape
-from normuon_lab.train.pretrain.settings import (
-    PRETRAIN_PRESETS,
-    merged,
-    pretrain_preset,
-    write_config,
-)
 from tests.lab.train.pretrain.processes import Job
 
 
@@ -62,7 +58,7 @@ def test_what_a_run_saves_is_read_again_as_it_was(tmp_path: Path, name: str) -> 
         metrics=MetricsConfig(trackers=("wandb",), diagnose="every=7", device_tflops=1.5),
         optimizer=dataclasses.replace(pretrain_preset(name).optimizer, betas=(0.7, 0.8)),
     )
-    write_config(tmp_path / "config.toml", config)
+    begin(tmp_path, config)
     assert settings("--config", tmp_path / "config.toml") == config
 
 

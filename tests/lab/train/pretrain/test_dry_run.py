@@ -12,9 +12,9 @@ from torch import nn
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
 from normuon_lab.train.model import build_model, flops_per_token, transformers_config
+from normuon_lab.train.pretrain.command import pretrain_preset
 from normuon_lab.train.pretrain.config import Hardware, MetricsConfig, ParallelConfig
 from normuon_lab.train.pretrain.dry_run import dry_run
-from normuon_lab.train.pretrain.settings import pretrain_preset
 
 
 def test_the_1b_run_as_json(capsys: pytest.CaptureFixture[str]) -> None:

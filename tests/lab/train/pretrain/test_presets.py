@@ -9,7 +9,7 @@ import pytest
 from normuon_lab.errors import InputError
 from normuon_lab.plan.model_matrices import model_shapes
 from normuon_lab.plan.presets import preset_config
-from normuon_lab.train.pretrain.settings import PRETRAIN_PRESETS, pretrain_preset
+from normuon_lab.train.pretrain.command import PRETRAIN_PRESETS, pretrain_preset
 
 # arXiv 2510.05491, its table of experiments: depth, parameters in billions, peak learning rate
 # (4e-4 at depth 16, scaled by 1 / sqrt(depth)).
