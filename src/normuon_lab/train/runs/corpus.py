@@ -62,7 +62,10 @@ class Corpus:
     def train_batches(
         self, experiment: Experiment, *, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Task`: sequences of the training text."""
+        """Inputs and targets of each step, both int64 `[batch, sequence]`, without end.
+
+        They depend on the seed alone, so that all arms see the same.
+        """
         from normuon_lab.data.sequences import example_order, inputs_and_targets
 
         reader = self._reader(self.train, experiment)
@@ -70,7 +73,7 @@ class Corpus:
         return (inputs_and_targets(reader.read(chosen)) for chosen in order)
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """See `Task`: sequences of the held-out text, the same for every seed."""
+        """The batches that every evaluation reads, the same for every seed."""
         from normuon_lab.data.sequences import ValidationBatches, inputs_and_targets
 
         batches = ValidationBatches(

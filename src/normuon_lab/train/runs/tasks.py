@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from normuon_lab.train.runs.config import Experiment, ModularAddition
-from normuon_lab.train.runs.corpus import check_lengths, load_corpus
+from normuon_lab.train.runs.corpus import Corpus, check_lengths, load_corpus
 
 # The data is read and checked before anything slow starts, and importing torch takes seconds.
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ModularTable:
     def train_batches(
         self, experiment: Experiment, *, seed: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Task`: training pairs."""
+        """Inputs and targets of training pairs, int64 `[batch, 3]`, by the seed, without end."""
         from normuon_lab.data.sequences import example_order
 
         pairs, _ = self.split(seed)
@@ -65,7 +65,7 @@ class ModularTable:
         return (_sequences(self.config, pairs[chosen]) for chosen in order)
 
     def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """See `Task`: as many held-out pairs as `eval_tokens` has room for."""
+        """As many held-out pairs as `eval_tokens` has room for."""
         _, pairs = self.split(seed)
         pairs = pairs[: experiment.training.eval_tokens // self.config.sequence_length]
         return [
@@ -99,26 +99,8 @@ def _sequences(config: ModularAddition, pairs: Pairs) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-class Task(Protocol):
-    """The training and test data of a run, pickled for worker processes."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the data."""
-
-    def train_batches(
-        self, experiment: Experiment, *, seed: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets of each step, both int64 `[batch, sequence]`, without end.
-
-        They depend on the seed alone, so that all arms see the same.
-        """
-
-    def held_out(self, experiment: Experiment, *, seed: int) -> list[tuple[Tensor, Tensor]]:
-        """The batches that every evaluation of a run reads, as many targets in every row."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What results record of the data."""
+Task = Corpus | ModularTable
+"""The training and test data of a run, pickled for worker processes."""
 
 
 def load_task(experiment: Experiment) -> Task:
