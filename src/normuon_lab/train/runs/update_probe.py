@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from normuon.momentum_forms import whole_momentum
 from normuon_lab.layer_names import layer_numbers, layer_of
+from normuon_lab.train.arms.builders import hidden_groups
 from normuon_lab.train.matrix_figures import describe_matrix, update_of
 
 STAGES = (0.1, 0.5, 0.9)
@@ -34,7 +35,9 @@ class UpdateProbe:
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], *, steps: int) -> None:
         self._matrices = _chosen(model)
-        self._transposed = _transposed_weights(model)
+        self._views = {
+            name: group["view"] for group in hidden_groups(model) for name, _ in group["params"]
+        }
         self._placed = {
             parameter: (group, optimizer)
             for optimizer in optimizers
@@ -67,7 +70,9 @@ class UpdateProbe:
         self._before = {}
 
     def _described(self, name: str, matrix: Tensor) -> dict[str, Any]:
-        return describe_matrix(matrix.T if name in self._transposed else matrix)
+        view = self._views[name]
+        (part,) = view.parts(matrix.shape)
+        return describe_matrix(view.matrices(matrix, part)[0])
 
 
 def _chosen(model: nn.Module) -> dict[str, Tensor]:
@@ -78,13 +83,4 @@ def _chosen(model: nn.Module) -> dict[str, Tensor]:
         name: parameter
         for name, parameter in model.named_parameters()
         if name.endswith(endings) and layer_of(name) in (numbers[0], numbers[-1])
-    }
-
-
-def _transposed_weights(model: nn.Module) -> set[str]:
-    """Weights stored `[in, out]`, whose neurons are columns: transformers' Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return {
-        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)
     }
