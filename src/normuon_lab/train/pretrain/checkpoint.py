@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from normuon_lab.atomic_files import read_json, write_text
+from normuon_lab.atomic_files import prove_folder, read_json, write_text
 from normuon_lab.config_difference import first_difference
 from normuon_lab.data.shards import sha256_of
 from normuon_lab.errors import InputError, require
@@ -208,11 +208,8 @@ def begin(run_dir: Path, config: PretrainConfig) -> None:
     """
     import tomli_w
 
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / CONFIG_FILE, tomli_w.dumps(config.to_values()))
-    except OSError as error:
-        raise InputError(f"cannot write to --out {run_dir}: {error.strerror}") from None
+    prove_folder(run_dir, f"--out {run_dir}")
+    write_text(run_dir / CONFIG_FILE, tomli_w.dumps(config.to_values()))
 
 
 def _check_folder(run_dir: Path, resume: str) -> None:

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from normuon_lab.errors import InputError
 from normuon_lab.train.loop import evaluate
 from normuon_lab.train.model import build_named_model, layers_of, next_token_loss
+from normuon_lab.train.pretrain.config import ModelConfig
+from normuon_lab.train.pretrain.parallel import spread
 from normuon_lab.train.ranks import Ranks
 
 SIZES = {
@@ -94,3 +96,13 @@ def test_a_score_is_the_mean_over_sequences_of_all_batches() -> None:
     assert found == [2.0, 1.0]
     assert modes == [False] * 3
     assert model.training
+
+
+def test_compiling_needs_the_compiler_that_torch_would_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch calls what CXX names, g++ or clang++; another compiler, such as `c++`, is of no use."""
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+    config = ModelConfig(model="llama-tiny", compile=True)
+    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, and none was found"):
+        spread(build_named_model("llama-tiny", seed=0), config, Ranks())
