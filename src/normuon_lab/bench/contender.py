@@ -95,14 +95,20 @@ class Contender:
 
 
 def builder(
-    module: str, name: str = "Muon", *, group: dict[str, Any] | None = None, **options: Any
+    module: str,
+    name: str = "Muon",
+    *,
+    group: dict[str, Any] | None = None,
+    before: Callable[[], object] = lambda: None,
+    **options: Any,
 ) -> Builder:
-    """Makes an optimizer of a class whose module is imported when it is built.
+    """Makes an optimizer of a class whose module is imported when it is built, after `before`.
 
     The class gets the options and, with options of a group, one param group; else parameters.
     """
 
     def build(params: Sequence[nn.Parameter]) -> Optimizer:
+        before()
         given = params if group is None else [{"params": list(params), **group}]
         made: Optimizer = getattr(importlib.import_module(module), name)(given, **options)
         return made

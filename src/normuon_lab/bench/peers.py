@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +91,16 @@ def dion_normuon(
 ) -> Contender:
     """Dion's NorMuon from a checkout, with options of its own."""
 
-    def of_checkout(class_name: str) -> Builder:
-        build = builder("dion", class_name, lr=LR, weight_decay=0.0, **options)
+    def find_checkout() -> None:
+        if str(path) not in sys.path:
+            sys.path.insert(0, str(path))
 
-        def build_from_checkout(params: Sequence[nn.Parameter]) -> Optimizer:
-            if str(path) not in sys.path:
-                sys.path.insert(0, str(path))
-            return build(params)
-
-        return build_from_checkout
-
+    of_dion = partial(builder, "dion", before=find_checkout, lr=LR, weight_decay=0.0, **options)
     return _peer(
         name,
         "dion",
-        of_checkout("NorMuon"),
-        build_unscaled=of_checkout("Muon"),
+        of_dion(name="NorMuon"),
+        build_unscaled=of_dion(name="Muon"),
         coefficients="polar_express",
         compiles=True,
         missing=f"give --dion PATH, a checkout of {DION_URL}"
@@ -176,23 +172,18 @@ def _pytorch_optimizer() -> tuple[Contender, ...]:
 def _muonium(device: torch.device) -> Contender:
     on_cuda = device.type == "cuda"
 
-    def with_algorithm(algorithm: str) -> Builder:
-        build = builder("muonium.optim", group={"algorithm": algorithm}, lr=LR, wd=0.0)
+    def replace_triton() -> None:
+        importlib.import_module("muonium.optim")
+        if not on_cuda:
+            package: Any = importlib.import_module("muonium.orthogonalize.orthogonalize")
+            package.pe_loop_triton = package.pe_loop
 
-        def build_here(params: Sequence[nn.Parameter]) -> Optimizer:
-            importlib.import_module("muonium.optim")
-            if not on_cuda:
-                package: Any = importlib.import_module("muonium.orthogonalize.orthogonalize")
-                package.pe_loop_triton = package.pe_loop
-            return build(params)
-
-        return build_here
-
+    of_muonium = partial(builder, "muonium.optim", before=replace_triton, lr=LR, wd=0.0)
     return _peer(
         "muonium NorMuon",
         "muonium",
-        with_algorithm("normuon"),
-        build_unscaled=with_algorithm("muon"),
+        of_muonium(group={"algorithm": "normuon"}),
+        build_unscaled=of_muonium(group={"algorithm": "muon"}),
         coefficients="polar_express",
         compiles=True,
         missing=_why_not_installed("muonium"),

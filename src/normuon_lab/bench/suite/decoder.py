@@ -78,13 +78,19 @@ def make_decoder(size: DecoderSize, *, seed: int, device: torch.device) -> Decod
     return Decoder(size).to(device)
 
 
-def make_optimizer(name: str, model: nn.Module, *, lr: float) -> Optimizer:
-    """Fused AdamW, or NorMuon by default with AdamW for all but matrices; no weight decay."""
+def make_arm(
+    name: str, size: DecoderSize, *, lr: float, seed: int, device: torch.device
+) -> tuple[Decoder, Optimizer]:
+    """A decoder and its optimizer, by a name of `ARMS`: all begin with the same weights.
+
+    Fused AdamW, or NorMuon by default with AdamW for all but matrices; no weight decay.
+    """
+    model = make_decoder(size, seed=seed, device=device)
     if name == "AdamW":
-        return torch.optim.AdamW(
+        return model, torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
-    return NorMuon(param_groups(model), lr=lr, weight_decay=0.0)
+    return model, NorMuon(param_groups(model), lr=lr, weight_decay=0.0)
 
 
 def loss_of(model: nn.Module, batch: Tensor) -> Tensor:

@@ -8,22 +8,20 @@ from __future__ import annotations
 import statistics
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from normuon_lab.bench.measure import timed
 from normuon_lab.bench.suite.decoder import (
     ARMS,
     Decoder,
     loss_of,
-    make_decoder,
-    make_optimizer,
+    make_arm,
     train_step,
 )
 from normuon_lab.bench.suite.options import DecoderSize
@@ -39,25 +37,6 @@ HELD_OUT_EVERY = 10
 APART = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
-@dataclass(slots=True)
-class Arm:
-    """One optimizer and its model.
-
-    Attributes:
-        name: for people.
-        model: trained.
-        optimizer: of its parameters.
-        losses: of the training batches since the last evaluation, on the device.
-        curve: steps, mean training loss since the last point, and held-out loss, in nats.
-    """
-
-    name: str
-    model: Decoder
-    optimizer: Optimizer
-    losses: list[Tensor] = field(default_factory=list)
-    curve: list[dict[str, float | None]] = field(default_factory=list)
-
-
 def run(context: PartContext) -> dict[str, Any]:
     """Steps both arms in turn, so that a run that is cut has as many steps of each."""
     size, options = context.sizes.comparison, context.options
@@ -70,62 +49,71 @@ def run(context: PartContext) -> dict[str, Any]:
         random_batch(text.held_out, size, generator).to(context.device)
         for _ in range(context.sizes.eval_batches)
     ]
-    arms = [make_arm(name, size, context) for name in ARMS]
+    arms = [
+        make_arm(name, size, lr=options.lr, seed=options.seed, device=context.device)
+        for name in ARMS
+    ]
     values: dict[str, Any] = {
         "text": "the .py files of Python's standard library, as bytes",
         "train_bytes": len(text.train),
         "held_out_bytes": len(text.held_out),
         "files": list(text.files),
-        "parameters": sum(param.numel() for param in arms[0].model.parameters()),
+        "parameters": sum(param.numel() for param in arms[0][0].parameters()),
         "steps": steps,
         "tokens_per_step": size.micro_batch * size.sequence_length,
         "lr": options.lr,
         "schedule": "linear up over a tenth of the steps, then linear to zero",
         "seed": options.seed,
         "note": "one seed and one learning rate, which nobody tuned: no claim",
+        # Of a curve: steps, mean training loss since the last point, and held-out loss, in nats.
+        "arms": [{"name": name, "curve": [], "held_out_loss": None} for name in ARMS],
+        "steps_taken": 0,
+        "cut": False,
     }
     generator = torch.Generator().manual_seed(options.seed)
     marks = {round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
-    cut = False
+    losses: dict[str, list[Tensor]] = {name: [] for name in ARMS}
     for step in range(steps):
         batch = random_batch(text.train, size, generator).to(context.device)
-        for arm in arms:
-            for group in arm.optimizer.param_groups:
+        for name, (model, optimizer) in zip(ARMS, arms, strict=True):
+            for group in optimizer.param_groups:
                 group["lr"] = options.lr * schedule(step, steps)
-            arm.losses.append(train_step(arm.model, arm.optimizer, [batch]))
-        cut = context.seconds_left() < 0
-        if step + 1 in marks or cut:
-            for arm in arms:
-                add_point(arm, step + 1, held_out)
-            context.keep({**values, **curves(arms), "cut": cut})
-        if cut:
+            losses[name].append(train_step(model, optimizer, [batch]))
+        values["cut"] = context.seconds_left() < 0
+        if step + 1 in marks or values["cut"]:
+            for found, (model, _) in zip(values["arms"], arms, strict=True):
+                found["held_out_loss"] = held_out_loss(model, held_out)
+                found["curve"].append(
+                    {
+                        "step": step + 1,
+                        "train_loss": torch.stack(losses[found["name"]]).mean().item(),
+                        "held_out_loss": found["held_out_loss"],
+                    }
+                )
+                losses[found["name"]].clear()
+            values["steps_taken"] = step + 1
+            context.keep(values)
+        if values["cut"]:
             break
-    return {**values, **curves(arms), "cut": cut}
+    return values
 
 
 def planned_steps(text: LocalText, context: PartContext) -> int:
     """As many steps of both as fit in the time left, by the speed of a few."""
-    size = context.sizes.comparison
-    generator = torch.Generator().manual_seed(context.options.seed)
+    size, options = context.sizes.comparison, context.options
+    generator = torch.Generator().manual_seed(options.seed)
     seconds = 0.0
     for name in ARMS:
-        arm = make_arm(name, size, context)
+        arm = make_arm(name, size, lr=options.lr, seed=options.seed, device=context.device)
         spent = []
         for _ in range(1 + SPEED_STEPS):
             batch = random_batch(text.train, size, generator).to(context.device)
-            step = partial(train_step, arm.model, arm.optimizer, [batch])
-            spent.append(timed(step, context.device))
+            spent.append(timed(partial(train_step, *arm, [batch]), context.device))
         seconds += statistics.median(spent[1:])
     # An evaluation's batch takes at most a third of a step's.
     left = context.seconds_left() - EVALUATIONS * context.sizes.eval_batches * seconds / 3
     fewest, most = context.sizes.steps
     return max(fewest, min(most, int(TIME_SHARE * left / seconds)))
-
-
-def make_arm(name: str, size: DecoderSize, context: PartContext) -> Arm:
-    """An arm at its first step; all begin with the same weights."""
-    model = make_decoder(size, seed=context.options.seed, device=context.device)
-    return Arm(name, model, make_optimizer(name, model, lr=context.options.lr))
 
 
 def random_batch(text: Tensor, size: DecoderSize, generator: torch.Generator) -> Tensor:
@@ -147,32 +135,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def add_point(arm: Arm, step: int, held_out: Sequence[Tensor]) -> None:
-    """Evaluates an arm and adds a point to its curve."""
-    losses = [loss_of(arm.model, batch).item() for batch in held_out]
-    arm.curve.append(
-        {
-            "step": step,
-            "train_loss": torch.stack(arm.losses).mean().item(),
-            "held_out_loss": statistics.mean(losses),
-        }
-    )
-    arm.losses.clear()
-
-
-def curves(arms: Sequence[Arm]) -> dict[str, Any]:
-    """Plain values of what the arms have reached."""
-    return {
-        "arms": [
-            {
-                "name": arm.name,
-                "curve": list(arm.curve),
-                "held_out_loss": arm.curve[-1]["held_out_loss"] if arm.curve else None,
-            }
-            for arm in arms
-        ],
-        "steps_taken": arms[0].curve[-1]["step"] if arms[0].curve else 0,
-    }
+def held_out_loss(model: Decoder, held_out: Sequence[Tensor]) -> float:
+    """The mean over held-out batches."""
+    return statistics.mean(loss_of(model, batch).item() for batch in held_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from normuon.orthogonalize import resolve_backend
 from normuon_lab.bench.measure import quartiles, timed
-from normuon_lab.bench.suite.decoder import ARMS, make_decoder, make_optimizer, train_step
+from normuon_lab.bench.suite.decoder import ARMS, make_arm, train_step
 from normuon_lab.bench.suite.options import DecoderSize
 from normuon_lab.bench.suite.part import PartContext
 
@@ -29,10 +29,10 @@ def run(context: PartContext) -> dict[str, Any]:
     asked = context.sizes.tokens_per_step or context.options.tokens_per_step
     count = max(1, round(asked / tokens_per_micro_batch))
     batches = random_batches(size, count, seed=context.options.seed, device=context.device)
-    arms = {}
-    for name in ARMS:
-        model = make_decoder(size, seed=context.options.seed, device=context.device)
-        arms[name] = (model, make_optimizer(name, model, lr=LR))
+    arms = {
+        name: make_arm(name, size, lr=LR, seed=context.options.seed, device=context.device)
+        for name in ARMS
+    }
     steps = context.sizes.block_steps
     values: dict[str, Any] = {
         "parameters": sum(param.numel() for param in arms[ARMS[0]][0].parameters()),
@@ -46,11 +46,9 @@ def run(context: PartContext) -> dict[str, Any]:
     }
 
     def block(name: str, number: int) -> float:
-        model, optimizer = arms[name]
-
         def advance() -> None:
             for _ in range(number):
-                train_step(model, optimizer, batches)
+                train_step(*arms[name], batches)
 
         return 1e3 * timed(advance, context.device) / number
 
