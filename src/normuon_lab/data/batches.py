@@ -14,7 +14,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
@@ -127,6 +127,7 @@ class LoadedBatch:
     source_state: Any = None
 
 
+@dataclass(eq=False)
 class TrainBatches:
     """Micro batches of token numbers ``[micro_batch, sequence + 1]``, int64, without end.
 
@@ -138,7 +139,7 @@ class TrainBatches:
     With several ranks `state_dict` of a stream is a collective of the default process group: each
     rank knows its own lanes.
 
-    Args:
+    Attributes:
         share: how a step's sequences are divided.
         identity: plain values that must be equal in a saved position.
         micro_batches: loads this rank's, from a step's first sequence in the global order and the
@@ -149,26 +150,16 @@ class TrainBatches:
         start_method: of the processes; None is the platform's.
     """
 
-    def __init__(
-        self,
-        share: BatchShare,
-        identity: dict[str, Any],
-        micro_batches: Callable[[int, Any], Iterator[LoadedBatch]],
-        *,
-        workers: int,
-        prefetch: int,
-        start_method: str | None = None,
-    ) -> None:
-        self.share = share
-        self._identity = identity
-        self._micro_batches = micro_batches
-        self._workers = workers
-        self._prefetch = prefetch
-        self._start_method = start_method
-        self._sequences = 0
-        self._source_state: Any = None
-        self._taken_in_step = 0
-        self._loaded: Iterator[LoadedBatch] | None = None
+    share: BatchShare
+    identity: dict[str, Any]
+    micro_batches: Callable[[int, Any], Iterator[LoadedBatch]]
+    workers: int
+    prefetch: int
+    start_method: str | None = None
+    _sequences: int = field(default=0, init=False)
+    _source_state: Any = field(default=None, init=False)
+    _taken_in_step: int = field(default=0, init=False)
+    _loaded: Iterator[LoadedBatch] | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         return self
@@ -212,7 +203,7 @@ class TrainBatches:
             source_state = {lane: one for lanes in by_rank for lane, one in lanes.items()}
         return {
             "version": STATE_VERSION,
-            **self._identity,
+            **self.identity,
             "sequences": self._sequences,
             "source": source_state,
         }
@@ -223,7 +214,7 @@ class TrainBatches:
         Raises:
             InputError: it belongs to other data, another order or another sequence length.
         """
-        for name, value in {"version": STATE_VERSION, **self._identity}.items():
+        for name, value in {"version": STATE_VERSION, **self.identity}.items():
             require(
                 state.get(name) == value,
                 f"the checkpoint's data is different: its {name} is {state.get(name)!r} and this "
@@ -240,31 +231,31 @@ class TrainBatches:
 
     def _make_loader(self) -> DataLoader[LoadedBatch]:
         options: dict[str, Any] = {}
-        if self._workers:
+        if self.workers:
             options = {
-                "prefetch_factor": self._prefetch,
+                "prefetch_factor": self.prefetch,
                 "worker_init_fn": obey_parent_only,
-                "multiprocessing_context": self._start_method,
+                "multiprocessing_context": self.start_method,
             }
         return DataLoader(
-            _Loading(partial(self._micro_batches, self._sequences, self._source_state)),
+            _Loading(partial(self.micro_batches, self._sequences, self._source_state)),
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=self.workers,
             # Its own: the loader would draw from the global one, whose state a run restores.
             generator=torch.Generator().manual_seed(0),
             **options,
         )
 
 
+@dataclass(frozen=True, eq=False)
 class _Loading(IterableDataset[LoadedBatch]):
     """Micro batches as a loader takes them; data that cannot be read is the last of them."""
 
-    def __init__(self, micro_batches: Callable[[], Iterator[LoadedBatch]]) -> None:
-        self._micro_batches = micro_batches
+    micro_batches: Callable[[], Iterator[LoadedBatch]]
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         try:
-            yield from self._micro_batches()
+            yield from self.micro_batches()
         except InputError as error:
             yield LoadedBatch(None, str(error))
 

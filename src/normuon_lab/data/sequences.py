@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from typing import Any
 
@@ -90,16 +91,16 @@ TokenArray = npt.NDArray[Any] | TokenShards
 """Tokens in memory, or in files; slices of either are arrays."""
 
 
+@dataclass(frozen=True, slots=True)
 class SequenceReader:
     """Sequences of an array of tokens."""
 
-    def __init__(self, tokens: TokenArray, *, sequence_length: int, vocab_size: int) -> None:
-        self._tokens = tokens
-        self._length = sequence_length
-        self._vocab_size = vocab_size
+    tokens: TokenArray
+    sequence_length: int = field(kw_only=True)
+    vocab_size: int = field(kw_only=True)
 
     def __len__(self) -> int:
-        return max(0, (len(self._tokens) - 1) // self._length)
+        return max(0, (len(self.tokens) - 1) // self.sequence_length)
 
     def read(self, sequences: list[int]) -> Tensor:
         """``[len(sequences), T + 1]``, int64.
@@ -107,13 +108,12 @@ class SequenceReader:
         Raises:
             InputError: a shard vanished, was cut, or holds a token outside the vocabulary.
         """
-        rows = np.stack(
-            [self._tokens[i * self._length : (i + 1) * self._length + 1] for i in sequences]
-        )
+        length = self.sequence_length
+        rows = np.stack([self.tokens[i * length : (i + 1) * length + 1] for i in sequences])
         largest = int(rows.max())
         require(
-            largest < self._vocab_size,
-            f"the shards hold token {largest}, and the vocabulary has {self._vocab_size}: they "
+            largest < self.vocab_size,
+            f"the shards hold token {largest}, and the vocabulary has {self.vocab_size}: they "
             "were written with another tokenizer; name it, or its vocab_size",
         )
         return torch.from_numpy(rows.astype(np.int64))

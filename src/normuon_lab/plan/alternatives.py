@@ -132,3 +132,11 @@ def _uncut_side(task: MatrixTask) -> int:
     cut = {dim for shape in pieces for dim, size in enumerate(shape) if size != region.shape[dim]}
     long_is_cut = task.split.dim in cut
     return task.split.short if long_is_cut or len(cut) != 1 else task.split.long
+
+
+ALTERNATIVES = {
+    "replicate": ("every rank gathers and computes every matrix", compute_everywhere),
+    "padding": ("same-shape groups padded to the number of ranks", pad_to_world_size),
+    "all_reduce": ("shards stay, one all-reduce of a Gram matrix a step", reduce_over_shards),
+}
+"""Ways that are only counted, and what each does."""

@@ -20,11 +20,7 @@ from normuon.distributed.layout import ShardLayout, layout_from_placements
 from normuon.distributed.plan import Plan, make_plan
 from normuon.distributed.teams import Teams
 from normuon_lab.errors import InputError
-from normuon_lab.plan.alternatives import (
-    compute_everywhere,
-    pad_to_world_size,
-    reduce_over_shards,
-)
+from normuon_lab.plan.alternatives import ALTERNATIVES
 from normuon_lab.plan.bounds import packing_bound
 from normuon_lab.plan.figures import (
     Figures,
@@ -229,12 +225,7 @@ def _alternatives(
     if planned.request.teams != "off":
         found["owners"] = scheme(planned.owners, description="one owner for each matrix")
     plan = planned.owners.plan
-    counts: dict[str, tuple[str, Callable[[Plan], Figures]]] = {
-        "replicate": ("every rank gathers and computes every matrix", compute_everywhere),
-        "padding": ("same-shape groups padded to the number of ranks", pad_to_world_size),
-        "all_reduce": ("shards stay, one all-reduce of a Gram matrix a step", reduce_over_shards),
-    }
-    for name, (description, count) in counts.items():
+    for name, (description, count) in ALTERNATIVES.items():
         started = time.perf_counter()
         figures = count(plan)
         drawn = Drawn(plan, figures, time.perf_counter() - started)
