@@ -47,22 +47,15 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRequest:
-    """What to measure.
+    """What to measure, in the words of `normuon bench`'s options.
 
     Attributes:
         matrices: that every step takes; weights are float32.
         title: what they are, for people.
-        device: where.
         paths: of peers that no registry has.
-        dtypes: of our Newton-Schulz; peers that take a dtype get the first.
-        coefficients: tables of ours.
         rounds: timed steps of each contender.
-        threads: of the CPU; None leaves torch's own number.
         with_peers: whether peers take part.
-        peer_seconds: what a peer may take, compiling apart; one that would take more does not run.
-        only: patterns of contenders' names, as a shell matches them; empty for everyone.
         with_polar: whether to compare directions with the polar factor.
-        seed: of weights and gradients, both normal.
         command: what was typed.
     """
 

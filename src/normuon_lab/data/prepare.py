@@ -99,10 +99,11 @@ def prepare(request: PrepareRequest, on_progress: OnProgress | None = None) -> d
     try:
         _make_folder(request.out)
         with FileLock(request.out / LOCK):
-            finished = _finished(request.out, job)
-            if finished is None:
-                finished = _Preparation(request, source, tokenizer, job).run(on_progress)
-            return finished
+            if (request.out / MANIFEST).exists():
+                manifest = read_manifest(request.out)
+                _check_same_job(request.out, manifest["job"], _without_times(job))
+                return manifest
+            return _Preparation(request, source, tokenizer, job).run(on_progress)
     except OSError as error:
         raise InputError(
             f"cannot write {request.out}: {error.strerror or error}; finished work is kept: run "
@@ -212,9 +213,11 @@ class _Preparation:
         self._out = request.out
         self._reader = DocumentReader(document_groups(request.config, source))
         fresh: dict[str, Any] = {"documents": 0, "writers": dict.fromkeys(PARTS)}
-        saved = self._load_progress() or fresh
-        with damage_named(self._out / PROGRESS):
-            if saved is not fresh:
+        saved, path = fresh, self._out / PROGRESS
+        with damage_named(path):
+            if path.exists():
+                saved = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
+                _check_same_job(self._out, saved["job"], job)
                 self._reader.load_state_dict(saved["reader"])
             self._documents = saved["documents"]
             self._writers = {
@@ -271,15 +274,6 @@ class _Preparation:
         )
         self._saved_tokens = self._num_tokens
 
-    def _load_progress(self) -> dict[str, Any] | None:
-        path = self._out / PROGRESS
-        if not path.exists():
-            return None
-        saved = read_json(path, kind=KIND, schema_version=SCHEMA_VERSION)
-        with damage_named(path):
-            _check_same_job(self._out, saved["job"], self._job)
-        return saved
-
     def _write_manifest(self) -> dict[str, Any]:
         parts = {
             part: {"tokens": writer.num_tokens, "shards": writer.shards}
@@ -309,14 +303,6 @@ def _make_folder(out: Path) -> None:
         not names or bool(names & {LOCK, PROGRESS, MANIFEST}),
         f"{out} holds other files, such as {min(names, default='')}; name another folder",
     )
-
-
-def _finished(out: Path, job: dict[str, Any]) -> dict[str, Any] | None:
-    if not (out / MANIFEST).exists():
-        return None
-    manifest = read_manifest(out)
-    _check_same_job(out, manifest["job"], _without_times(job))
-    return manifest
 
 
 def _without_times(job: dict[str, Any]) -> dict[str, Any]:

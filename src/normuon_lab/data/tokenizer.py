@@ -22,7 +22,6 @@ from normuon_lab.errors import InputError, first_line, require
 # They take a second to import, and reading bytes needs neither.
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
 
 Ids = npt.NDArray[np.int64]
 
@@ -198,21 +197,17 @@ def save_for_transformers(tokenizer: TextTokenizer, folder: Path) -> None:
             if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_")):
                 shutil.copy(file, folder / file.name)
         return
-    transformers_tokenizer(tokenizer).save_pretrained(folder)
-
-
-def transformers_tokenizer(tokenizer: TextTokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer as a class of transformers."""
     from transformers import PreTrainedTokenizerFast
 
-    backend = tokenizer.backend if tokenizer.backend is not None else byte_tokenizer()
-    separator = backend.id_to_token(tokenizer.separator_id)
     if tokenizer.backend is None:
         # Byte 0 is an ordinary byte: made a special token, a text with it would not survive.
-        return PreTrainedTokenizerFast(tokenizer_object=backend)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=separator, bos_token=separator
-    )
+        saved = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
+    else:
+        separator = tokenizer.backend.id_to_token(tokenizer.separator_id)
+        saved = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend, eos_token=separator, bos_token=separator
+        )
+    saved.save_pretrained(folder)
 
 
 def _byte_characters() -> dict[str, int]:
