@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from operator import truediv
 from typing import Any
 
@@ -64,7 +63,7 @@ def run(context: PartContext) -> dict[str, Any]:
             times[name].append(block(name, steps))
         context.keep({**values, **summary(times)})
     values.update(summary(times))
-    values["optimizer_ms"] = {name: optimizer_ms(*arms[name], batches, context) for name in ARMS}
+    values["optimizer_ms"] = {name: optimizer_ms(*arms[name], context.device) for name in ARMS}
     return values
 
 
@@ -79,15 +78,13 @@ def random_batches(
     ]
 
 
-def optimizer_ms(
-    model: nn.Module, optimizer: Optimizer, batches: Sequence[Tensor], context: PartContext
-) -> float:
+def optimizer_ms(model: nn.Module, optimizer: Optimizer, device: torch.device) -> float:
     """Milliseconds of the optimizer's step alone, with the device idle before it; the median."""
     spent = []
     for _ in range(5):
         for param in model.parameters():
             param.grad = torch.full_like(param, 1e-3)
-        spent.append(1e3 * timed(optimizer.step, context.device))
+        spent.append(1e3 * timed(optimizer.step, device))
     optimizer.zero_grad(set_to_none=True)
     return statistics.median(spent)
 
