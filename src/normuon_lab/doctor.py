@@ -9,8 +9,10 @@ import json
 import platform
 from dataclasses import dataclass
 from importlib import util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normuon_lab.atomic_files import read_toml
 from normuon_lab.machine import processor_name, version_of
 
 # The command line is read before torch is imported, which takes seconds.
@@ -28,42 +30,8 @@ PACKAGES = {
 EXAMPLE_SHAPE = (4096, 14336)
 """An example of what `auto` chooses: Llama-3-8B's down projection."""
 
-ON_A_FAKE_DEVICE = (
-    "tests/accelerator",
-    "on a fake device, a step reads nothing, copies nothing from or to the host and allocates no "
-    "lasting memory, with every option and sharded parameters",
-)
-PROVED = {
-    "cpu": (
-        ("tests/unit, tests/property", "a step equals a float64 oracle's, torch's Muon and AdamW"),
-        (
-            "tests/distributed",
-            "real processes over Gloo give one process's step on every layout, exactly, with teams "
-            "to rounding",
-        ),
-    ),
-    "cuda": (
-        ON_A_FAKE_DEVICE,
-        (
-            "tests/gpu",
-            "on one GPU, a step never waits, can be captured into a graph, and equals the CPU's "
-            "to rounding, with and without Triton kernels and with NCCL on one rank: run tests/gpu "
-            "or `make gpu` to check this machine",
-        ),
-    ),
-}
-"""By device type, what the tests check."""
-
-NOT_PROVED = {
-    "cpu": ("more than one machine",),
-    "cuda": (
-        "more than one GPU, and NCCL between them",
-        "Triton kernels on compute capabilities other than 9.0",
-        "ROCm",
-    ),
-}
-PROVED_ELSEWHERE = (ON_A_FAKE_DEVICE,)
-NOT_PROVED_ELSEWHERE = ("anything on a real device of this kind: none has ever been tried",)
+TESTED = read_toml(Path(__file__).with_name("doctor.toml"))
+"""By device type, what the tests check and what nothing has checked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +106,10 @@ def _device(device: torch.device) -> dict[str, Any]:
         "orthogonalizer": "newton_schulz" if segments == plain_segments(coefficients) else "gram",
         "example_shape": [m, n],
         "fused_unavailable": why_not_fused(device.type),
-        "proved": [
-            {"tests": tests, "what": what}
-            for tests, what in PROVED.get(device.type, PROVED_ELSEWHERE)
-        ],
-        "not_proved": list(NOT_PROVED.get(device.type, NOT_PROVED_ELSEWHERE)),
+        **{
+            name: TESTED.get(device.type, TESTED["other"])[name]
+            for name in ("proved", "not_proved")
+        },
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from normuon.orthogonalize import resolve_backend, resolve_ns_dtype
 from normuon.orthogonalize.fused import why_not_fused
 from normuon_lab.cli import main
-from normuon_lab.doctor import NOT_PROVED, PACKAGES, PROVED, PROVED_ELSEWHERE, as_text, examine
+from normuon_lab.doctor import PACKAGES, TESTED, as_text, examine
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -69,9 +69,9 @@ def test_a_device_that_multiplies_bfloat16_slowly_is_told_so():
 def test_each_device_says_what_is_proved_of_its_kind(told):
     assert told["schema_version"] == 2
     cpu = told["devices"][0]
-    assert [proof["tests"] for proof in cpu["proved"]] == [tests for tests, _ in PROVED["cpu"]]
+    assert cpu["proved"] == TESTED["cpu"]["proved"]
     assert "real processes over Gloo" in cpu["proved"][-1]["what"]
-    assert cpu["not_proved"] == list(NOT_PROVED["cpu"])
+    assert cpu["not_proved"] == TESTED["cpu"]["not_proved"]
     assert cpu["fused_unavailable"] == why_not_fused("cpu")
 
 
@@ -91,13 +91,12 @@ def test_what_is_proved_of_other_devices_is_not_claimed_of_this_machine(kind, mo
         assert "not tested: more than one GPU, and NCCL between them; Triton kernels on" in text
         assert "ROCm" in text
         return
-    assert device["proved"] == [{"tests": tests, "what": what} for tests, what in PROVED_ELSEWHERE]
+    assert device["proved"] == TESTED["other"]["proved"]
     assert "not tested: anything on a real device of this kind" in text
     assert "fused=None uses torch's own operations: Triton kernels run on CUDA devices" in text
 
 
 def test_the_tests_that_prove_something_exist():
-    proofs = [*(proof for kind in PROVED.values() for proof in kind), *PROVED_ELSEWHERE]
-    for tests, _ in proofs:
-        for folder in tests.split(", "):
+    for proof in (proof for kind in TESTED.values() for proof in kind["proved"]):
+        for folder in proof["tests"].split(", "):
             assert any((REPOSITORY / folder).glob("test_*.py")), folder
