@@ -37,8 +37,7 @@ from normuon_lab.bench.peers import PeerPaths
 from normuon_lab.bench.race import BenchRequest, polar_error, run_bench
 from normuon_lab.bench.text import print_bench
 from normuon_lab.errors import InputError
-from normuon_lab.matplotlib_style import save_figure, style_axes
-from normuon_lab.plot_style import INK, PALETTE
+from normuon_lab.plot_style import INK, PALETTE, save_figure, style_axes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from normuon_lab.train.arms.registry import ARMS
+
+# A page draws by plotly and needs no matplotlib.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which stays distinct under the common forms of colour blindness.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 INK = "#1f2933"
 MUTED = "#616e7c"
 GRID = "#e4e7eb"
+DPI = 150
 
 _MATPLOTLIB_LINESTYLES = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":"}
 
@@ -77,3 +85,20 @@ def spread_out(values: Iterable[float], *, ratio: float) -> list[float]:
         if not chosen or value >= ratio * chosen[-1]:
             chosen.append(value)
     return chosen
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure, the same bytes for the same figure; the suffix decides: .png or .svg."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "normuon"}):
+        figure.savefig(path, dpi=DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def style_axes(axes: Axes, *, grid_axis: Literal["both", "x", "y"]) -> None:
+    """The figures' common look: a light grid behind, no box."""
+    axes.grid(visible=True, axis=grid_axis, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)

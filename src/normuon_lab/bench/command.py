@@ -99,7 +99,7 @@ class BenchCommand:
         from normuon_lab.bench.peers import PeerPaths
         from normuon_lab.bench.race import BenchRequest, run_bench
         from normuon_lab.bench.text import print_bench
-        from normuon_lab.matplotlib_style import save_figure
+        from normuon_lab.plot_style import save_figure
 
         has_cuda = torch.cuda.is_available()
         require(has_cuda or self.device != "cuda", "--device cuda: torch finds no CUDA device")

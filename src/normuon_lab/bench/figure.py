@@ -14,8 +14,7 @@ from matplotlib.patches import Patch
 from normuon_lab.bench.contender import OWN
 from normuon_lab.bench.race import polar_error
 from normuon_lab.errors import counted
-from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, PALETTE
+from normuon_lab.plot_style import INK, PALETTE, style_axes
 
 OWN_COLOR, PEER_COLOR = PALETTE[0], PALETTE[1]
 LONGEST_BAR = 4.0

@@ -41,7 +41,7 @@ from normuon_lab.bench.runner import TooSlowError
 from normuon_lab.bench.text import print_bench
 from normuon_lab.cli import main
 from normuon_lab.errors import InputError
-from normuon_lab.matplotlib_style import save_figure
+from normuon_lab.plot_style import save_figure
 from tests.lab.conftest import run_command
 
 CPU = torch.device("cpu")

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from normuon_lab.atomic_files import write_json, write_text
 from normuon_lab.errors import require
-from normuon_lab.matplotlib_style import save_figure
-from normuon_lab.plot_style import label_of
+from normuon_lab.plot_style import label_of, save_figure
 from normuon_lab.study.evidence import paper, protocol
 from normuon_lab.study.evidence import table1 as first_table
 from normuon_lab.study.evidence.figures import hyperparameters, savings, training

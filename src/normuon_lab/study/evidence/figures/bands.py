@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
-from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, color_of, label_of, style_of
+from normuon_lab.plot_style import INK, color_of, label_of, style_axes, style_of
 from normuon_lab.study.statistics.estimates import Estimate, t_interval
 
 Array = npt.NDArray[np.float64]

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, color_of, spread_out
+from normuon_lab.plot_style import INK, MUTED, color_of, spread_out, style_axes
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
     line_of,

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, color_of, label_of, style_of
+from normuon_lab.plot_style import INK, MUTED, color_of, label_of, style_axes, style_of
 from normuon_lab.study.evidence import paper
 from normuon_lab.study.evidence.figures.bands import (
     add_legend,

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normuon_lab.layer_names import layer_numbers, layer_of
-from normuon_lab.matplotlib_style import style_axes
-from normuon_lab.plot_style import INK, MUTED, color_of, label_of, style_of
+from normuon_lab.plot_style import INK, MUTED, color_of, label_of, style_axes, style_of
 from normuon_lab.study.evidence.figures.bands import (
     LABEL_SIZE,
     Array,
