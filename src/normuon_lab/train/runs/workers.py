@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -67,11 +66,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job ended without a record; `details` is a traceback, or empty."""
+    """The job ended without a record."""
 
     job: Job
     reason: str
-    details: str
 
 
 Event = Started | Progress | Finished | Failed
@@ -211,7 +209,7 @@ class _Worker:
             self.stop()
             if job is None:
                 return None
-            return Failed(job, f"its process ended with exit code {self._process.exitcode}", "")
+            return Failed(job, f"its process ended with exit code {self._process.exitcode}")
         if isinstance(event, Finished | Failed):
             self.job = None
         return event
@@ -266,7 +264,7 @@ def _do(job: Job, connection: Connection, experiment: Experiment, task: Task) ->
     except Exception as error:
         text = " ".join(str(error).split())
         reason = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-        connection.send(Failed(job, reason, traceback.format_exc()))
+        connection.send(Failed(job, reason))
     else:
         connection.send(Finished(job, record))
 
