@@ -166,7 +166,7 @@ def run_jobs(
             ready = wait([worker.connection for worker in workers])
             for worker in [worker for worker in workers if worker.connection in ready]:
                 event = worker.receive()
-                if not worker.alive:
+                if worker.connection.closed:
                     workers.remove(worker)
                 if event is not None:
                     yield event
@@ -190,7 +190,6 @@ class _Worker:
             self._process.start()
         child_end.close()
         self.job: Job | None = None
-        self.alive = True
 
     def take(self, job: Job) -> Started:
         self.job = job
@@ -215,7 +214,6 @@ class _Worker:
         return event
 
     def stop(self) -> None:
-        self.alive = False
         self.connection.close()
         self._process.join(timeout=0.2)
         if self._process.is_alive():
