@@ -111,6 +111,9 @@ def test_the_wheel_holds_both_packages_and_nothing_else(built):
     assert "normuon/py.typed" in names
     assert "normuon_lab/study/search/tuned.json" in names
     assert any(name.startswith("normuon_lab/study/compare/templates/") for name in names)
+    tables = {path.relative_to(ROOT / "src").as_posix() for path in ROOT.glob("src/**/*.toml")}
+    assert tables
+    assert tables <= set(names)
     assert not any("__pycache__" in name for name in names)
 
 
