@@ -14,7 +14,7 @@ from normuon_lab.atomic_files import write_json
 from normuon_lab.command_line import MAKE_TARGET
 from normuon_lab.config_difference import first_difference
 from normuon_lab.errors import InputError
-from normuon_lab.study.compare.report import print_summary, verdict
+from normuon_lab.study.compare.report import print_summary, say, verdict
 from normuon_lab.study.compare.results import (
     RESULTS_FILE,
     SCHEMA_VERSION,
@@ -173,6 +173,13 @@ def test_steps_are_not_compared_where_a_seed_never_reached_the_target() -> None:
     shown = console.file.getvalue()
     assert "NorMuon against Muon: loss -1.0000 [-1.0000, -1.0000], steps not compared: " in shown
     assert "a seed did not reach AdamW's loss" in shown
+
+
+def test_a_line_with_brackets_is_printed_as_it_is() -> None:
+    """Rich takes brackets for markup: a text's name or a folder would lose them."""
+    console = Console(file=io.StringIO(), width=20)
+    say(console, "runs[bold]/report.html of a [b].txt")
+    assert console.file.getvalue() == "runs[bold]/report.html of a [b].txt\n"
 
 
 def test_the_verdict_says_in_a_sentence_that_the_target_was_not_reached() -> None:

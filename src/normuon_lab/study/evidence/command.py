@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import tyro
 
 from normuon_lab.atomic_files import prove_folder
-from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import RunsFailedError, require
 
 Stage = Literal["tune", "claim", "sensitivity"]
@@ -42,7 +41,6 @@ class RunEvidence:
         from normuon_lab.study.evidence.running import claim_cell, sensitivity_cell, tune_cell
 
         console = Console()
-        command = recorded_command()
         cells = [cell_of(name) for name in self.cells or CELLS]
         for arm in self.arms:
             known = any(arm in cell.arms for cell in cells)
@@ -51,14 +49,7 @@ class RunEvidence:
         for cell in cells:
             arms = [arm for arm in cell.arms if not self.arms or arm in self.arms]
             if "tune" in self.stages:
-                tune_cell(
-                    cell,
-                    arms,
-                    storage=self.storage,
-                    command=command,
-                    results=self.results,
-                    console=console,
-                )
+                tune_cell(cell, arms, results=self.results, storage=self.storage, console=console)
             if "claim" in self.stages:
                 claim_cell(cell, arms, results=self.results, console=console)
             if "sensitivity" in self.stages and cell.varied:
@@ -155,7 +146,6 @@ class MeasureTable2:
             self.results,
             [cell_of(name) for name in self.cells],
             rounds=self.rounds,
-            command=recorded_command(),
             say=Console(stderr=True).print,
         )
         return 0

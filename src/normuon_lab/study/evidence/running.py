@@ -50,7 +50,7 @@ PROBED_SEED = CLAIM_SEEDS[0]
 
 
 def tune_cell(
-    cell: Cell, arms: Sequence[str], *, results: Path, storage: Path, console: Console, command: str
+    cell: Cell, arms: Sequence[str], *, results: Path, storage: Path, console: Console
 ) -> None:
     """Tune the arms of a cell, the main ones before those that take over their settings."""
     experiment = cell.experiment
@@ -78,7 +78,7 @@ def tune_cell(
             fixed=fixed,
             starts={arm: tuple(cell.starts[arm][name] for name in axes) for arm in group},
         )
-        run_search(request, console, command=command)
+        run_search(request, console)
 
 
 def final_losses_alone(experiment: Experiment) -> Experiment:

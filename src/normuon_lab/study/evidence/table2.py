@@ -27,6 +27,7 @@ from normuon_lab.bench.measure import (
     tensor_elements,
     tracked_memory,
 )
+from normuon_lab.command_line import recorded_command
 from normuon_lab.machine import describe_machine, utc_now
 from normuon_lab.study.evidence.protocol import Cell
 from normuon_lab.train.arms.builders import split_parameters
@@ -84,12 +85,10 @@ class _Runner:
         }
 
 
-def write_table2(
-    results: Path, cells: Iterable[Cell], *, rounds: int, command: str, say: Say
-) -> None:
+def write_table2(results: Path, cells: Iterable[Cell], *, rounds: int, say: Say) -> None:
     """Measure cells, `rounds` timed steps of every arm, and write them to table2.json.
 
-    Other cells in the file are kept; `command` is the command line, for the record.
+    Other cells in the file are kept.
     """
     path = results / FILE
     prove_file(path, f"--results {results}")
@@ -98,7 +97,7 @@ def write_table2(
     for cell in cells:
         say(f"{cell.name}: {len(cell.arms)} arms")
         measured[cell.name] = {
-            "command": command,
+            "command": recorded_command(),
             "created": utc_now(),
             "machine": describe_machine(num_workers=1),
             **_measured(cell, rounds=rounds),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import RunsFailedError
 from normuon_lab.train.arms.registry import ARMS, MAIN_ARMS
 from normuon_lab.train.runs.config import ExperimentOptions
@@ -51,13 +50,7 @@ class TuneCommand(ExperimentOptions):
             min_rounds=self.rounds,
             max_rounds=self.max_rounds,
         )
-        console = Console()
-        contents = run_search(
-            request,
-            console,
-            command=recorded_command(),
-            show=lambda contents: print_trials(contents, console),
-        )
+        contents = run_search(request, Console(), show=print_trials)
         _require_interior(contents, self.arms, "learning rate", "--max-rounds or another --lrs")
         return 0
 
@@ -107,7 +100,7 @@ class SweepCommand(ExperimentOptions):
             storage=self.storage,
         )
         console = Console()
-        contents = run_search(request, console, command=recorded_command())
+        contents = run_search(request, console)
         console.print(best_settings(contents))
         _require_interior(contents, self.arms, "setting", "--max-trials")
         return 0

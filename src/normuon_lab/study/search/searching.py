@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from normuon_lab.atomic_files import prove_file, write_json
+from normuon_lab.command_line import recorded_command
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine
 from normuon_lab.train.arms.options import HIDDEN_WEIGHT_DECAY, ArmOptions
@@ -255,12 +256,11 @@ def run_search(
     request: SearchRequest,
     console: Console,
     *,
-    command: str,
-    show: Callable[[Mapping[str, Any]], None] | None = None,
+    show: Callable[[Mapping[str, Any], Console], None] | None = None,
 ) -> dict[str, Any]:
     """Do the missing runs of a search, write its file and return the contents.
 
-    `command` is the command line, for the record; `show` gets the contents after every round.
+    `show` prints the contents after every round.
 
     Raises:
         InputError: the request cannot be served; nothing was written.
@@ -272,7 +272,7 @@ def run_search(
     contents = request.contents(task)
     tried = request.tried_before(contents)
     num_first = sum(map(len, request.next_round(tried).values()))
-    contents["command"] = command
+    contents["command"] = recorded_command()
     contents["machine"] = describe_machine(
         num_workers=default_num_workers(max(1, num_first) * len(request.seeds))
     )
@@ -287,7 +287,7 @@ def run_search(
     def save() -> None:
         write()
         if show is not None:
-            show(contents)
+            show(contents, console)
 
     def run_many(specs: Sequence[RunSpec]) -> dict[RunSpec, RunRecord]:
         return execute_specs(specs, request.experiment, task, console=console)

@@ -160,12 +160,8 @@ def tuned_rates(
 ) -> dict[str, dict[str, Any]]:
     """What a tuning file says of arms: each one's rate, how it was chosen, and its trials.
 
-    Args:
-        path: the file; None: the one that is shipped with the package.
-        arms: which arms.
-        seeds: those of the comparison, which must be others than the tuning's.
-        experiment: the comparison's; the words say where the tuning's was another.
-        corpus_digest: of the comparison's text.
+    Without a path, of the file that is shipped with the package. The seeds, the experiment and the
+    text are those of a comparison with these rates.
 
     Raises:
         InputError: the file has no rate of an arm, or was made on one of the seeds.

@@ -57,7 +57,6 @@ def test_a_cell_is_tuned_claimed_and_varied_and_nothing_is_run_twice(
             results=results,
             storage=tmp_path / "runs" / "evidence.db",
             console=console,
-            command="normuon evidence run",
         )
 
     tune()
@@ -110,7 +109,6 @@ def test_published_runs_repeat_bit_by_bit_and_a_changed_one_is_told(
         results=tmp_path,
         storage=tmp_path / "evidence.db",
         console=console,
-        command="normuon evidence run",
     )
     running.claim_cell(cell, arms, results=tmp_path, console=console)
     repeats = repeat_runs(cell, seeds=(0,), results=tmp_path, console=console)
@@ -158,7 +156,6 @@ def test_arithmetic_is_tuned_by_the_steps_it_takes_and_claimed_at_one_length(
         results=tmp_path,
         storage=tmp_path / "evidence.db",
         console=console,
-        command="normuon evidence run",
     )
     first = next(spec for spec in trained if spec.arm == "normuon")
     assert (first.learning_rate, first.options.weight_decay) == (0.004, 0.316227766017)

@@ -22,7 +22,7 @@ def tiny(experiment: Experiment) -> Cell:
 def test_counts_are_those_of_the_formulas(tiny: Cell, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     said: list[str] = []
-    write_table2(tmp_path, [tiny], rounds=2, command="normuon evidence table2", say=said.append)
+    write_table2(tmp_path, [tiny], rounds=2, say=said.append)
     assert said == ["bytes-small: 4 arms"]
     assert torch.get_num_threads() == threads
     contents = read_table2(tmp_path)
@@ -39,7 +39,7 @@ def test_counts_are_those_of_the_formulas(tiny: Cell, tmp_path: Path) -> None:
 
 
 def test_other_cells_are_kept(tiny: Cell, tmp_path: Path) -> None:
-    write = {"rounds": 1, "command": "", "say": lambda text: None}
+    write = {"rounds": 1, "say": lambda text: None}
     write_table2(tmp_path, [tiny], **write)
     write_table2(tmp_path, [replace(tiny, name="other", other_arms=())], **write)
     contents = read_table2(tmp_path)
