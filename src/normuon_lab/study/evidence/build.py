@@ -30,7 +30,7 @@ from normuon_lab.study.evidence.paper_claims import (
 from normuon_lab.study.evidence.protocol import CELLS, SENSITIVITY, Cell
 from normuon_lab.study.evidence.recent_rivals import recent_tables
 from normuon_lab.study.evidence.runs import CellEvidence, collect, shortfalls
-from normuon_lab.study.evidence.table1 import Row, Table, rows_of
+from normuon_lab.study.evidence.table1 import Row, Table, by_baseline, rows_of
 from normuon_lab.study.evidence.table2 import read_table2
 from normuon_lab.study.evidence.verdicts import ALPHA
 from normuon_lab.study.statistics.estimates import t_interval
@@ -193,11 +193,8 @@ def _tables(table1: Table, found: CellEvidence) -> dict[str, list[Row]]:
     Arms that were never run are left out: `missing_words` names them once for the whole cell.
     """
     run = {record.arm for record in found.runs}
-    tables: dict[str, list[Row]] = {}
-    for row in table1["rows"]:
-        if row["cell"] == found.cell.name and row["arm"] in run:
-            tables.setdefault(row["baseline"], []).append(row)
-    return tables
+    rows = [row for row in table1["rows"] if row["cell"] == found.cell.name]
+    return by_baseline(row for row in rows if row["arm"] in run)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

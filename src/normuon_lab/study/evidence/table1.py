@@ -5,7 +5,7 @@ Also Muon-rescale, the reverse: how many more steps Muon needs to reach NorMuon'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,6 +62,14 @@ def table1(evidence: Sequence[CellEvidence]) -> dict[str, Any]:
 def rows_of(table: Table, arm: str, baseline: str) -> list[Row]:
     """The rows of an arm against a baseline, one for each cell."""
     return [row for row in table["rows"] if (row["arm"], row["baseline"]) == (arm, baseline)]
+
+
+def by_baseline(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows against each baseline."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row["baseline"], []).append(row)
+    return grouped
 
 
 def steps_saved(found: CellEvidence, arm: str, baseline: str) -> StepsSaved:

@@ -27,7 +27,7 @@ from normuon_lab.study.evidence.figures.bands import (
 )
 from normuon_lab.study.evidence.protocol import DRAWN_ARMS, FINAL_LOSS
 from normuon_lab.study.evidence.runs import CellEvidence
-from normuon_lab.study.evidence.table1 import Row
+from normuon_lab.study.evidence.table1 import Row, by_baseline
 from normuon_lab.study.statistics.schedules import LossesByLength
 
 BASELINES = ("adamw", "muon")
@@ -81,18 +81,18 @@ def schedule_figure(found: CellEvidence, rows: Sequence[Row]) -> Figure | None:
 def steps_saved_figure(evidence: Sequence[CellEvidence], rows: Sequence[Row]) -> Figure | None:
     """Table 1 as points with intervals, a row of panels per cell; None without any figure."""
     shown = {found.title: _shown_rows(found, rows) for found in evidence}
-    shown = {title: by_baseline for title, by_baseline in shown.items() if by_baseline}
+    shown = {title: tables for title, tables in shown.items() if tables}
     if not shown:
         return None
-    num_places = [max(map(len, by_baseline.values())) for by_baseline in shown.values()]
+    num_places = [max(map(len, tables.values())) for tables in shown.values()]
     heights = [number + 0.8 for number in num_places]
     figure = new_figure(11.0, 1.1 + 0.35 * len(shown) + INCHES_PER_ARM * sum(heights))
     shape = (len(shown), len(BASELINES))
     grid = figure.subplots(*shape, sharex="col", squeeze=False, height_ratios=heights)
-    for panels, (title, by_baseline), number in zip(grid, shown.items(), num_places, strict=True):
+    for panels, (title, tables), number in zip(grid, shown.items(), num_places, strict=True):
         title_panel(panels[0], title)
         for axes, baseline in zip(panels, BASELINES, strict=True):
-            here = by_baseline.get(baseline, [])
+            here = tables.get(baseline, [])
             for place, row in enumerate(here):
                 _draw_saving(axes, place, row)
             # All panels of a cell are as high, so that arms are as far apart.
@@ -141,12 +141,9 @@ def _crossing_words(steps: float, saved: float) -> str:
 
 def _shown_rows(found: CellEvidence, rows: Sequence[Row]) -> dict[str, list[Row]]:
     """By baseline, a cell's rows on final losses that have a figure."""
-    shown: dict[str, list[Row]] = {}
-    for row in rows:
-        is_here = row["cell"] == found.cell.name and row["measure"] == FINAL_LOSS
-        if is_here and row["steps_saved_percent"] is not None:
-            shown.setdefault(row["baseline"], []).append(row)
-    return shown
+    of_losses = (found.cell.name, FINAL_LOSS)
+    here = [row for row in rows if (row["cell"], row["measure"]) == of_losses]
+    return by_baseline(row for row in here if row["steps_saved_percent"] is not None)
 
 
 def _draw_saving(axes: Axes, place: int, row: Row) -> None:
