@@ -13,17 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from normuon_lab.errors import require
-from normuon_lab.study.evidence.protocol import (
-    MAX_TUNING_TRIALS,
-    RECENT_CELLS,
-    RECENT_PARENT,
-    RECENT_RIVALS,
-    RECENT_SEEDS,
-    RECENT_STARTS,
-    RECENT_TRIALS,
-    RECENT_TUNING_SEEDS,
-    Cell,
-)
+from normuon_lab.study.evidence import protocol
+from normuon_lab.study.evidence.protocol import RECENT_CELLS, RECENT_PARENT, RECENT_RIVALS, Cell
 from normuon_lab.study.evidence.running import do_runs, final_losses_alone, tuned_setting
 from normuon_lab.study.evidence.runs import CellEvidence, StoredRun, read_runs, shortfalls
 from normuon_lab.study.evidence.verdicts import Finding
@@ -44,15 +35,15 @@ def tune_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: Cons
         known = tuning_losses(results, cell)
         wanted = next_round(
             {arm: known.get(arm, {}) for arm in arms},
-            {arm: (RECENT_STARTS[arm],) for arm in arms},
-            min_trials=RECENT_TRIALS,
-            max_trials=MAX_TUNING_TRIALS,
+            {arm: (protocol.RECENT_STARTS[arm],) for arm in arms},
+            min_trials=protocol.RECENT_TRIALS,
+            max_trials=protocol.MAX_TUNING_TRIALS,
         )
         if not wanted:
             return
         runs = [
             (arm, seed, place)
-            for seed in RECENT_TUNING_SEEDS
+            for seed in protocol.RECENT_TUNING_SEEDS
             for arm, places in wanted.items()
             for place in places
         ]
@@ -64,7 +55,7 @@ def compare_rivals(cell: Cell, arms: Sequence[str], *, results: Path, console: C
     known = tuning_losses(results, cell)
     for arm in arms:
         require(bool(known.get(arm)), f"tune {arm} in {cell.name} before its claim runs")
-    runs = [(arm, seed, best_place(known[arm])) for seed in RECENT_SEEDS for arm in arms]
+    runs = [(arm, seed, best_place(known[arm])) for seed in protocol.RECENT_SEEDS for arm in arms]
     _do_runs(cell, runs, "claim", results=results, console=console)
 
 
@@ -103,12 +94,13 @@ def tuning_losses(results: Path, cell: Cell) -> dict[str, dict[Place, float]]:
         place = (round(2 * math.log(run.learning_rate / RATES.base, RATES.ratio)) / 2,)
         loss = math.inf if run.final_loss is None else run.final_loss
         found.setdefault(run.arm, {}).setdefault(place, {})[run.seed] = loss
+    starts, seeds = protocol.RECENT_STARTS, protocol.RECENT_TUNING_SEEDS
     return {
         arm: {
-            place: math.fsum(by_place[place].values()) / len(RECENT_TUNING_SEEDS)
+            place: math.fsum(by_place[place].values()) / len(seeds)
             # Nearest to the start first: of equal places the search keeps the one it tried first.
-            for place in sorted(by_place, key=lambda p: (abs(p[0] - RECENT_STARTS[arm]), p))
-            if set(by_place[place]) == set(RECENT_TUNING_SEEDS)
+            for place in sorted(by_place, key=lambda p: (abs(p[0] - starts[arm]), p))
+            if set(by_place[place]) == set(seeds)
         }
         for arm, by_place in found.items()
     }
@@ -143,8 +135,8 @@ def _tables(results: Path, found: CellEvidence) -> dict[str, Any]:
             if found.full_runs(baseline) and rivals.full_runs(arm)
         ],
         "missing": [
-            *shortfalls("Rates tried", tried, RECENT_TRIALS),
-            *shortfalls("Compared seeds", seeds, len(RECENT_SEEDS)),
+            *shortfalls("Rates tried", tried, protocol.RECENT_TRIALS),
+            *shortfalls("Compared seeds", seeds, len(protocol.RECENT_SEEDS)),
         ],
         "processors": _processors([*tuning, *claims]),
         "published_processors": _processors(read_runs(results, name)),
@@ -180,7 +172,7 @@ def _tuned_loss(found: CellEvidence, arm: str) -> float | None:
         for trial in tuned["trials"]
         if all(trial[name] == value for name, value in tuned["best"].items())
     )
-    losses = [best["objectives"].get(str(seed)) for seed in RECENT_TUNING_SEEDS]
+    losses = [best["objectives"].get(str(seed)) for seed in protocol.RECENT_TUNING_SEEDS]
     return None if None in losses else math.fsum(losses) / len(losses)
 
 

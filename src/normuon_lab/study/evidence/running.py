@@ -20,16 +20,8 @@ from rich.table import Table
 
 from normuon_lab.errors import InterruptedRunsError, require
 from normuon_lab.machine import default_num_workers, describe_machine, utc_now
-from normuon_lab.study.evidence.protocol import (
-    CLAIM_SEEDS,
-    INHERITED_FROM,
-    MAX_TUNING_TRIALS,
-    SENSITIVITY,
-    TUNING_SEEDS,
-    Cell,
-    baselines_of,
-    schedule_steps,
-)
+from normuon_lab.study.evidence import protocol
+from normuon_lab.study.evidence.protocol import Cell, baselines_of, schedule_steps
 from normuon_lab.study.evidence.runs import SWEEP_FILE, StoredRun, path_of, read_runs, write_run
 from normuon_lab.study.search.searching import AXES, Setting, run_search, spec_of
 from normuon_lab.study.search.sweep import SweepRequest, read_tuned_arms
@@ -45,7 +37,7 @@ HIGHEST_RUNG = 3
 RungLosses = Mapping[str, Mapping[int, float]]
 """By arm and rung, the final loss of one seed or the mean of all; infinite where a run diverged."""
 
-PROBED_SEED = CLAIM_SEEDS[0]
+PROBED_SEED = protocol.CLAIM_SEEDS[0]
 """One seed is enough to see the shape of an update, and its numbers are many."""
 
 
@@ -64,15 +56,15 @@ def tune_cell(
             continue
         fixed: dict[str, Setting] = {}
         for arm in others if group is others else ():
-            fixed[arm] = tuned_setting(results, cell, INHERITED_FROM[arm], before=arm)
+            fixed[arm] = tuned_setting(results, cell, protocol.INHERITED_FROM[arm], before=arm)
         request = SweepRequest(
             name=cell.name,
             experiment=experiment,
             arms=group,
             axes=axes,
-            seeds=TUNING_SEEDS,
+            seeds=protocol.TUNING_SEEDS,
             min_trials=min(cell.tuning_trials(arm) for arm in group),
-            max_trials=MAX_TUNING_TRIALS,
+            max_trials=protocol.MAX_TUNING_TRIALS,
             storage=storage,
             out=results / cell.name / SWEEP_FILE,
             fixed=fixed,
@@ -103,7 +95,7 @@ def claim_cell(cell: Cell, arms: Sequence[str], *, results: Path, console: Conso
         specs = [
             spec_of(arm, seed, settings[arm], steps=schedule_steps(cell.full_steps, rung))
             for arm, rung in wanted
-            for seed in CLAIM_SEEDS
+            for seed in protocol.CLAIM_SEEDS
         ]
         do_runs(cell, specs, "claim", folder=results, console=console, probed_seed=PROBED_SEED)
 
@@ -114,8 +106,8 @@ def sensitivity_cell(cell: Cell, *, results: Path, console: Console) -> None:
     specs = [
         spec_of("normuon", seed, setting, steps=cell.full_steps, normuon=((name, value),))
         for name in cell.varied
-        for value in SENSITIVITY[name]
-        for seed in CLAIM_SEEDS
+        for value in protocol.SENSITIVITY[name]
+        for seed in protocol.CLAIM_SEEDS
     ]
     do_runs(cell, specs, "sensitivity", folder=results, console=console)
 
@@ -126,14 +118,14 @@ def _missing(cell: Cell, arms: Sequence[str], *, results: Path) -> list[tuple[st
     rung_of = {schedule_steps(cell.full_steps, rung): rung for rung in rungs}
     losses: dict[tuple[str, int], dict[int, float]] = {}
     for record in (run.record for run in read_runs(results, cell.name)):
-        if record.steps in rung_of and record.seed in CLAIM_SEEDS:
+        if record.steps in rung_of and record.seed in protocol.CLAIM_SEEDS:
             loss = math.inf if record.final_loss is None else record.final_loss
             losses.setdefault((record.arm, rung_of[record.steps]), {})[record.seed] = loss
-    views: list[dict[str, dict[int, float]]] = [{} for _ in range(1 + len(CLAIM_SEEDS))]
+    views: list[dict[str, dict[int, float]]] = [{} for _ in range(1 + len(protocol.CLAIM_SEEDS))]
     for (arm, rung), by_seed in losses.items():
-        if len(by_seed) == len(CLAIM_SEEDS):
+        if len(by_seed) == len(protocol.CLAIM_SEEDS):
             mean = math.fsum(by_seed.values()) / len(by_seed)
-            values = [mean, *(by_seed[seed] for seed in CLAIM_SEEDS)]
+            values = [mean, *(by_seed[seed] for seed in protocol.CLAIM_SEEDS)]
             for view, value in zip(views, values, strict=True):
                 view.setdefault(arm, {})[rung] = value
     if cell.target_accuracy is not None:

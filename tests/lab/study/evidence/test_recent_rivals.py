@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence import recent_rivals
+from normuon_lab.study.evidence import protocol, recent_rivals
 from normuon_lab.study.evidence.build import build
 from normuon_lab.study.evidence.protocol import (
     CELLS,
@@ -44,8 +44,8 @@ QUIET = Console(quiet=True)
 @pytest.fixture
 def trained(trained_here: list[RunSpec], monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     """Trains in this process, and remembers what."""
-    monkeypatch.setattr(recent_rivals, "RECENT_SEEDS", (0, 1))
-    monkeypatch.setattr(recent_rivals, "MAX_TUNING_TRIALS", 3)
+    monkeypatch.setattr(protocol, "RECENT_SEEDS", (0, 1))
+    monkeypatch.setattr(protocol, "MAX_TUNING_TRIALS", 3)
     return trained_here
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from normuon_lab.errors import InputError
-from normuon_lab.study.evidence import running
+from normuon_lab.study.evidence import protocol, running
 from normuon_lab.study.evidence.protocol import ARITHMETIC_STARTS, Cell
 from normuon_lab.study.evidence.running import repeat_runs
 from normuon_lab.study.evidence.runs import read_runs
@@ -27,10 +27,10 @@ ARMS = ("adamw", "muon", "normuon", "rmnp")
 @pytest.fixture
 def trained(trained_here: list[RunSpec], monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
     """Trains in this process, and remembers what; workers have tests of their own."""
-    monkeypatch.setattr(running, "TUNING_SEEDS", (1000,))
-    monkeypatch.setattr(running, "CLAIM_SEEDS", (0, 1))
-    monkeypatch.setattr(running, "MAX_TUNING_TRIALS", 3)
-    monkeypatch.setattr(running, "SENSITIVITY", VARIED)
+    monkeypatch.setattr(protocol, "TUNING_SEEDS", (1000,))
+    monkeypatch.setattr(protocol, "CLAIM_SEEDS", (0, 1))
+    monkeypatch.setattr(protocol, "MAX_TUNING_TRIALS", 3)
+    monkeypatch.setattr(protocol, "SENSITIVITY", VARIED)
     return trained_here
 
 
