@@ -3,6 +3,7 @@ matrices (Fig. 1 and A.1)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -110,12 +111,18 @@ def accuracy_figure(found: CellEvidence) -> Figure | None:
 
 
 def _set_losses_shown(axes: Axes, arms: Sequence[Sequence[RunRecord]]) -> None:
-    means = [np.mean([run.eval_losses for run in runs], axis=0) for runs in arms]
+    means = [
+        [
+            math.fsum(losses) / len(runs)
+            for losses in zip(*(r.eval_losses for r in runs), strict=True)
+        ]
+        for runs in arms
+    ]
     first = min(
         int(np.searchsorted(runs[0].eval_steps, LOSSES_SHOWN_FROM * runs[0].eval_steps[-1]))
         for runs in arms
     )
-    lowest, highest = min(m.min() for m in means), max(m[first] for m in means)
+    lowest, highest = min(map(min, means)), max(losses[first] for losses in means)
     margin = 0.05 * (highest - lowest)
     axes.set_ylim(lowest - margin, highest + margin)
 
