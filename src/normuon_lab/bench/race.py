@@ -139,6 +139,7 @@ def run_race(
         polar = {shape: (sample, polar_factor(sample)) for shape, sample in samples.items()}
     entries: list[Runner] = []
     not_run: dict[str, str] = {}
+    runner: Runner | None
     for contender in contenders:
         if contender.missing is not None:
             not_run[contender.name] = contender.missing
@@ -152,14 +153,14 @@ def run_race(
             params = [nn.Parameter(weight.clone()) for weight in weights]
             runner = prepare(contender, params, gradients, device, limit=allowance)
             allowance.check_rounds(request.rounds, 1e-3 * runner.profile.wall_ms)
+            runner.polar = errors
+            entries.append(runner)
         except TooSlowError as reason:
             limit = f"--peer-seconds {request.peer_seconds:g}"
             not_run[contender.name] = f"slower than {limit}: {reason}"
         except Exception as error:  # A peer's fault is a finding, and the others still run.
             not_run[contender.name] = in_words(error)
-        else:
-            runner.polar = errors
-            entries.append(runner)
+        runner = None  # The memory of one that was too slow is the next one's.
     side = peak_side([one.shape for one in request.matrices])
     machine = {
         dtype: matmul_peak(side, getattr(torch, dtype), device)

@@ -59,6 +59,7 @@ def timed_in_turn(
     """
     runners: list[Runner] = []
     not_run: dict[str, str] = {}
+    runner: Runner | None = None
     fewest, most = context.sizes.rounds
     for contender in contenders:
         reason = why_not(contender, context, reckoned)
@@ -73,11 +74,12 @@ def timed_in_turn(
                 reason = in_words(error)
             if not may_diverge and not _kept_finite(params):
                 reason = reason or "its step made weights that are not finite"
-            if reason is None:
+            if reason is None and runner is not None:
                 runners.append(runner)
                 reckoned[contender.name] = runner.first_step_seconds
         if reason is not None:
             not_run[contender.name] = reason
+            runner = None  # Its memory is the next one's.
             give_back(context.device)
     _take_rounds(runners, gradients, context, most=most)
     yield tuple(runners), not_run
