@@ -78,8 +78,9 @@ class ReferenceNorMuon:
             size = 0.0
         elif self.scaling == "match_rms_adamw":
             size = 0.2 * self.lr * (m * n) ** 0.5 / norm  # line 6
-        else:  # the authors' released code
-            size = self.lr * torch.linalg.norm(o) / norm * max(1, m / n) ** 0.5
+        else:  # "original" is the authors' released code
+            ratio = m / n if self.scaling == "spectral_unclamped" else max(1, m / n)
+            size = self.lr * torch.linalg.norm(o) / norm * ratio**0.5
         self.weight = self.weight - self.lr * self.weight_decay * self.weight - size * o_hat
 
 

@@ -23,12 +23,18 @@ from normuon.convert_sources import (
     is_megatrons,
     kind_of,
 )
-from normuon.learning_rate import suggest_lr
+from normuon.learning_rate import Origin, suggest_lr
 from normuon.models.wrappers import bare_name
 from normuon.momentum_forms import MOMENTUM_KEYS, momentum_of
 from normuon.state import view_of
 
 Groups = Sequence[Mapping[str, Any]]
+
+MUON_ORIGINS: dict[str, Origin] = {
+    "original": "muon_original",
+    "spectral_unclamped": "muon_spectral_unclamped",
+}
+"""What `suggest_lr` calls Muon's scalings, by their ``adjust_lr_fn``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,8 +352,8 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
             )
         elif kind != "AdamW" and group.get("adjust_lr") == "spectral_norm":
             lines.append(
-                f"dion's {lr:g} with adjust_lr='spectral_norm' equals adjust_lr_fn='original' for "
-                "matrices with n <= m; for wider ones it is sqrt(m / n) times that"
+                f"keep dion's {lr:g} of adjust_lr='spectral_norm' with "
+                "adjust_lr_fn='spectral_unclamped'"
             )
         elif (
             kind == "AdamW"
@@ -356,9 +362,14 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
         ):
             lines.append(f"keep {kind}'s {lr:g}: both steps' RMS is about 0.2 lr")
         else:
-            equal = suggest_lr(lr, coming_from="muon_original", to=groups)
+            scaling = group.get("adjust_lr_fn") or "original"
+            origin = MUON_ORIGINS.get(scaling)
+            if origin is None:
+                lines.append(f"{kind}'s {lr:g} counts as adjust_lr_fn={scaling!r} says: tune anew")
+                continue
+            equal = suggest_lr(lr, coming_from=origin, to=groups)
             lines.append(
-                f"keep {kind}'s {lr:g} with adjust_lr_fn='original'; with the default scaling take "
-                f"{equal:.2g}, and weight decay times {lr / equal:.2g}"
+                f"keep {kind}'s {lr:g} with adjust_lr_fn={scaling!r}; with the default scaling "
+                f"take {equal:.2g}, and weight decay times {lr / equal:.2g}"
             )
     return list(dict.fromkeys(lines))

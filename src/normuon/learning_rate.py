@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from normuon.models.view import MatrixView
 from normuon.step.rule import ADAMW_RMS
 
-Origin = Literal["adamw", "muon_match_rms_adamw", "muon_original"]
+Origin = Literal["adamw", "muon_match_rms_adamw", "muon_original", "muon_spectral_unclamped"]
 
 MUON_SIZED_LR = 0.02
 """Muon's customary learning rate. With AdamW-sized steps even models of a million parameters, which
@@ -35,16 +35,19 @@ def suggest_lr(
 
         lr_normuon = 5 lr_muon sqrt(sum m / sum m n)
 
-    which is 0.0036 for a 768-wide model and Muon's 0.02. Use it as a starting point for tuning.
+    which is 0.0036 for a 768-wide model and Muon's 0.02. Its ``spectral_unclamped`` scaling steps
+    by lr (m / n)^0.5 O, and sums m min(1, m / n) in place of m. Use the rate as a starting point
+    for tuning.
 
     Args:
         lr: the other optimizer's tuned peak learning rate.
         coming_from: ``"adamw"`` and ``"muon_match_rms_adamw"`` (torch.optim.Muon with that
             ``adjust_lr_fn``, Moonlight's scaling) keep their learning rate;
             ``"muon_original"`` is torch.optim.Muon's default, Keller Jordan's Muon and the
-            authors' released NorMuon.
-        to: the param groups, or a NorMuon; needed for ``"muon_original"``, whose step depends on
-            the matrices' widths.
+            authors' released NorMuon; ``"muon_spectral_unclamped"`` torch.optim.Muon with that
+            ``adjust_lr_fn``, or dion's Muon with ``adjust_lr="spectral_norm"``.
+        to: the param groups, or a NorMuon; needed for the last two, whose steps depend on the
+            matrices' shapes.
 
     Returns:
         The learning rate for NorMuon with ``adjust_lr_fn="match_rms_adamw"``.
@@ -67,32 +70,33 @@ def suggest_lr(
         raise ValueError(f"coming_from={coming_from!r} is not known; choose from {known}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr!r} must be a number above 0 and finite")
-    if coming_from != "muon_original":
+    if coming_from in ("adamw", "muon_match_rms_adamw"):
         return lr
     if to is None:
         raise ValueError(
-            "coming_from='muon_original' needs to=param_groups(model), because the step of that "
-            "scaling depends on the widths of the matrices"
+            f"coming_from={coming_from!r} needs to=param_groups(model), because the step of that "
+            "scaling depends on the shapes of the matrices"
         )
-    rows, entries = _rows_and_entries(to.param_groups if isinstance(to, Optimizer) else to)
-    if not entries:
+    shapes = _shapes(to.param_groups if isinstance(to, Optimizer) else to)
+    if not shapes:
         raise ValueError("the groups in to= have no hidden matrix, so the rate cannot be converted")
-    return lr / ADAMW_RMS * math.sqrt(rows / entries)
+    is_clamped = coming_from == "muon_original"
+    squares = sum(batch * m * (1 if is_clamped else min(1, m / n)) for batch, m, n in shapes)
+    entries = sum(batch * m * n for batch, m, n in shapes)
+    return lr / ADAMW_RMS * math.sqrt(squares / entries)
 
 
-def _rows_and_entries(groups: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-    """Rows and entries of all matrices of the groups."""
-    rows = entries = 0
+def _shapes(groups: Iterable[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
+    """The matrices of the groups: how many, their rows, their columns."""
+    shapes: list[tuple[int, int, int]] = []
     for group in groups:
         if group.get("algorithm", "normuon") == "adamw":
             continue
         view = group.get("view") or MatrixView.linear()
         for entry in group["params"]:
             param = entry[1] if isinstance(entry, tuple) else entry
-            for batch, m, n in view.shapes(param.shape):
-                rows += batch * m
-                entries += batch * m * n
-    return rows, entries
+            shapes.extend(view.shapes(param.shape))
+    return shapes
 
 
 def warn_if_muon_sized(group: Mapping[str, Any]) -> None:

@@ -95,8 +95,9 @@ class NorMuon(Optimizer):
             scale.
         adjust_lr_fn: ``"match_rms_adamw"`` is the paper's last line. ``"original"`` is the authors'
             released code: the norm before neuron scaling, times ``max(1, m / n)^0.5``. Its step has
-            an RMS of about lr / sqrt(n), so it needs Muon's learning rates (0.02). A `muon` group
-            uses torch.optim.Muon's factors of these names.
+            an RMS of about lr / sqrt(n), so it needs Muon's learning rates (0.02).
+            ``"spectral_unclamped"`` has ``(m / n)^0.5`` there. A `muon` group uses
+            torch.optim.Muon's factors of these names.
         neuron_axis: ``"row"``, as in the paper, or ``"short"``: statistics along the short side, so
             the neurons of a wide matrix are its columns and its state is m n + n.
         orthogonalizer: ``"newton_schulz"``, ``"gram"``, ``"auto"`` for the one with fewer FLOPs, or

@@ -15,7 +15,7 @@ seeds = st.integers(0, 2**16)
 options = st.fixed_dictionaries(
     {
         "nesterov": st.booleans(),
-        "adjust_lr_fn": st.sampled_from(["match_rms_adamw", "original"]),
+        "adjust_lr_fn": st.sampled_from(["match_rms_adamw", "original", "spectral_unclamped"]),
         "neuron_axis": st.sampled_from(["row", "short"]),
         "equilibrate": st.booleans(),
         "momentum": st.sampled_from([0.0, 0.9]),

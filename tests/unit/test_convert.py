@@ -388,7 +388,7 @@ def test_dions_spectral_scaling_is_told(capsys):
     train(model, [dion], 1)
     convert_state(dion, to=groups_of(model))
     printed = capsys.readouterr().out
-    assert "adjust_lr='spectral_norm' equals adjust_lr_fn='original' for matrices" in printed
+    assert "adjust_lr='spectral_norm' with adjust_lr_fn='spectral_unclamped'" in printed
 
 
 def test_dions_lion_is_refused():

@@ -195,7 +195,8 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an unknown scaling": (
         lambda: NorMuon([matrix()], adjust_lr_fn="spectral"),
         ValueError,
-        "adjust_lr_fn='spectral' is not known; choose from 'match_rms_adamw', 'original'",
+        "adjust_lr_fn='spectral' is not known; choose from 'match_rms_adamw', 'original', "
+        "'spectral_unclamped'",
     ),
     "an unknown table of coefficients": (
         lambda: NorMuon([matrix()], ns_coefficients="svd"),
@@ -289,13 +290,13 @@ MISUSES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: suggest_lr(0.02, coming_from="lion"),
         ValueError,
         "coming_from='lion' is not known; choose from 'adamw', 'muon_match_rms_adamw', "
-        "'muon_original'",
+        "'muon_original', 'muon_spectral_unclamped'",
     ),
     "Muon's learning rate without the matrices": (
         lambda: suggest_lr(0.02, coming_from="muon_original"),
         ValueError,
         "coming_from='muon_original' needs to=param_groups(model), because the step of that "
-        "scaling depends on the widths of the matrices",
+        "scaling depends on the shapes of the matrices",
     ),
 }
 

@@ -108,7 +108,7 @@ def test_a_fused_step_is_the_step(kernels, options):
     assert_alike(trained(True, **options), trained(False, **options))
 
 
-@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original", "spectral_unclamped"])
 def test_a_neuron_that_barely_moves_stops_no_other_without_epsilon(kernels, adjust):
     """Row 0's O is 1e-25 of the others', so that its v is subnormal."""
 
@@ -122,7 +122,7 @@ def test_a_neuron_that_barely_moves_stops_no_other_without_epsilon(kernels, adju
     assert (fused[0][0].detach() - started).abs().amax(1)[1:].min() > 1e-4
 
 
-@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original", "spectral_unclamped"])
 def test_a_muon_group_is_fused_too(kernels, adjust):
     def stepped(fused):
         params = [nn.Parameter(torch.randn(12, 20, generator=generator())) for _ in range(2)]

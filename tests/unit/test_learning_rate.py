@@ -46,6 +46,14 @@ def test_several_matrices_share_one_rate():
     assert rate == pytest.approx(5 * 0.02 * (20 / 128) ** 0.5, rel=1e-12)
 
 
+def test_spectral_rates_count_the_rows_of_wide_matrices_less():
+    """lr (m / n)^0.5 O has RMS lr sqrt(m) / n where m < n: 16 x 4 counts 16, 4 x 16 counts 1."""
+    model = nn.Sequential(nn.Linear(4, 16, bias=False), nn.Linear(16, 4, bias=False))
+    groups = param_groups(model, overrides={"*": "normuon"})
+    rate = suggest_lr(0.02, coming_from="muon_spectral_unclamped", to=groups)
+    assert rate == pytest.approx(5 * 0.02 * (17 / 128) ** 0.5, rel=1e-12)
+
+
 @pytest.mark.parametrize("origin", ["adamw", "muon_match_rms_adamw"])
 def test_adamw_sized_rates_are_kept(origin):
     assert suggest_lr(4e-4, coming_from=origin) == 4e-4

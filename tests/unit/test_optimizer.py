@@ -61,7 +61,7 @@ def test_state_is_exactly_m_n_plus_one_elements(algorithm, per_matrix, steps):
         assert sum(value.numel() for value in state.values()) == matrices * per_matrix(m, n)
 
 
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "spectral_unclamped"])
 @pytest.mark.parametrize("scale", [1e-20, 1e15])
 def test_the_gradients_scale_changes_no_step(scale, adjust_lr_fn):
     """No additive epsilon in Newton-Schulz: 1e-20 and 1e+15 give the step of 1, to rounding."""

@@ -50,7 +50,8 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
         ),
         (
             {"adjust_lr_fn": "none"},
-            "adjust_lr_fn='none' is not known; choose from 'match_rms_adamw', 'original'",
+            "adjust_lr_fn='none' is not known; choose from 'match_rms_adamw', 'original', "
+            "'spectral_unclamped'",
         ),
         (
             {"neuron_axis": "column"},

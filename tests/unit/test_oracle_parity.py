@@ -114,7 +114,7 @@ def separate_matrices(view: MatrixView, tensor: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("axis", ["row", "short"])
-@pytest.mark.parametrize("scaling", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("scaling", ["match_rms_adamw", "original", "spectral_unclamped"])
 @pytest.mark.parametrize("name", list(VIEWS))
 def test_a_view_gives_each_matrix_the_step_of_a_separate_parameter(name, scaling, axis, dtype):
     """Split, transposed and batched views: each part equals the oracle run on it alone."""

@@ -8,6 +8,19 @@ from torch import nn
 
 from normuon import NorMuon
 from normuon.step import adamw
+from normuon.step.rule import ADJUST_LR_FNS
+
+
+def torch_scales_by(adjust_lr_fn: str) -> bool:
+    """Whether this torch's own Muon has a scaling; `spectral_unclamped` came with 2.15."""
+    try:
+        torch.optim.Muon([nn.Parameter(torch.zeros(2, 2))], adjust_lr_fn=adjust_lr_fn)
+    except ValueError:
+        return False
+    return True
+
+
+SCALINGS = [name for name in ADJUST_LR_FNS if torch_scales_by(name)]
 
 
 def twins(*shapes: tuple[int, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -25,7 +38,7 @@ def train(ours, theirs, our_optimizer, their_optimizer, steps: int = 10) -> None
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", SCALINGS)
 def test_a_muon_group_is_torch_optim_muon(adjust_lr_fn, nesterov):
     """The same spellings, the same update, in the bfloat16 that torch.optim.Muon computes in."""
     ours, theirs = twins((24, 40), (40, 24), (16, 16))
@@ -42,7 +55,7 @@ def test_a_muon_group_is_torch_optim_muon(adjust_lr_fn, nesterov):
         assert (a - b).norm() <= 0.05 * (b - start).norm()
 
 
-@pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", [None, *SCALINGS])
 def test_a_muon_group_goes_on_from_torchs_state_dict(adjust_lr_fn):
     """Loaded as it is; torch's None, its default, means "original"."""
     ours, theirs = twins((24, 40), (40, 24))
@@ -60,13 +73,21 @@ def test_a_muon_group_goes_on_from_torchs_state_dict(adjust_lr_fn):
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("adjust_lr_fn", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("adjust_lr_fn", SCALINGS)
 def test_a_muon_group_in_float64_is_muons_formula(adjust_lr_fn, nesterov, monkeypatch):
     """With torch's own iteration made float64, the two agree to rounding."""
     ours, theirs = twins((24, 40), (40, 24))
     options = {"lr": 1e-2, "adjust_lr_fn": adjust_lr_fn, "nesterov": nesterov}
-    # torch.optim.Muon casts with .bfloat16(); float64 parameters then keep their precision.
+    cast = torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        if kwargs.get("dtype") == torch.bfloat16:
+            kwargs["dtype"] = torch.float64
+        return cast(tensor, *args, **kwargs)
+
+    # torch.optim.Muon casts by the first of these, and from torch 2.15 on by the second.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor.double().clone())
+    monkeypatch.setattr(torch.Tensor, "to", to)
     train(
         ours,
         theirs,

@@ -106,7 +106,7 @@ def matrix(shape, dtype=torch.float32, scale=1.0):
 
 @pytest.mark.parametrize("team", TEAMS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original", "spectral_unclamped"])
 def test_a_team_finds_what_one_rank_finds(shape, team, adjust_lr_fn):
     if max(shape) < team.size:
         pytest.skip("more members than slabs")

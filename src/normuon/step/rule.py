@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-AdjustLrFn = Literal["match_rms_adamw", "original"]
-ADJUST_LR_FNS: tuple[AdjustLrFn, ...] = ("match_rms_adamw", "original")
+AdjustLrFn = Literal["match_rms_adamw", "original", "spectral_unclamped"]
+ADJUST_LR_FNS: tuple[AdjustLrFn, ...] = ("match_rms_adamw", "original", "spectral_unclamped")
 
 NeuronAxis = Literal["row", "short"]
 NEURON_AXES: tuple[NeuronAxis, ...] = ("row", "short")
@@ -167,7 +167,7 @@ def neuron_sums(
 ) -> list[Tensor]:
     """What line 6 sums over neurons, each ``[B]``: mean squares of ``Oh = O * neuron_scale``.
 
-    For ``original`` those of O as well. The sums of parts of a matrix's neurons add up.
+    But for ``match_rms_adamw`` those of O as well. The sums of parts of a matrix's neurons add up.
 
     Args:
         mean_square_BV: from `mean_square_per_neuron`.
@@ -192,14 +192,15 @@ def step_scale(
 
     - ``match_rms_adamw`` (the paper): ``0.2 sqrt(m n) / ||Oh||_F``, so that the step's RMS is
       exactly ``0.2 lr``;
-    - ``original`` (the authors' released code): ``max(1, m / n)^0.5 ||O||_F / ||Oh||_F``.
+    - ``original`` (the authors' released code): ``max(1, m / n)^0.5 ||O||_F / ||Oh||_F``;
+    - ``spectral_unclamped``: ``(m / n)^0.5 ||O||_F / ||Oh||_F``.
 
     Args:
         sums: from `neuron_sums`, over all neurons.
         m: rows of the matrix.
         n: columns of the matrix.
         num_neurons: which of the two counts neurons.
-        adjust_lr_fn: which of the two scales.
+        adjust_lr_fn: which of these scales.
 
     Returns:
         ``[B]``; 0 for an all-zero direction, which must give a zero step, never NaN.
@@ -215,22 +216,28 @@ def step_scale(
     if adjust_lr_fn == "match_rms_adamw":
         target_B: Tensor | float = ADAMW_RMS * math.sqrt(m * n)  # Alg. 1, line 6
     else:
-        target_B = (sums[1] * entries).sqrt() * math.sqrt(max(1.0, m / n))
+        target_B = (sums[1] * entries).sqrt() * muon_step_scale(m=m, n=n, adjust_lr_fn=adjust_lr_fn)
     return (target_B / normalized_norm_B).masked_fill_(normalized_norm_B == 0, 0.0)
 
 
 def muon_step_scale(*, m: int, n: int, adjust_lr_fn: AdjustLrFn) -> float:
     """Muon's own factor for a whole matrix, as torch.optim.Muon defines it, by name.
 
+    ``spectral_unclamped``, Bernstein's (jeremybernste.in/writing/deriving-muon), came with torch
+    2.15.
+
     Example:
         >>> muon_step_scale(m=4, n=25, adjust_lr_fn="match_rms_adamw")
         1.0
         >>> muon_step_scale(m=36, n=4, adjust_lr_fn="original")
         3.0
+        >>> muon_step_scale(m=4, n=36, adjust_lr_fn="spectral_unclamped")
+        0.3333333333333333
     """
     if adjust_lr_fn == "match_rms_adamw":
         return ADAMW_RMS * math.sqrt(max(m, n))
-    return math.sqrt(max(1.0, m / n))
+    ratio = m / n
+    return math.sqrt(ratio if adjust_lr_fn == "spectral_unclamped" else max(1.0, ratio))
 
 
 def apply_steps_(
