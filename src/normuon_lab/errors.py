@@ -35,6 +35,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def significant(value: float, digits: int) -> str:
+    """A number to so many significant digits, written out where ``g`` takes an exponent.
+
+    Example:
+        >>> significant(2.449, 3), significant(507_340.0, 3), significant(1e-7, 3)
+        ('2.45', '507,000', '1e-07')
+    """
+    text = f"{value:.{digits}g}"
+    return f"{float(text):,.0f}" if "e+" in text else text
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its kind where it has none.
 

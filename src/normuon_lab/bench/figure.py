@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from normuon_lab.bench.contender import OWN
 from normuon_lab.bench.race import polar_error
-from normuon_lab.errors import counted
+from normuon_lab.errors import counted, significant
 from normuon_lab.plot_style import INK, PALETTE, style_axes
 
 OWN_COLOR, PEER_COLOR = PALETTE[0], PALETTE[1]
@@ -77,7 +77,7 @@ def _draw_times(
     for place, median, end in zip(places, medians, ends, strict=True):
         is_cut = median > limit
         axes.annotate(
-            f"{median:.3g}" + (", cut" if is_cut else ""),
+            significant(median, 3) + (", cut" if is_cut else ""),
             (min(end, limit), place),
             xytext=(6, 0),
             textcoords="offset points",

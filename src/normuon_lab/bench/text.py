@@ -11,20 +11,20 @@ from rich.table import Table
 
 from normuon.distributed.cost import format_bytes
 from normuon_lab.bench.race import polar_error
-from normuon_lab.errors import counted
+from normuon_lab.errors import counted, significant
 
 Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
 """Titles, and what makes each cell of a contender's values."""
 
 TIMES: Columns = {
-    "ms": lambda one: f"{one['median_ms']:.4g}",
-    "± IQR/2": lambda one: f"{(one['quartiles_ms'][1] - one['quartiles_ms'][0]) / 2:.2g}",
+    "ms": lambda one: significant(one["median_ms"], 4),
+    "± IQR/2": lambda one: significant((one["quartiles_ms"][1] - one["quartiles_ms"][0]) / 2, 2),
     "x first": lambda one: f"{one['ratio_to_reference']:.2f}",
     "x bound": lambda one: _or_dash(one["time_over_bound"], ".2f"),
     "error": lambda one: _or_dash(polar_error(one), ".4f"),
 }
 FIGURES: Columns = {
-    "GFLOP": lambda one: f"{1e-9 * one['flops']:.4g}",
+    "GFLOP": lambda one: significant(1e-9 * one["flops"], 4),
     "products": lambda one: f"{one['profile']['products_share']:.0%}",
     "scratch": lambda one: format_bytes(one["scratch_bytes"]),
     "state": lambda one: format_bytes(one["state_bytes"]),
@@ -48,7 +48,7 @@ def print_bench(contents: Mapping[str, Any], console: Console) -> None:
     )
     machine = contents["machine"]
     peaks = ", ".join(
-        f"{1e-9 * rate:.3g} in {dtype}"
+        f"{significant(1e-9 * rate, 3)} in {dtype}"
         for dtype, rate in contents["matmul_peak_flops_per_second"].items()
     )
     say(f"{contents['title']}: {matrices}")

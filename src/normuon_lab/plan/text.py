@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from normuon.distributed.cost import format_bytes
-from normuon_lab.errors import counted
+from normuon_lab.errors import counted, significant
 
 
 class Scheme(NamedTuple):
@@ -104,7 +104,7 @@ def verdict(contents: Mapping[str, Any]) -> str:
     if contents["mesh"]["world_size"] > 1 and step > 0:
         ratio = everywhere / step
         sentence += (
-            f", {ratio:.2g} times faster than if every rank computed everything"
+            f", {significant(ratio, 2)} times faster than if every rank computed everything"
             if ratio > 1.05
             else ", no faster than if every rank computed everything"
         )
@@ -143,7 +143,7 @@ def traffic_sentence(traffic: Mapping[str, Any]) -> str:
         return f"{counted} On this mesh AdamW's data parallelism sends nothing."
     return (
         f"On the wire: {format_bytes(traffic['adamw_bytes_sent_total'])} a step with AdamW, "
-        f"+{traffic['increase_percent']:.2g}% with this plan. {counted}"
+        f"+{significant(traffic['increase_percent'], 2)}% with this plan. {counted}"
     )
 
 
@@ -174,7 +174,7 @@ def format_flops(flops: float) -> str:
     """
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if flops >= size:
-            return f"{flops / size:.4g} {prefix}FLOP"
+            return f"{significant(flops / size, 4)} {prefix}FLOP"
     return f"{flops:.0f} FLOP"
 
 
@@ -185,7 +185,7 @@ def format_seconds(seconds: float) -> str:
     ('248 ms', '66.1 s')
     """
     if seconds >= 1:
-        return f"{seconds:.3g} s"
+        return f"{significant(seconds, 3)} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 

@@ -10,6 +10,7 @@ import jinja2
 from normuon.distributed.cost import format_bytes
 from normuon_lab import web_page
 from normuon_lab.bench.suite.options import CUT, FAILED, NOT_RUN, RUNNING, WAITING
+from normuon_lab.errors import significant
 
 OWN = "NorMuon"
 ADAMW = "AdamW"
@@ -35,7 +36,7 @@ def render_page(record: Mapping[str, Any]) -> str:
             "num": number,
             "num_bytes": lambda value: NONE if value is None else format_bytes(value),
             "percent": lambda value: NONE if value is None else f"{100 * value:.0f}%",
-            "rate": lambda value: NONE if value is None else f"{1e-12 * value:.4g}",
+            "rate": lambda value: NONE if value is None else significant(1e-12 * value, 4),
             "bar": bar_percent,
         },
         record=record,
@@ -162,7 +163,8 @@ def _step_clauses(values: Mapping[str, Any]) -> Iterator[str]:
         return
     model = next((one for one in measured if one["title"] == PREFERRED_MODEL), measured[0])
     first, *others = entries_of(model)
-    yield f"one {first['name']} step of {model['title']} takes {first['median_ms']:.3g} ms"
+    median = significant(first["median_ms"], 3)
+    yield f"one {first['name']} step of {model['title']} takes {median} ms"
     peers = [one for one in others if not one["name"].startswith((OWN, ADAMW))]
     if peers:
         fastest = min(peers, key=lambda one: one["ratio_to_first"])
