@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import normuon
 from normuon_lab.plan.figures import figures_of
 
 GPT2_LAYER = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
@@ -52,9 +53,7 @@ def plain_newton_schulz(x: torch.Tensor, epsilon: float) -> torch.Tensor:
 
 
 def ours(params: Params, mesh: DeviceMesh, balance: str = "flops") -> torch.optim.Optimizer:
-    from normuon import NorMuon
-
-    return NorMuon(params, lr=1e-3, ns_dtype=torch.float32, balance=balance)
+    return normuon.NorMuon(params, lr=1e-3, ns_dtype=torch.float32, balance=balance)
 
 
 def ours_round_robin(params: Params, mesh: DeviceMesh) -> torch.optim.Optimizer:
@@ -127,11 +126,13 @@ def run_rank(rank: int, arguments: argparse.Namespace) -> None:
         for name, (optimizer, params) in built.items():
             seconds[name].append(timed_step(optimizer, params, grads))
     if rank == 0:
-        report(seconds, failures, counted(built["normuon"][0]), arguments)
+        ours = built["normuon"][0]
+        assert isinstance(ours, normuon.NorMuon)
+        report(seconds, failures, counted(ours), arguments)
     dist.destroy_process_group()
 
 
-def counted(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+def counted(optimizer: normuon.NorMuon) -> dict[str, float]:
     """What the plan counts, and the bytes of the message buffers that this rank really holds."""
     (step,) = optimizer._planned_steps()
     messages = [

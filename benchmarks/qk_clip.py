@@ -34,6 +34,7 @@ LENGTHS = (2048, 8192)
 def pass_flops(name: str, length: int, clips: bool) -> int:
     """Products of one forward and backward pass of one sequence."""
     width, mlp_width, layers, heads, key_heads = MODELS[name]
+    eager = {"attn_implementation": "eager"}  # Not in the signature that type checkers see.
     config = transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=width,
@@ -42,7 +43,7 @@ def pass_flops(name: str, length: int, clips: bool) -> int:
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         max_position_embeddings=max(LENGTHS),
-        attn_implementation="eager",
+        **eager,
     )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).train()
