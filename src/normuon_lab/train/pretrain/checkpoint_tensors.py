@@ -51,6 +51,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Builds the classes that describe tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # What Python 3.13, and no other, calls it.
+            module = "pathlib"
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         found = getattr(torch, name, None) if module == "torch" else None

@@ -132,6 +132,18 @@ def _rewrite_metadata(checkpoint: Path, change: object) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_any_python_reads_the_checkpoint_of_any_other(checkpoint: Path, module: str) -> None:
+    """The folder's path is in `.metadata`, of a class that Python 3.13 keeps in another module."""
+    shapes, metadata = read_shapes(checkpoint), TensorReader(checkpoint).read_metadata()
+    # Protocol 2 names classes in plain text.
+    content = pickle.dumps(metadata, protocol=2).replace(b"cpathlib._local\n", b"cpathlib\n")
+    assert content.count(b"cpathlib\n") == 1
+    content = content.replace(b"cpathlib\n", f"c{module}\n".encode())
+    (checkpoint / ".metadata").write_bytes(content)
+    assert read_shapes(checkpoint) == shapes
+
+
 def test_entries_that_would_be_unpickled_are_refused(checkpoint: Path) -> None:
     def add_bytes(metadata):
         metadata.state_dict_metadata["trainer.extra"] = BytesStorageMetadata()
