@@ -365,7 +365,9 @@ def _advice(saved_groups: Groups, groups: Groups) -> list[str]:
             scaling = group.get("adjust_lr_fn") or "original"
             origin = MUON_ORIGINS.get(scaling)
             if origin is None:
-                lines.append(f"{kind}'s {lr:g} counts as adjust_lr_fn={scaling!r} says: tune anew")
+                lines.append(
+                    f"{kind}'s {lr:g} with adjust_lr_fn={scaling!r} cannot be converted: tune it"
+                )
                 continue
             equal = suggest_lr(lr, coming_from=origin, to=groups)
             lines.append(

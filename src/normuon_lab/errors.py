@@ -1,4 +1,5 @@
-"""The errors that the command line prints as one line with an exit code, and their wording."""
+"""The errors that the command line prints as one line with an exit code, and how texts put numbers,
+options and errors into words."""
 
 from __future__ import annotations
 

@@ -391,6 +391,16 @@ def test_dions_spectral_scaling_is_told(capsys):
     assert "adjust_lr='spectral_norm' with adjust_lr_fn='spectral_unclamped'" in printed
 
 
+def test_a_scaling_of_a_later_torch_is_told(capsys):
+    model = small_model()
+    muon = torch.optim.Muon(matrices(model), lr=0.02)
+    train(model, [muon], 1)
+    muon.param_groups[0]["adjust_lr_fn"] = "later"
+    convert_state(muon, to=groups_of(model))
+    printed = capsys.readouterr().out
+    assert "Muon's 0.02 with adjust_lr_fn='later' cannot be converted: tune it" in printed
+
+
 def test_dions_lion_is_refused():
     model = small_model()
     groups = dions_groups(model)
